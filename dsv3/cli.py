@@ -1,0 +1,36 @@
+"""How a stage becomes a command: options from its signature, one line for a user's mistake.
+
+Kept free of heavy imports: `python -m stages.<name> --help` must answer at once.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsv3.errors import Interrupted, UserError
+
+ParamsOption = Annotated[
+    Path, typer.Option("--params", help="The parameters, validated whole before anything else happens.")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Validate, look at the inputs, print the plan, write nothing.")
+]
+
+
+def command(main: Callable[..., None]) -> None:
+    """Run `main` as a command line; a `UserError` is printed as one line and ends the process with status 2."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(main)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        app()
+    except UserError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        raise SystemExit(interrupted.exit_status) from None

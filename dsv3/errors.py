@@ -1,0 +1,17 @@
+"""The one exception type for a user's mistake.
+
+Everything a user can get wrong (a parameter, a missing file, an unreachable source) is raised as `UserError`; the command line
+prints it as one line and exits with status 2. Anything else that is raised is the program's own mistake and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """A mistake of the user's: where, the value, the bound, the remedy, in one line."""
+
+
+class Interrupted(Exception):
+    """A training stopped by SIGINT or SIGTERM after its state was saved; `exit_status` is 128 + the signal's number."""
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status

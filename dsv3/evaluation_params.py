@@ -1,0 +1,43 @@
+"""Parameters of `evaluate` and `sample`."""
+
+from pydantic import Field
+
+from dsv3.section import Section
+
+
+class EvaluateParams(Section):
+    """Section `evaluate`: how the splits are scored."""
+
+    per_device_eval_batch_size: int = Field(ge=1)
+    """Windows in one forward pass."""
+
+    block_size: int = Field(ge=2)
+    """Tokens the model sees at once."""
+
+    stride: int = Field(ge=1)
+    """Tokens by which the window moves on; each token is scored once, with at least block_size - stride before it."""
+
+
+class SampleParams(Section):
+    """Section `sample`: what is generated."""
+
+    prompts: list[str] = Field(min_length=1)
+    """Beginnings that the model continues."""
+
+    max_new_tokens: int = Field(ge=1)
+    """Tokens generated per prompt."""
+
+    do_sample: bool
+    """False: the most probable token each time."""
+
+    temperature: float = Field(gt=0)
+    """Below 1 sharpens, above 1 flattens."""
+
+    top_k: int = Field(ge=0)
+    """Keep the k most probable tokens; 0: all."""
+
+    top_p: float = Field(gt=0, le=1)
+    """Keep the smallest set of tokens whose probabilities sum to p."""
+
+    num_return_sequences: int = Field(ge=1)
+    """Continuations per prompt."""

@@ -1,0 +1,152 @@
+"""params.yaml, validated whole.
+
+Every stage reads the whole file through `read_params` in its first second, so that a mistake in the last stage's section is told
+before the first stage starts. The sections' classes stand beside the code that they configure; this module only puts them together
+and checks what lies between them. It alters no value (no class has a default), which is why a change here re-runs no stage.
+"""
+
+import json
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+
+from dsv3.data.params import DataParams, TokenizeParams
+from dsv3.errors import UserError
+from dsv3.evaluation_params import EvaluateParams, SampleParams
+from dsv3.section import Section
+from dsv3.sizing.architecture import Architecture, read_architecture
+from dsv3.sizing.params import EstimateSizeParams
+from dsv3.training.params import RuntimeParams, TrainParams
+
+BOUNDS = {
+    "greater_than": ("gt", "must be >"),
+    "greater_than_equal": ("ge", "must be >="),
+    "less_than": ("lt", "must be <"),
+    "less_than_equal": ("le", "must be <="),
+    "literal_error": ("expected", "must be one of"),
+}
+
+
+class ModelParams(Section):
+    """Section `model`: which architecture."""
+
+    config: str = Field(min_length=1)
+    """A JSON file with Hugging Face's field names."""
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    seed: int = Field(ge=0)
+    """Every random stream of every stage is derived from it."""
+
+    model: ModelParams
+    data: DataParams
+    tokenize: TokenizeParams
+    estimate_size: EstimateSizeParams
+    train: TrainParams
+    evaluate: EvaluateParams
+    sample: SampleParams
+    runtime: RuntimeParams
+
+
+def read_params(path: Path) -> Params:
+    """Return the validated parameters at `path`; raise `UserError` in one line for the first thing that is wrong."""
+    try:
+        values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from None
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: not YAML ({error.problem})") from None
+    try:
+        params = Params.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {one_line(_most_telling(error.errors()))}") from None
+    _check_relations(params, read_architecture(Path(params.model.config)), path)
+    return params
+
+
+def _most_telling(errors: list[ErrorDetails]) -> ErrorDetails:
+    """Return the error to report: a misspelt key rather than the missing one that it causes."""
+    return next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
+
+
+def one_line(error: ErrorDetails) -> str:
+    """Return a pydantic error as `where is value; bound`."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{where} is no parameter{_suggestion(error['loc'])}"
+    if error["type"] == "missing":
+        return f"{where} is missing; every parameter must be stated"
+    if error["type"] in BOUNDS:
+        key, words = BOUNDS[error["type"]]
+        return f"{where} is {_shown(error['input'])}; {words} {error.get('ctx', {})[key]}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where} is {_shown(error['input'])}; {message[0].lower()}{message[1:]}"
+
+
+def _shown(value: Any) -> str:
+    """Return a value as the user wrote it, shortened."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _suggestion(location: tuple[int | str, ...]) -> str:
+    """Return `; did you mean …?` for the closest known key of the section, or nothing."""
+    section: Any = Params
+    for part in location[:-1]:
+        section = section.model_fields[str(part)].annotation
+    close = get_close_matches(str(location[-1]), section.model_fields, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(section.model_fields)}"
+
+
+def _check_relations(params: Params, architecture: Architecture, path: Path) -> None:
+    """Raise `UserError` where two sections, or a section and the architecture, contradict each other."""
+    limit, vocabulary = architecture.max_position_embeddings, architecture.vocab_size
+    train, evaluate, tokenize, runtime = params.train, params.evaluate, params.tokenize, params.runtime
+    config = params.model.config
+    trains_tokenizer = tokenize.tokenizer == "byte_level_bpe"
+    accumulation, processes = train.gradient_accumulation_steps, runtime.num_processes
+    rules = [
+        (
+            trains_tokenizer and tokenize.vocab_size > vocabulary,
+            f"tokenize.vocab_size is {tokenize.vocab_size}; must be <= {vocabulary}, the vocab_size of {config}",
+        ),
+        (
+            train.block_size > limit,
+            f"train.block_size is {train.block_size}; must be <= {limit}, the max_position_embeddings of {config}",
+        ),
+        (
+            evaluate.block_size > limit,
+            f"evaluate.block_size is {evaluate.block_size}; must be <= {limit}, the max_position_embeddings of {config}",
+        ),
+        (
+            evaluate.stride > evaluate.block_size,
+            f"evaluate.stride is {evaluate.stride}; must be <= {evaluate.block_size}, evaluate.block_size, or tokens are skipped",
+        ),
+        (
+            accumulation % processes != 0,
+            f"runtime.num_processes is {processes}; must divide train.gradient_accumulation_steps ({accumulation}), "
+            "so that the batch stays the same",
+        ),
+        (
+            tokenize.validation_fraction + tokenize.test_fraction >= 1,
+            "tokenize.validation_fraction + tokenize.test_fraction must be < 1",
+        ),
+    ]
+    for is_broken, message in rules:
+        if is_broken:
+            raise UserError(f"{path}: {message}")
+
+
+def schema_text() -> str:
+    """Return the JSON schema of params.yaml, for editors."""
+    return json.dumps(Params.model_json_schema(), indent=2) + "\n"

@@ -1,0 +1,81 @@
+"""The architecture as its JSON file states it, read without torch.
+
+The field names are Hugging Face's. `mini_model/configuration_deepseek.py` is the class that ships with the weights; this one exists
+because importing that one imports torch, which three of the six stages must not.
+"""
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
+
+from dsv3.errors import UserError
+
+GROUP_SCORE_TERMS = 2
+"""A group is ranked by the sum of its two best experts, so it must hold at least two."""
+
+
+class Architecture(BaseModel):
+    """The sizes of a DeepSeek-V3 network; other keys of the JSON file are kept but not read."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    vocab_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    moe_intermediate_size: int = Field(ge=1)
+    first_k_dense_replace: int = Field(ge=0)
+    n_routed_experts: int = Field(ge=1)
+    n_shared_experts: int = Field(ge=0)
+    num_experts_per_tok: int = Field(ge=1)
+    n_group: int = Field(ge=1)
+    topk_group: int = Field(ge=1)
+    q_lora_rank: int | None = Field(ge=1)
+    kv_lora_rank: int = Field(ge=1)
+    qk_nope_head_dim: int = Field(ge=1)
+    qk_rope_head_dim: int = Field(ge=2, multiple_of=2)
+    v_head_dim: int = Field(ge=1)
+    max_position_embeddings: int = Field(ge=1)
+    tie_word_embeddings: bool
+    num_nextn_predict_layers: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def topology_holds(self) -> Self:
+        """Check that group-limited routing can choose its experts (transformers accepts and then fails or misroutes)."""
+        experts, groups = self.n_routed_experts, self.n_group
+        if experts % groups:
+            raise ValueError(f"n_group is {groups}; must divide n_routed_experts ({experts})")
+        if groups > 1 and experts // groups < GROUP_SCORE_TERMS:
+            raise ValueError(
+                f"n_group is {groups}; leaves {experts // groups} experts per group, must leave at least 2"
+            )
+        if self.topk_group > groups:
+            raise ValueError(f"topk_group is {self.topk_group}; must be at most n_group ({groups})")
+        reachable = self.topk_group * (experts // groups)
+        if self.num_experts_per_tok > reachable:
+            raise ValueError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}; topk_group lets a token reach only {reachable}"
+            )
+        return self
+
+
+def read_architecture(path: Path) -> Architecture:
+    """Return the architecture stored at `path`; raise `UserError` in one line for a file that is missing or wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"model.config: {path} can't be read ({error.strerror}); name one of mini_model/config*.json"
+        ) from None
+    try:
+        return Architecture.model_validate(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{path}: {where + ': ' if where else ''}{message}") from None

@@ -1,0 +1,154 @@
+"""Parameters of `train`, and those of the machine it runs on."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from dsv3.section import Section
+
+
+class TrainParams(Section):
+    """Section `train`: everything that shapes the weights."""
+
+    num_train_epochs: float = Field(gt=0)
+    """Passes over the training tokens; ignored when max_steps is positive."""
+
+    max_steps: int
+    """Optimizer steps; -1: as many as num_train_epochs asks for."""
+
+    per_device_train_batch_size: int = Field(ge=1)
+    """Sequences in one forward pass."""
+
+    gradient_accumulation_steps: int = Field(ge=1)
+    """Forward passes per optimizer step, over all processes together: their number never changes the batch."""
+
+    per_device_eval_batch_size: int = Field(ge=1)
+    """Sequences in one forward pass of validation."""
+
+    block_size: int = Field(ge=8)
+    """Tokens in one training sequence."""
+
+    optim: Literal["adamw", "muon"]
+    """muon: matrices and expert stacks by Muon, embeddings, head and vectors by AdamW."""
+
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate; Muon's update is scaled to AdamW's RMS, so that one rate serves both."""
+
+    weight_decay: float = Field(ge=0)
+    """Decoupled weight decay of matrices; norms, biases and embeddings are not decayed."""
+
+    adam_beta1: float = Field(ge=0, lt=1)
+    """Decay of AdamW's first moment."""
+
+    adam_beta2: float = Field(ge=0, lt=1)
+    """Decay of AdamW's second moment."""
+
+    adam_epsilon: float = Field(gt=0)
+    """AdamW's epsilon."""
+
+    adam_moments_dtype: Literal["fp32", "bf16"]
+    """bf16 halves the optimizer's memory, as in the report (section 3.3.3)."""
+
+    muon_momentum: float = Field(ge=0, lt=1)
+    """Nesterov momentum of Muon."""
+
+    max_grad_norm: float = Field(gt=0)
+    """Largest gradient norm; larger gradients are scaled down to it."""
+
+    lr_scheduler_type: Literal["deepseek_v3", "cosine", "linear", "constant"]
+    """deepseek_v3: warm-up, constant, cosine, two constant tails, as fractions of the budget."""
+
+    warmup_ratio: float = Field(ge=0, lt=1)
+    """Share of the steps in which the learning rate rises linearly from zero."""
+
+    min_lr_ratio: float = Field(ge=0, le=1)
+    """Learning rate at the end of the decay, as a share of the peak (cosine, linear)."""
+
+    bias_update_rate: float = Field(ge=0)
+    """gamma: step of the router's bias per optimizer step; 0 turns loss-free balancing off."""
+
+    bias_freeze_ratio: float = Field(ge=0, le=1)
+    """Last share of the steps in which gamma is 0 (report: 0.034)."""
+
+    sequence_loss_weight: float = Field(ge=0)
+    """alpha: weight of the sequence-wise balance loss (report: 1e-4)."""
+
+    mtp_loss_weight: float = Field(ge=0)
+    """lambda: weight of the multi-token prediction loss for the first 67.6 % of the steps."""
+
+    mtp_loss_weight_final: float = Field(ge=0)
+    """lambda for the rest of the steps."""
+
+    eval_steps: int = Field(ge=1)
+    """Optimizer steps between two validations; they also decide which weights are the best."""
+
+    load_best_model_at_end: bool
+    """Export the weights with the lowest validation loss instead of the last ones."""
+
+    precision: Literal["auto", "fp32", "bf16"]
+    """auto: bf16 where the device multiplies it natively, else fp32."""
+
+    use_fp8: bool
+    """Block-scaled FP8 on top of `precision`."""
+
+    fp8_weight_quant: bool
+    """Quantise weights in 128x128 blocks (with use_fp8)."""
+
+    fp8_activation_quant: bool
+    """Quantise activations and their gradients in 1x128 tiles (with use_fp8)."""
+
+    experts: str = Field(min_length=1)
+    """Backend of the expert computation; auto chooses by device and precision, and is recorded."""
+
+    gradient_checkpointing: bool
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+
+    torch_compile: bool
+    """Compile the model with torch.compile."""
+
+    @model_validator(mode="after")
+    def fits_together(self) -> Self:
+        """Check the relations within the section."""
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps is {self.max_steps}; must be positive, or -1 to train num_train_epochs")
+        if self.warmup_ratio + self.bias_freeze_ratio > 1:
+            raise ValueError("warmup_ratio + bias_freeze_ratio exceeds 1; together they are shares of the same steps")
+        return self
+
+
+class RuntimeParams(Section):
+    """Section `runtime`: what differs between machines and changes no result. In no stage's params."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    """auto: cuda where there is one."""
+
+    num_processes: int = Field(ge=1)
+    """Training processes; must divide train.gradient_accumulation_steps."""
+
+    dataloader_num_workers: int = Field(ge=0)
+    """Worker processes that prepare batches."""
+
+    dataloader_pin_memory: bool
+    """Copy batches into pinned memory first (CUDA only)."""
+
+    logging_steps: int = Field(ge=1)
+    """Optimizer steps between two rows of history.tsv."""
+
+    save_steps: int = Field(ge=1)
+    """Optimizer steps between two checkpoints."""
+
+    save_total_limit: int = Field(ge=1)
+    """Most checkpoints kept."""
+
+    resume: Literal["auto", "never", "must"]
+    """auto: go on from a checkpoint of the same fingerprint where there is one."""
+
+    trackers: list[Literal["aim", "tensorboard", "wandb"]]
+    """Views of the run; the truth is in results/."""
+
+    aim_repo: str | None
+    """Aim repository: a folder or aim://host:port; null: .aim at the root of the DVC repository."""
+
+    experiment: str | None
+    """Aim experiment under which runs are filed; null: the model configuration's name."""
