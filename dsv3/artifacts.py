@@ -1,7 +1,7 @@
 """Files that are whole or absent: atomic writes, digests, provenance.
 
-A stage that dies half-way must not leave a file that looks finished, so everything is written beside its final name, flushed to the
-disk, and renamed over it; a rename within one folder is atomic on POSIX and on Windows.
+A stage that dies half-way must not leave a file that looks finished, so everything is written beside its final name,
+flushed to the disk, and renamed over it; a rename within one folder is atomic on POSIX and on Windows.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary directory beside `path`; put it in the place of `path` on success, remove it on failure."""
+    """Yield an empty temporary directory beside `path`; put it in the place of `path` on success, else remove it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -1,7 +1,8 @@
 """The one exception type for a user's mistake.
 
-Everything a user can get wrong (a parameter, a missing file, an unreachable source) is raised as `UserError`; the command line
-prints it as one line and exits with status 2. Anything else that is raised is the program's own mistake and keeps its traceback.
+Everything a user can get wrong (a parameter, a missing file, an unreachable source) is raised as `UserError`; the
+command line prints it as one line and exits with status 2. Anything else that is raised is the program's own mistake
+and keeps its traceback.
 """
 
 

@@ -1,8 +1,9 @@
 """params.yaml, validated whole.
 
-Every stage reads the whole file through `read_params` in its first second, so that a mistake in the last stage's section is told
-before the first stage starts. The sections' classes stand beside the code that they configure; this module only puts them together
-and checks what lies between them. It alters no value (no class has a default), which is why a change here re-runs no stage.
+Every stage reads the whole file through `read_params` in its first second, so that a mistake in the last stage's
+section is told before the first stage starts. The sections' classes stand beside the code that they configure; this
+module only puts them together and checks what lies between them. It alters no value (no class has a default), which is
+why a change here re-runs no stage.
 """
 
 import json
@@ -126,11 +127,13 @@ def _check_relations(params: Params, architecture: Architecture, path: Path) -> 
         ),
         (
             evaluate.block_size > limit,
-            f"evaluate.block_size is {evaluate.block_size}; must be <= {limit}, the max_position_embeddings of {config}",
+            f"evaluate.block_size is {evaluate.block_size}; must be <= {limit}, "
+            f"the max_position_embeddings of {config}",
         ),
         (
             evaluate.stride > evaluate.block_size,
-            f"evaluate.stride is {evaluate.stride}; must be <= {evaluate.block_size}, evaluate.block_size, or tokens are skipped",
+            f"evaluate.stride is {evaluate.stride}; must be <= {evaluate.block_size}, evaluate.block_size, "
+            "or tokens are skipped",
         ),
         (
             accumulation % processes != 0,

@@ -1,7 +1,7 @@
 """The architecture as its JSON file states it, read without torch.
 
-The field names are Hugging Face's. `mini_model/configuration_deepseek.py` is the class that ships with the weights; this one exists
-because importing that one imports torch, which three of the six stages must not.
+The field names are Hugging Face's. `mini_model/configuration_deepseek.py` is the class that ships with the weights;
+this one exists because importing that one imports torch, which three of the six stages must not.
 """
 
 import json
@@ -41,10 +41,25 @@ class Architecture(BaseModel):
     max_position_embeddings: int = Field(ge=1)
     tie_word_embeddings: bool
     num_nextn_predict_layers: int = Field(ge=0)
+    attention_bias: bool = False
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one head's query and key: the part without position and the rotary part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def is_moe(self, layer: int) -> bool:
+        """Tell whether decoder layer number `layer` holds experts; MTP modules count on from `num_hidden_layers`."""
+        return layer >= self.first_k_dense_replace
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Number of layers with experts, MTP modules left out."""
+        return max(0, self.num_hidden_layers - self.first_k_dense_replace)
 
     @model_validator(mode="after")
     def topology_holds(self) -> Self:
-        """Check that group-limited routing can choose its experts (transformers accepts and then fails or misroutes)."""
+        """Check that group-limited routing can choose its experts: transformers accepts, then fails or misroutes."""
         experts, groups = self.n_routed_experts, self.n_group
         if experts % groups:
             raise ValueError(f"n_group is {groups}; must divide n_routed_experts ({experts})")

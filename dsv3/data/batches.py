@@ -1,0 +1,134 @@
+"""Batches as a pure function of (seed, step): nothing to save, nothing to restore.
+
+Every sequence of a training has a number n. The token stream is cut into blocks; one epoch visits each block once, in
+an order drawn for that epoch, so n says which epoch (n // blocks per epoch) and which block. Where the borders of the
+blocks lie is drawn for each epoch too (a phase), so the same words are seen in other surroundings each time. The stream
+is read as a circle: the block that crosses the end goes on at the beginning, where the end-of-text token stands anyway;
+thus every epoch has the same number of blocks, whatever its phase.
+
+Because of this, resuming needs only the step, and the number of processes does not change which sequences a step sees.
+The alternative, a shuffling iterator, has a state that must be saved with each checkpoint and depends on the number of
+processes and workers. We give up two things: up to block_size - 1 tokens per epoch (others each time) fall between the
+last block and the first, and the order of an epoch takes 8 bytes of memory per block.
+
+The order comes from the raw bit stream of PCG64, which NumPy promises never to change (it does not promise that for
+`Generator.permutation`).
+
+Letters: N sequences, L = block_size + 1 tokens (a block and the token after it, which the last one predicts).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dsv3.data.shards import TokenStream
+from dsv3.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The training sequences of a run, addressed by number."""
+
+    stream: TokenStream
+    block_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if len(self.stream) <= self.block_size:
+            raise UserError(
+                f"train.block_size is {self.block_size}; must be < {len(self.stream)}, "
+                f"the tokens of the split in {self.stream.paths[0].parent}"
+            )
+
+    @cached_property
+    def num_blocks_per_epoch(self) -> int:
+        """Number of sequences in one pass over the tokens."""
+        return len(self.stream) // self.block_size
+
+    def sequences(self, first: int, count: int) -> torch.Tensor:
+        """Return sequences number `first` to `first + count - 1` of the run as int64, (count, block_size + 1)."""
+        tokens_NL = np.empty((count, self.block_size + 1), np.int64)
+        for row, number in enumerate(range(first, first + count)):
+            epoch, position = divmod(number, self.num_blocks_per_epoch)
+            order, phase = _epoch_order(self.seed, epoch, self.num_blocks_per_epoch, len(self.stream))
+            start = (phase + int(order[position]) * self.block_size) % len(self.stream)
+            tokens_NL[row] = self._circular(start, self.block_size + 1)
+        return torch.from_numpy(tokens_NL)
+
+    def _circular(self, start: int, length: int) -> npt.NDArray[np.unsignedinteger]:
+        """Return `length` tokens from `start`; after the last token of the stream comes its first."""
+        head = self.stream[start : start + length]
+        return head if len(head) == length else np.concatenate([head, self.stream[: length - len(head)]])
+
+
+@lru_cache(maxsize=2)  # a batch may span two epochs
+def _epoch_order(seed: int, epoch: int, num_blocks: int, num_tokens: int) -> tuple[npt.NDArray[np.int64], int]:
+    """Return the order in which an epoch visits its blocks, and the token at which its first block starts."""
+    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
+    phase = int(bits.random_raw()) % num_tokens
+    return np.argsort(bits.random_raw(num_blocks), kind="stable"), phase
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """How the sequences of an optimizer step are dealt to processes and forward passes.
+
+    A step has `accumulation` micro-batches of `micro_batch_size` sequences over all processes together; process `rank`
+    of `world_size` takes every world_size-th of them. `world_size` must divide `accumulation`.
+    """
+
+    micro_batch_size: int
+    accumulation: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def num_sequences_per_step(self) -> int:
+        """Number of sequences in one optimizer step, over all processes."""
+        return self.micro_batch_size * self.accumulation
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Number of forward passes of this process in one optimizer step."""
+        return self.accumulation // self.world_size
+
+    def first_sequence(self, step: int, micro: int) -> int:
+        """Return the number of the first sequence of this process's micro-batch `micro` of `step` (both from 0)."""
+        return step * self.num_sequences_per_step + (micro * self.world_size + self.rank) * self.micro_batch_size
+
+
+@dataclass(frozen=True)
+class _MicroBatches(Dataset[torch.Tensor]):
+    """Micro-batches of one process; item i is micro-batch i % num_micro_batches of step i // num_micro_batches."""
+
+    batches: Batches
+    layout: StepLayout
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        step, micro = divmod(index, self.layout.num_micro_batches)
+        return self.batches.sequences(self.layout.first_sequence(step, micro), self.layout.micro_batch_size)
+
+
+def micro_batches(
+    batches: Batches, layout: StepLayout, steps: range, num_workers: int = 0, pin_memory: bool = False
+) -> Iterator[torch.Tensor]:
+    """Yield this process's micro-batches of the given steps in order, each int64 (micro_batch_size, block_size + 1).
+
+    Step `steps.start` of the training is the first; each step gives `layout.num_micro_batches` of them. The tensors do
+    not depend on `num_workers` (processes that prepare them) or `pin_memory` (page-locked memory, for CUDA only).
+    """
+    per_step = layout.num_micro_batches
+    loader = DataLoader(
+        _MicroBatches(batches, layout),
+        batch_size=None,
+        sampler=range(steps.start * per_step, steps.stop * per_step),
+        num_workers=num_workers,
+        pin_memory=pin_memory and torch.cuda.is_available(),
+        generator=torch.Generator(),  # else the loader would draw from, and so alter, the global random state
+    )
+    yield from loader

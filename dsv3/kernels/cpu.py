@@ -1,0 +1,131 @@
+"""Experts on a CPU: one sort, then matrix products on contiguous slices, with a hand-written backward pass.
+
+What is slow elsewhere, and what is done about it:
+
+* Indexing `weight[e]` in an autograd loop gives each of the E experts a gradient as large as the whole stack, mostly
+  zeros. Here every product writes its slice of one gradient tensor (`mm(out=)`).
+* A token's rows are gathered expert by expert, just before they are multiplied, so that they are still in the cache, and
+  the activation runs on that slice while it is there too.
+* The routing weight scales the activation (I columns) instead of the expert's output (H columns). With
+  p = weight * swiglu and o = p @ down.T its gradient is sum(swiglu * (do @ down)), so neither o nor the gathered input
+  has to be kept: the backward pass needs the layer's input, the (S, 2I) input of the activation, and the order.
+
+Both passes are custom operators, so that torch.compile takes each as one opaque node: the loop's bounds are data.
+
+Letters: T tokens, K experts per token, S = T * K pairs sorted by expert, E experts, H hidden size, I intermediate size,
+n rows of one expert.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv3.kernels.permute import expert_order, slices, sum_per_token, with_inverse
+from dsv3.kernels.swiglu import swiglu_backward
+
+
+def experts(hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor) -> Tensor:
+    """Return the weighted sum of each token's experts, shape (T, H); all floating tensors of one dtype."""
+    return _forward(hidden_TH, index_TK, weight_TK, gate_up_E2IH, down_EHI)[0]
+
+
+@torch.library.custom_op("dsv3::experts_cpu", mutates_args=())
+def _forward(
+    hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the output, and what the backward pass needs: gate and up of every pair, the order, the ends."""
+    order = expert_order(index_TK, gate_up_E2IH.shape[0])
+    weight_S1 = weight_TK.reshape(-1, 1)[order.pair_S]
+    gate_up_S2I = hidden_TH.new_empty(len(weight_S1), gate_up_E2IH.shape[1])
+    output_SH = hidden_TH.new_empty(len(weight_S1), hidden_TH.shape[1])
+    for expert, rows in slices(order.end_E):
+        hidden_nH = hidden_TH.index_select(0, order.token_S[rows])
+        gate_up_n2I = torch.mm(hidden_nH, gate_up_E2IH[expert].t(), out=gate_up_S2I[rows])
+        gate_nI, up_nI = gate_up_n2I.chunk(2, dim=-1)
+        act_nI = F.silu(gate_nI).mul_(up_nI).mul_(weight_S1[rows])
+        torch.mm(act_nI, down_EHI[expert].t(), out=output_SH[rows])
+    return sum_per_token(output_SH, order.position_TK), gate_up_S2I, order.pair_S, order.end_E
+
+
+@_forward.register_fake
+def _(
+    hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_pairs = index_TK.shape[0] * index_TK.shape[1]
+    return (
+        torch.empty_like(hidden_TH, memory_format=torch.contiguous_format),
+        hidden_TH.new_empty(num_pairs, gate_up_E2IH.shape[1]),
+        index_TK.new_empty(num_pairs, dtype=torch.int64),
+        index_TK.new_empty(gate_up_E2IH.shape[0], dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("dsv3::experts_cpu_backward", mutates_args=())
+def _backward(
+    grad_TH: Tensor,
+    hidden_TH: Tensor,
+    weight_TK: Tensor,
+    gate_up_E2IH: Tensor,
+    down_EHI: Tensor,
+    gate_up_S2I: Tensor,
+    pair_S: Tensor,
+    end_E: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients by hidden, weight, gate_up and down."""
+    order = with_inverse(pair_S, end_E, weight_TK.shape[1])
+    weight_S1 = weight_TK.reshape(-1, 1)[pair_S]
+    grad_gate_up_E2IH, grad_down_EHI = torch.empty_like(gate_up_E2IH), torch.empty_like(down_EHI)
+    idle_E = torch.diff(end_E, prepend=end_E.new_zeros(1)) == 0
+    grad_gate_up_E2IH[idle_E], grad_down_EHI[idle_E] = 0, 0
+    grad_hidden_SH, grad_weight_S = (
+        hidden_TH.new_empty(len(pair_S), hidden_TH.shape[1]),
+        weight_S1.new_empty(len(pair_S)),
+    )
+    for expert, rows in slices(end_E):
+        token_n, gate_up_n2I = order.token_S[rows], gate_up_S2I[rows]
+        gate_nI, up_nI = gate_up_n2I.chunk(2, dim=-1)
+        grad_nH = grad_TH.index_select(0, token_n)
+        grad_act_nI = grad_nH @ down_EHI[expert]  # by weight * swiglu
+        silu_nI = F.silu(gate_nI)
+        act_nI = silu_nI * up_nI
+        torch.sum(grad_act_nI * act_nI, dim=-1, out=grad_weight_S[rows])
+        torch.mm(grad_nH.t(), act_nI.mul_(weight_S1[rows]), out=grad_down_EHI[expert])
+        grad_n2I = swiglu_backward(grad_act_nI.mul_(weight_S1[rows]), gate_up_n2I, silu_nI)
+        torch.mm(grad_n2I.t(), hidden_TH.index_select(0, token_n), out=grad_gate_up_E2IH[expert])
+        torch.mm(grad_n2I, gate_up_E2IH[expert], out=grad_hidden_SH[rows])
+    grad_weight_TK = grad_weight_S[order.position_TK]
+    return sum_per_token(grad_hidden_SH, order.position_TK), grad_weight_TK, grad_gate_up_E2IH, grad_down_EHI
+
+
+@_backward.register_fake
+def _(
+    grad_TH: Tensor,
+    hidden_TH: Tensor,
+    weight_TK: Tensor,
+    gate_up_E2IH: Tensor,
+    down_EHI: Tensor,
+    gate_up_S2I: Tensor,
+    pair_S: Tensor,
+    end_E: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(hidden_TH, memory_format=torch.contiguous_format),
+        torch.empty_like(weight_TK, memory_format=torch.contiguous_format),
+        torch.empty_like(gate_up_E2IH),
+        torch.empty_like(down_EHI),
+    )
+
+
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep for the backward pass what can't be recomputed cheaply."""
+    hidden_TH, _, weight_TK, gate_up_E2IH, down_EHI = inputs
+    ctx.save_for_backward(hidden_TH, weight_TK, gate_up_E2IH, down_EHI, *output[1:])
+
+
+def _gradients(ctx: torch.autograd.function.FunctionCtx, grad_TH: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients in the order of `_forward`'s arguments."""
+    grad_hidden, grad_weight, grad_gate_up, grad_down = _backward(grad_TH, *ctx.saved_tensors)
+    return grad_hidden, None, grad_weight, grad_gate_up, grad_down
+
+
+_forward.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,91 @@
+"""Which numbers a run records: one name, one unit, one meaning, in every table, metrics.json and tracker.
+
+A row whose name is not listed here is refused by the recorder, so that two runs can always be compared. What tells a
+number of the training split from one of the validation split is not its name but its table (in Aim: the context's
+`subset`).
+"""
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One recorded number: its unit ("" for counts and ratios) and what it says."""
+
+    unit: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """One TSV file of a run: its index columns, and the part of the data that its rows speak about."""
+
+    index: tuple[str, ...]
+    subset: str
+
+
+METRICS = MappingProxyType(
+    {
+        # Where in the run
+        "step": Metric("", "optimizer steps done"),
+        "layer": Metric("", "decoder layer, counted from 0; MTP layers follow the main ones"),
+        "epoch": Metric("", "passes over the training tokens"),
+        "tokens_seen": Metric("tokens", "training tokens consumed so far"),
+        # Losses, always natural logarithms
+        "loss": Metric("nats/token", "cross-entropy of the next token, without any auxiliary loss"),
+        "total_loss": Metric("nats/token", "what is minimised: loss + weighted MTP and sequence-wise losses"),
+        "mtp_loss": Metric("nats/token", "cross-entropy of multi-token prediction, mean over its depths"),
+        "sequence_loss": Metric("", "sequence-wise balance loss before its weight"),
+        "best_loss": Metric("nats/token", "lowest validation loss so far"),
+        "best_step": Metric("", "step of the lowest validation loss"),
+        "nats_per_token": Metric("nats/token", "cross-entropy over a whole split"),
+        "perplexity": Metric("", "exp(nats_per_token)"),
+        "nats_per_char": Metric("nats/char", "cross-entropy per character: comparable across tokenizers"),
+        "bits_per_byte": Metric(
+            "bits/byte", "cross-entropy per byte of UTF-8: comparable across tokenizers and scripts"
+        ),
+        "tokens": Metric("tokens", "tokens that were scored"),
+        "characters": Metric("characters", "characters that the scored tokens spell"),
+        "bytes": Metric("bytes", "bytes that the scored tokens spell"),
+        "position": Metric("tokens", "place of a token in its window, counted from 0"),
+        # Schedules
+        "learning_rate": Metric("", "learning rate of the step"),
+        "bias_update_rate": Metric("", "gamma of loss-free balancing"),
+        "mtp_loss_weight": Metric("", "lambda of multi-token prediction"),
+        "grad_norm": Metric("", "norm of all gradients before clipping"),
+        # Routing (one layer's experts)
+        "max_vio": Metric("", "(largest load - mean load) / mean load, over the batches since the last row"),
+        "max_vio_global": Metric("", "the same over a whole split, or the whole run so far"),
+        "entropy": Metric("nats", "entropy of the load's distribution over the experts; ln(experts) when balanced"),
+        "dead_experts": Metric("", "experts that received no token"),
+        "bias_min": Metric("", "smallest routing bias"),
+        "bias_max": Metric("", "largest routing bias"),
+        "load": Metric("", "share of a layer's routed tokens that went to an expert; 1 / experts when balanced"),
+        "expert": Metric("", "routed expert, counted from 0"),
+        # Speed and memory
+        "step_s": Metric("s", "wall-clock time of one optimizer step, mean since the last row"),
+        "tokens_per_s": Metric("tokens/s", "training tokens per second of wall-clock time"),
+        "model_flops_per_s": Metric("FLOP/s", "the model's arithmetic per second, recomputation not counted"),
+        "peak_memory_bytes": Metric("bytes", "peak memory of the device (CPU: resident memory of the process)"),
+        "train_s": Metric("s", "wall-clock time of the training, resumed parts included"),
+        "evaluation_s": Metric("s", "wall-clock time of the evaluation"),
+    }
+)
+
+TABLES = MappingProxyType(
+    {
+        "history": Table(index=("step",), subset="train"),
+        "validation": Table(index=("step",), subset="val"),
+        "router": Table(index=("step", "layer"), subset="train"),
+    }
+)
+"""The tables that `train` writes, each to `<name>.tsv`."""
+
+SUBSETS = MappingProxyType({"validation": "val", "test": "test", "heldout": "heldout"})
+"""Sections of results/evaluate/metrics.json, and the `subset` under which trackers show them."""
+
+
+def unknown_names(row: dict[str, float] | MappingProxyType[str, float]) -> list[str]:
+    """Return the names in `row` that are not in the vocabulary, sorted."""
+    return sorted(set(row) - set(METRICS))

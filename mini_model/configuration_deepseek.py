@@ -1,0 +1,114 @@
+"""The sizes and switches of a DeepSeek-V3 network, under the names Hugging Face and DeepSeek use in `config.json`."""
+
+from typing import Any, ClassVar
+
+from transformers.configuration_utils import PreTrainedConfig
+
+GROUP_SCORE_TERMS = 2
+"""A group of experts is ranked by the sum of its two best scores, so it must hold at least two."""
+
+
+class DeepseekV3Config(PreTrainedConfig):
+    """Holds one architecture; defaults are the published 671B model's, apart from `num_nextn_predict_layers`.
+
+    `rope_parameters` is `{"rope_type": "default", "rope_theta": 10000.0}` in pre-training; context extension replaces
+    it by `{"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale_all_dim": 1.0, ...}`.
+
+    Raises `ValueError`, in one line, for a routing topology that can't work and for a variant that isn't built here.
+    """
+
+    model_type: ClassVar[str] = "deepseek_v3"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_local_experts": "n_routed_experts",
+        "num_mtp_layers": "num_nextn_predict_layers",  # the name by which transformers' drafting asks for it
+    }
+
+    # the residual stream
+    vocab_size: int = 129280
+    hidden_size: int = 7168
+    num_hidden_layers: int = 61
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.006
+    tie_word_embeddings: bool = False
+    hidden_act: str = "silu"
+
+    # multi-head latent attention
+    num_attention_heads: int = 128
+    num_key_value_heads: int | None = None  # read by other tools only: MLA has one key and value per head
+    q_lora_rank: int | None = 1536  # None: queries are projected in one step
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    max_position_embeddings: int = 4096
+    rope_parameters: dict[str, Any] | None = None
+    rope_interleave: bool = True  # rotated pairs are neighbours, as in DeepSeek's weights
+
+    # feed-forward networks: the first layers are dense, the rest mixtures of experts
+    intermediate_size: int = 18432
+    first_k_dense_replace: int = 3
+    moe_intermediate_size: int = 2048
+    n_routed_experts: int = 256
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 8
+    n_group: int = 8
+    topk_group: int = 4
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+    scoring_func: str = "sigmoid"  # these three are constants here; other loaders choose their code by them
+    topk_method: str = "noaux_tc"
+    moe_layer_freq: int = 1
+
+    # multi-token prediction
+    num_nextn_predict_layers: int = 0
+
+    # generation
+    use_cache: bool = True
+    output_router_logits: bool = False
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 1
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        self.head_dim = self.qk_rope_head_dim  # the width that transformers' RoPE functions rotate
+        super().__post_init__(**kwargs)
+        check_variant(self)
+        check_topology(self)
+
+
+def check_variant(config: DeepseekV3Config) -> None:
+    """Raise `ValueError` where the file asks for a router, a layer pattern or positions that this model lacks."""
+    built = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)}
+    for name, values in built.items():
+        if getattr(config, name) not in values:
+            raise ValueError(f"{name} is {getattr(config, name)!r}; must be {values[0]!r}, the router of DeepSeek-V3")
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type not in ("default", "yarn"):
+        raise ValueError(f"rope_parameters.rope_type is {rope_type!r}; must be 'default' or 'yarn'")
+
+
+def check_topology(config: DeepseekV3Config) -> None:
+    """Raise `ValueError` where group-limited routing can't choose its experts, which would fail or misroute later."""
+    experts, groups = config.n_routed_experts, config.n_group
+    if groups < 1 or experts % groups:
+        raise ValueError(f"n_group is {groups}; must divide n_routed_experts ({experts})")
+    size = experts // groups
+    if groups > 1 and size < GROUP_SCORE_TERMS:
+        raise ValueError(f"n_group is {groups}; leaves {size} experts per group, must leave at least 2")
+    if not 1 <= config.topk_group <= groups:
+        raise ValueError(f"topk_group is {config.topk_group}; must be between 1 and n_group ({groups})")
+    reachable = config.topk_group * size
+    if not 1 <= config.num_experts_per_tok <= reachable:
+        raise ValueError(
+            f"num_experts_per_tok is {config.num_experts_per_tok}; must be between 1 and {reachable}, "
+            f"the experts of topk_group ({config.topk_group}) groups"
+        )
+
+
+DeepseekV3Config.register_for_auto_class()

@@ -1,0 +1,782 @@
+"""DeepSeek-V3, readable beside its technical report (arXiv:2412.19437), whose equation numbers the docstrings cite.
+
+From bottom to top: normalisation and positions; multi-head latent attention (§2.1.1); the mixture of experts with its
+sigmoid router and loss-free balancing (§2.1.2); the decoder layer, which with three more weights is a multi-token
+prediction module (§2.2); the trunk; the language model with its losses.
+
+What is plain here and fast elsewhere hangs on two seams. `model.set_experts_implementation(name)` replaces the loop of
+`DeepseekV3Experts` by a function registered with transformers; `model.cross_entropy` may be replaced by one that never
+holds all logits. Everything else is as fast as PyTorch's own operators.
+
+State-dict names are DeepSeek's. On disk each expert has its own matrices; in memory they are stacked, and transformers
+converts on the way. Stock transformers loads the same folder without this file and computes the same logits; this
+file adds what stock lacks: the losses, the prediction modules, the load counts, an fp32 router under autocast, and
+decoding on the latent cache itself.
+
+Letters: B sequences, S positions, T tokens = B·S, D hidden_size, F intermediate width, V vocab_size; E n_routed_experts,
+K experts per token, G expert groups, R rows routed to one expert; H heads, N qk_nope_head_dim, P qk_rope_head_dim,
+U v_head_dim, Q q_lora_rank, C kv_lora_rank (compressed); X cached positions, M heads times queries.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_deepseek import GROUP_SCORE_TERMS, DeepseekV3Config
+
+IGNORED_LABEL = -100
+"""Positions with this label have no target, by Hugging Face's convention."""
+
+
+# ---------------------------------------------------------------------------------------- normalisation, positions
+
+
+class DeepseekV3RMSNorm(nn.Module):
+    """Scales each vector to a root mean square of one, then by a learned weight per dimension."""
+
+    def __init__(self, size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` normalised over its last dimension, computed in the weight's dtype (fp32 in training)."""
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+
+
+class Float32Buffers(nn.Module):
+    """Keeps the buffers named in `float32_buffers` in fp32 when the module is cast, as in `model.to(torch.bfloat16)`.
+
+    A bf16 number near 0.5 has a spacing of 0.004: an expert's bias, moved in steps of 0.001, would stop there.
+    """
+
+    float32_buffers: ClassVar[tuple[str, ...]] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32Buffers":
+        """Apply `fn` (every `to`, `cuda`, `half` … ends here), then undo what it did to the dtype of those buffers."""
+        before = {name: self._buffers[name] for name in self.float32_buffers}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != torch.float32:
+                self._buffers[name] = old.to(device=new.device, dtype=torch.float32)
+        return self
+
+
+class DeepseekV3RotaryEmbedding(Float32Buffers):
+    """Turns positions into the angles of RoPE, with YaRN's frequencies where `rope_parameters` asks for them."""
+
+    float32_buffers = ("inv_freq",)
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        self.config = config
+        inv_freq, self.attention_factor = inverse_frequencies(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+
+    @torch.no_grad()
+    def forward(self, position_ids_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines, in fp32 and with a dimension for the heads: (B, 1, S, P / 2) each."""
+        angles = position_ids_BS[:, None, :, None].float() * self.inv_freq
+        return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
+
+
+def inverse_frequencies(config: DeepseekV3Config) -> tuple[Tensor, float]:
+    """Return RoPE's P / 2 angular frequencies and the factor YaRN puts on cosine and sine (1 without YaRN).
+
+    YaRN (arXiv:2309.00071) divides the slow frequencies by `factor`, leaves the fast ones, and blends in between.
+    """
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type", "default") != "default":
+        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
+    exponents = torch.arange(0, config.qk_rope_head_dim, 2, dtype=torch.float) / config.qk_rope_head_dim
+    return 1.0 / rope["rope_theta"] ** exponents, 1.0
+
+
+def rotated(x_BHSP: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
+    """Return `x` with each pair of dimensions turned by its position's angle; first halves of all pairs come first.
+
+    A pair is (2i, 2i + 1) if `interleave`, else (i, i + P / 2). Queries and keys come out in the same order, so their
+    product doesn't depend on it.
+    """
+    first, second = (x_BHSP[..., 0::2], x_BHSP[..., 1::2]) if interleave else x_BHSP.chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x_BHSP.dtype)
+
+
+def softmax_scale(config: DeepseekV3Config) -> float:
+    """Return the factor on query-key products: 1 / sqrt(N + P), times YaRN's squared mscale if `mscale_all_dim`.
+
+    DeepSeek's own code raises the temperature of whole heads by mscale = 0.1 · mscale_all_dim · ln(factor) + 1.
+    """
+    rope = config.rope_parameters or {}
+    scale = config.qk_head_dim**-0.5
+    mscale_all_dim = rope.get("mscale_all_dim", 0)
+    if rope.get("rope_type", "default") == "default" or not mscale_all_dim or rope["factor"] <= 1:
+        return scale
+    factor = torch.tensor(rope["factor"], dtype=torch.float64, device="cpu")
+    return scale * float(0.1 * mscale_all_dim * factor.log() + 1.0) ** 2
+
+
+# ---------------------------------------------------------------------------------------- multi-head latent attention
+
+
+class DeepseekV3Attention(nn.Module):
+    """Multi-head latent attention: all heads' keys and values are linear in one narrow latent per token (§2.1.1).
+
+    Only that latent (C numbers) and one rotated key shared by all heads (P numbers) are cached. Two ways to use them:
+
+    - *expanded*: compute every head's keys and values from the latents, then attend as usual (training, prefill);
+    - *absorbed*: since q·(W^UK c) = (W^UKᵀ q)·c, move the projections to the query and the output, and attend to the
+      latents themselves. All heads then share one key and one value per position (decoding).
+
+    Both give the same result up to rounding. Per query the absorbed form multiplies more, per cached position it saves
+    the expansion, so the shorter computation is taken.
+    """
+
+    def __init__(self, config: DeepseekV3Config, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True  # read by transformers' attention functions when they get no mask
+        self.num_heads = config.num_attention_heads
+        self.kv_dims = [config.qk_nope_head_dim, config.v_head_dim]
+        self.scaling = softmax_scale(config)
+
+        heads, bias = config.num_attention_heads, config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, heads * config.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = DeepseekV3RMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
+        self.kv_a_layernorm = DeepseekV3RMSNorm(config.kv_lora_rank)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * sum(self.kv_dims), bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return u_t of equation 11 for every position, and the attention weights where the implementation has them."""
+        q_nope_BHSN, q_rope_BHSP = self.queries(hidden_states, *position_embeddings)
+        latent_B1XC, k_rope_B1XP = self.latents(hidden_states, *position_embeddings)
+        if past_key_values is not None:
+            latent_B1XC, k_rope_B1XP = past_key_values.update(latent_B1XC, k_rope_B1XP, self.layer_idx)
+
+        num_queries, num_keys = q_nope_BHSN.shape[2], latent_B1XC.shape[2]
+        attend = self.attend_absorbed if self.should_absorb(num_queries, num_keys, attention_mask) else self.attend_expanded
+        out_BSHU, weights = attend(q_nope_BHSN, q_rope_BHSP, latent_B1XC, k_rope_B1XP, attention_mask)
+        return self.o_proj(out_BSHU.flatten(2)), weights
+
+    def queries(self, hidden_BSD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Return q^C and q^R of every head, (B, H, S, N) and (B, H, S, P): equations 6 to 8."""
+        if self.config.q_lora_rank is None:
+            q = self.q_proj(hidden_BSD)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_BSD)))
+        q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        q_nope, q_rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
+        return q_nope, rotated(q_rope, cos, sin, self.config.rope_interleave)
+
+    def latents(self, hidden_BSD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the normalised c^KV and k^R, (B, 1, S, C) and (B, 1, S, P): equations 1 and 3, all that is cached."""
+        down = self.kv_a_proj_with_mqa(hidden_BSD)[:, None]
+        latent, k_rope = down.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
+        return self.kv_a_layernorm(latent), rotated(k_rope, cos, sin, self.config.rope_interleave)
+
+    def attend_expanded(
+        self, q_nope_BHSN: Tensor, q_rope_BHSP: Tensor, latent_B1XC: Tensor, k_rope_B1XP: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return o of equation 10, (B, S, H, U), from keys and values of every head: equations 2, 4, 5 and 9."""
+        kv = self.kv_b_proj(latent_B1XC[:, 0]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k_nope_BHXN, value_BHXU = kv.split(self.kv_dims, dim=-1)
+        query = torch.cat([q_nope_BHSN, q_rope_BHSP], dim=-1)
+        key = torch.cat([k_nope_BHXN, k_rope_B1XP.expand(-1, self.num_heads, -1, -1)], dim=-1)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        return attention(self, query, key, value_BHXU, mask, dropout=dropout, scaling=self.scaling)
+
+    def attend_absorbed(
+        self, q_nope_BHSN: Tensor, q_rope_BHSP: Tensor, latent_B1XC: Tensor, k_rope_B1XP: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return o of equation 10, (B, S, H, U), without expanding a single latent; `mask` as `eager_attention`'s."""
+        w_uk_HNC, w_uv_HUC = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(self.kv_dims, dim=1)
+        latent_BXC, k_rope_BXP = latent_B1XC[:, 0], k_rope_B1XP[:, 0]
+        # One shared key: the heads of a query are rows of the same matrix product.
+        q_latent_BMC = (q_nope_BHSN @ w_uk_HNC).flatten(1, 2)
+        scores_BMX = q_latent_BMC @ latent_BXC.mT + q_rope_BHSP.flatten(1, 2) @ k_rope_BXP.mT
+        scores_BHSX = scores_BMX.unflatten(1, (self.num_heads, -1)) * self.scaling
+        weights_BHSX = attention_weights(scores_BHSX, mask).to(latent_BXC.dtype)
+        out_BHSC = (weights_BHSX.flatten(1, 2) @ latent_BXC).unflatten(1, (self.num_heads, -1))
+        return (out_BHSC @ w_uv_HUC.mT).transpose(1, 2), weights_BHSX
+
+    def should_absorb(self, num_queries: int, num_keys: int, mask: Tensor | None) -> bool:
+        """Return whether the absorbed form multiplies less, and the mask is of a kind it can read."""
+        if self.training or num_queries == num_keys:
+            return False
+        readable = num_queries == 1 if mask is None else isinstance(mask, Tensor) and mask.ndim == 4
+        expanded_width, latent = sum(self.kv_dims), self.config.kv_lora_rank
+        # Per head and position: expanding costs C (N + U); attending costs 2 C instead of N + U for each query.
+        return readable and num_queries * (2 * latent - expanded_width) < latent * expanded_width
+
+
+def attention_weights(scores_BHSX: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the softmax over X in fp32; `mask` is boolean (true: may look) or is added to the scores."""
+    if mask is not None and mask.dtype == torch.bool:
+        # Not −inf: a padded query may look at nothing, and must not become NaN.
+        scores_BHSX = scores_BHSX.masked_fill(~mask, torch.finfo(scores_BHSX.dtype).min)
+    elif mask is not None:
+        scores_BHSX = scores_BHSX + mask
+    return scores_BHSX.softmax(dim=-1, dtype=torch.float32)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Return attention's output, (B, S, H, U), and its weights: the readable twin of transformers' implementations."""
+    weights_BHSX = attention_weights(query @ key.mT * scaling, mask).to(query.dtype)
+    weights_BHSX = F.dropout(weights_BHSX, p=dropout, training=module.training)
+    return (weights_BHSX @ value).transpose(1, 2), weights_BHSX
+
+
+# ---------------------------------------------------------------------------------------- mixture of experts
+
+
+class DeepseekV3MLP(nn.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`. The dense layers' network, and the shared experts as one."""
+
+    def __init__(self, config: DeepseekV3Config, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the network's output, of `x`'s shape."""
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Routing(NamedTuple):
+    """What a router decided, as the losses and the balancing need it."""
+
+    logits_TE: Tensor  # before the sigmoid, fp32
+    index_TK: Tensor  # the experts of each token
+
+
+class DeepseekV3TopkRouter(Float32Buffers):
+    """Chooses K experts per token by sigmoid affinity, within the best `topk_group` groups (equations 13 to 16).
+
+    `e_score_correction_bias` is added to the affinities for the choice and nowhere else. No gradient reaches it: whoever
+    trains lowers it for busy experts and raises it for idle ones, by the counts in `expert_load` (§2.1.2, loss-free
+    balancing), and then zeroes the counts.
+
+    Everything here is fp32, whatever the model's dtype or autocast: in bf16, affinities 0.4 % apart tie, and the choice
+    falls to the order of the experts.
+    """
+
+    float32_buffers = ("e_score_correction_bias",)
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.num_experts = config.n_routed_experts
+        self.num_groups = config.n_group
+        self.topk_group = config.topk_group
+        self.norm_topk_prob = config.norm_topk_prob
+        self.routed_scaling_factor = config.routed_scaling_factor
+        self.counts_when_evaluating = False
+        self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
+        self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_experts, dtype=torch.float32))
+        self.expert_load = nn.Buffer(torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
+
+    def forward(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the logits (T, E), the gate values (T, K) and the chosen experts (T, K)."""
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            logits_TE = F.linear(hidden_TD.float(), self.weight.float())
+        scores_TE = logits_TE.sigmoid()
+        index_TK = self.chosen_experts(scores_TE)
+        gates_TK = scores_TE.gather(1, index_TK)
+        if self.norm_topk_prob:
+            gates_TK = gates_TK / (gates_TK.sum(dim=1, keepdim=True) + 1e-20)
+        return logits_TE, gates_TK * self.routed_scaling_factor, index_TK
+
+    @torch.no_grad()
+    def chosen_experts(self, scores_TE: Tensor) -> Tensor:
+        """Return the top K of s + b, (T, K), among the groups whose two best experts have the largest sums of s + b."""
+        biased_TE = scores_TE + self.e_score_correction_bias
+        if self.topk_group < self.num_groups:
+            grouped = biased_TE.unflatten(1, (self.num_groups, -1))
+            score_TG = grouped.topk(GROUP_SCORE_TERMS, dim=-1).values.sum(dim=-1)
+            kept_TG = one_hot_rows(score_TG.topk(self.topk_group, dim=-1, sorted=False).indices, self.num_groups)
+            biased_TE = grouped.masked_fill(~kept_TG[..., None], -torch.inf).flatten(1)
+        return biased_TE.topk(self.top_k, dim=-1, sorted=False).indices
+
+    @torch.no_grad()
+    def count(self, index_TK: Tensor) -> None:
+        """Add the tokens each expert was given to `expert_load`, in training or where `counts_when_evaluating`."""
+        if self.training or self.counts_when_evaluating:
+            self.expert_load += one_hot_rows(index_TK, self.num_experts).sum(dim=0)
+
+
+def one_hot_rows(index_TK: Tensor, width: int) -> Tensor:
+    """Return a boolean matrix (T, width), true in row t at the columns `index[t]`."""
+    zeros = torch.zeros(index_TK.shape[0], width, dtype=torch.bool, device=index_TK.device)
+    return zeros.scatter_(1, index_TK, True)
+
+
+@use_experts_implementation
+class DeepseekV3Experts(nn.Module):
+    """All routed experts of a layer, stacked: expert e is a SwiGLU with weights `gate_up_proj[e]` and `down_proj[e]`.
+
+    This loop is what the equations say, and the twin against which fast versions are tested.
+    """
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return, for each row of `hidden_states` (T, D), its experts' outputs weighted by its K gates: equation 12."""
+        out_TD = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token_R, choice_R = torch.where(top_k_index == expert)
+            gate_RF, up_RF = F.linear(hidden_states[token_R], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            y_RD = F.linear(self.act_fn(gate_RF) * up_RF, self.down_proj[expert])
+            y_RD = y_RD * top_k_weights[token_R, choice_R, None]
+            out_TD.index_add_(0, token_R, y_RD.to(out_TD.dtype))
+        return out_TD
+
+
+class DeepseekV3MoE(nn.Module):
+    """Routed experts of the router's choice plus shared experts that see every token: equation 12."""
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        self.gate = DeepseekV3TopkRouter(config)
+        self.experts = DeepseekV3Experts(config)
+        shared_width = config.moe_intermediate_size * config.n_shared_experts
+        self.shared_experts = DeepseekV3MLP(config, shared_width) if shared_width else None
+
+    def forward(self, hidden_BSD: Tensor) -> tuple[Tensor, Routing]:
+        """Return the mixture's output, of the input's shape, and the router's decision. No token is dropped."""
+        x_TD = hidden_BSD.flatten(0, 1)
+        logits_TE, gates_TK, index_TK = self.gate(x_TD)
+        y_TD = self.experts(x_TD, index_TK, gates_TK)
+        if self.shared_experts is not None:
+            y_TD = y_TD + self.shared_experts(x_TD)
+        return y_TD.view_as(hidden_BSD), Routing(logits_TE, index_TK)
+
+
+def sequence_balance_loss(routing: Routing, num_sequences: int) -> Tensor:
+    """Return Σ f_i P_i of one layer, the mean over sequences: equations 17 to 20 without α. It is 1 at balance.
+
+    f counts the top K of the affinities *without* the bias, and has no gradient; P is the mean normalised affinity.
+    """
+    scores_BSE = routing.logits_TE.sigmoid().unflatten(0, (num_sequences, -1))
+    num_experts, top_k = scores_BSE.shape[-1], routing.index_TK.shape[-1]
+    top_TK = scores_BSE.detach().flatten(0, 1).topk(top_k, dim=-1, sorted=False).indices
+    hits_BSE = one_hot_rows(top_TK, num_experts).view_as(scores_BSE)
+    f_BE = hits_BSE.float().mean(dim=1) * (num_experts / top_k)
+    p_BE = (scores_BSE / scores_BSE.sum(dim=-1, keepdim=True)).mean(dim=1)
+    return (f_BE * p_BE).sum(dim=-1).mean()
+
+
+# ---------------------------------------------------------------------------------------- layers
+
+
+class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
+    """Attention and a feed-forward network, each normalised before and added to the residual stream.
+
+    Layers from number `num_hidden_layers` on are the multi-token prediction modules. Such a module is a layer with a way
+    in, `eh_proj`, that joins the state before with the embedding of a later token, and a way out, `shared_head.norm`.
+    (It is no class of its own because DeepSeek stores it as one more layer, and because transformers' `MtpModel` builds
+    its drafting layers from the class of the trunk's last layer.)
+    """
+
+    def __init__(self, config: DeepseekV3Config, layer_idx: int) -> None:
+        super().__init__()
+        is_dense = layer_idx < config.first_k_dense_replace
+        self.self_attn = DeepseekV3Attention(config, layer_idx)
+        self.mlp = DeepseekV3MLP(config, config.intermediate_size) if is_dense else DeepseekV3MoE(config)
+        self.input_layernorm = DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.predicts_ahead = layer_idx >= config.num_hidden_layers
+        if self.predicts_ahead:
+            self.enorm = DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.hnorm = DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+            self.shared_head = nn.ModuleDict({"norm": DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)})
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        later_embeds: Tensor | None = None,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        output_routing: bool = False,
+        **_: Any,
+    ) -> Tensor | tuple[Tensor, Routing | None]:
+        """Return the layer's output; with `output_routing`, also its router's decision (None for a dense layer).
+
+        The decision is returned, not counted here: under activation checkpointing this code runs twice.
+        """
+        if later_embeds is not None:
+            hidden_states = self.joined(hidden_states, later_embeds)
+        update, _ = self.self_attn(
+            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values
+        )
+        hidden_states = hidden_states + update
+        update, routing = self.mlp(self.post_attention_layernorm(hidden_states)), None
+        if isinstance(update, tuple):
+            update, routing = update
+        hidden_states = hidden_states + update
+        if self.predicts_ahead:
+            hidden_states = self.shared_head["norm"](hidden_states)
+        return (hidden_states, routing) if output_routing else hidden_states
+
+    def joined(self, hidden_BSD: Tensor, later_embeds_BSD: Tensor) -> Tensor:
+        """Return h'^k of equation 21: M_k [RMSNorm(Emb(t_{i+k})); RMSNorm(h^{k-1})].
+
+        The report writes the halves in the other order; the released weights have the embedding first.
+        """
+        return self.eh_proj(torch.cat([self.enorm(later_embeds_BSD), self.hnorm(hidden_BSD)], dim=-1))
+
+
+# ---------------------------------------------------------------------------------------- trunk
+
+
+@dataclass
+class DeepseekV3ModelOutput(ModelOutput):
+    """What the trunk returns; fields that weren't asked for are None."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    sequence_loss: Tensor | None = None
+
+
+class DeepseekV3PreTrainedModel(PreTrainedModel):
+    """Tells transformers how to initialise, cast, checkpoint and observe the model."""
+
+    config: DeepseekV3Config
+    config_class = DeepseekV3Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is the mean over this call's tokens, whatever a Trainer accumulates
+    _no_split_modules: ClassVar[list[str]] = ["DeepseekV3DecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "hidden_states": DeepseekV3DecoderLayer,
+        "attentions": DeepseekV3Attention,
+        "router_logits": OutputRecorder(DeepseekV3TopkRouter, index=0),
+    }
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["e_score_correction_bias"]
+
+    def __init__(self, config: DeepseekV3Config, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        # DeepSeek stores copies of embedding and head with every prediction module; transformers finds the weights of
+        # its drafting model by these patterns.
+        first, depth = config.num_hidden_layers, max(1, config.num_nextn_predict_layers)
+        self._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{first + k}\." for k in range(depth)]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fill `module`: every weight from a normal of width `initializer_range` (§4.2), norms one, buffers fresh."""
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, DeepseekV3TopkRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.e_score_correction_bias)
+            init.zeros_(module.expert_load)
+        elif isinstance(module, DeepseekV3Experts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, DeepseekV3RotaryEmbedding):
+            init.copy_(module.inv_freq, inverse_frequencies(module.config)[0])
+
+
+class DeepseekV3Model(DeepseekV3PreTrainedModel):
+    """The trunk: embedding, layers, final norm. The prediction modules stand at the end of `layers`, and wait there."""
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        num_layers = config.num_hidden_layers + config.num_nextn_predict_layers
+        self.layers = nn.ModuleList(DeepseekV3DecoderLayer(config, index) for index in range(num_layers))
+        self.norm = DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = DeepseekV3RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_sequence_loss: bool = False,
+        **_: Any,
+    ) -> DeepseekV3ModelOutput:
+        """Return the normalised state of every position, and with `output_sequence_loss` the layers' summed loss.
+
+        Positions that restart at 0 within a sequence mark documents that don't see each other. Without a word on
+        `use_cache`, training has none.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        hidden_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        context = self.attention_context(hidden_BSD, attention_mask, position_ids, past_key_values)
+
+        sequence_losses = []
+        for layer in list(self.layers)[: self.config.num_hidden_layers]:
+            hidden_BSD, routing = layer(hidden_BSD, output_routing=True, **context)
+            sequence_losses += self.settled(layer, routing, hidden_BSD.shape[0], output_sequence_loss)
+        return DeepseekV3ModelOutput(
+            last_hidden_state=self.norm(hidden_BSD),
+            past_key_values=past_key_values,
+            sequence_loss=torch.stack(sequence_losses).sum() if sequence_losses else None,
+        )
+
+    def attention_context(
+        self,
+        embeds_BSD: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None = None,
+    ) -> dict[str, Any]:
+        """Return what every layer needs to know of the positions: mask, angles, cache."""
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(seen, seen + embeds_BSD.shape[1], device=embeds_BSD.device)[None]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=embeds_BSD,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        angles = self.rotary_emb(position_ids)
+        return {"attention_mask": mask, "position_embeddings": angles, "past_key_values": past_key_values}
+
+    def settled(
+        self, layer: nn.Module, routing: Routing | None, num_sequences: int, with_loss: bool
+    ) -> list[Tensor]:
+        """Count a layer's routing, outside of what checkpointing repeats; return its sequence-wise loss, if wanted."""
+        if routing is None:
+            return []
+        layer.mlp.gate.count(routing.index_TK)
+        return [sequence_balance_loss(routing, num_sequences)] if with_loss else []
+
+    def predictions_ahead(
+        self,
+        hidden_BSD: Tensor,
+        embeds_BSD: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_sequence_loss: bool = False,
+    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Yield, for depth k = 1, 2 …, the states from which token t_{i+k+1} is read, (B, S − k, D): equations 21, 22.
+
+        Depth 1 starts from the trunk's state *after* the final norm, depth k from depth k−1's after `shared_head.norm`:
+        transformers and vLLM draft so. Position i sees the states up to i and the tokens up to i + k; the last k
+        positions, which have no token to look at, are cut off.
+        """
+        for depth, layer in enumerate(list(self.layers)[self.config.num_hidden_layers :], start=1):
+            hidden_BSD, later_embeds = hidden_BSD[:, :-1], embeds_BSD[:, depth:]
+            mask = attention_mask[:, :-depth] * attention_mask[:, depth:] if attention_mask is not None else None
+            positions = position_ids[:, :-depth] if position_ids is not None else None
+            context = self.attention_context(later_embeds, mask, positions)
+            hidden_BSD, routing = layer(hidden_BSD, later_embeds, output_routing=True, **context)
+            yield hidden_BSD, self.settled(layer, routing, hidden_BSD.shape[0], output_sequence_loss)
+
+
+# ---------------------------------------------------------------------------------------- language model
+
+
+@dataclass
+class DeepseekV3CausalLMOutput(ModelOutput):
+    """What the language model returns; what wasn't asked for is None, and was not computed."""
+
+    loss: Tensor | None = None  # cross_entropy_loss + mtp_loss_weight · mtp_loss + sequence_loss_weight · sequence_loss
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    cross_entropy_loss: Tensor | None = None  # nats per token
+    mtp_loss: Tensor | None = None  # nats per token, the mean over depths
+    sequence_loss: Tensor | None = None  # the sum over layers; 1 per layer at balance
+
+
+def cross_entropy(hidden_TD: Tensor, head_weight_VD: Tensor, labels_T: Tensor) -> Tensor:
+    """Return the mean negative log-likelihood, in nats, of the labels that aren't ignored."""
+    logits_TV = F.linear(hidden_TD, head_weight_VD)
+    return F.cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORED_LABEL)
+
+
+class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
+    """The trunk with its head. `cross_entropy` may be replaced by any function of the same signature and value."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__(config)
+        self.model = DeepseekV3Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = cross_entropy
+        self.post_init()
+        # Each rank counts its own tokens: DistributedDataParallel must not overwrite them by rank 0's.
+        counts = [name for name, _ in self.named_buffers() if name.endswith("expert_load")]
+        self._ddp_params_and_buffers_to_ignore = counts
+
+    @can_return_tuple
+    def forward(  # noqa: PLR0913 (transformers' generation and trainers call it by these names)
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mtp_loss_weight: float = 0.0,
+        sequence_loss_weight: float = 0.0,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> DeepseekV3CausalLMOutput:
+        """Return losses for `labels` (as `input_ids`; −100 is ignored), and logits unless training on labels.
+
+        `shift_labels` replaces `labels` where the target of position i already stands at position i. The mtp loss is
+        computed if its weight is not zero, there are targets, and the model has prediction modules; the sequence-wise
+        loss if its weight is not zero.
+        """
+        targets_BS = shift_labels if labels is None else F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+        has_mtp = targets_BS is not None and mtp_loss_weight != 0 and self.config.num_nextn_predict_layers > 0
+        if has_mtp and inputs_embeds is None:
+            input_ids, inputs_embeds = None, self.model.embed_tokens(input_ids)
+        outputs: DeepseekV3ModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_sequence_loss=sequence_loss_weight != 0,
+            **kwargs,
+        )
+        result = DeepseekV3CausalLMOutput(
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            sequence_loss=outputs.sequence_loss,
+        )
+        hidden_BSD = outputs.last_hidden_state
+        if targets_BS is None or not self.training:
+            result.logits = self.lm_head(slice_logits_to_keep(hidden_BSD, logits_to_keep))
+        if targets_BS is None:
+            return result
+        result.cross_entropy_loss = result.loss = self.head_loss(hidden_BSD, targets_BS)
+        if has_mtp:
+            ahead = self.model.predictions_ahead(
+                hidden_BSD, inputs_embeds, attention_mask, position_ids, output_sequence_loss=sequence_loss_weight != 0
+            )
+            result.mtp_loss, mtp_sequence_losses = self.mtp_loss(ahead, targets_BS)
+            result.loss = result.loss + mtp_loss_weight * result.mtp_loss
+            result.sequence_loss = sum(mtp_sequence_losses, start=result.sequence_loss)
+        if result.sequence_loss is not None:
+            result.loss = result.loss + sequence_loss_weight * result.sequence_loss
+        return result
+
+    def head_loss(self, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
+        """Return the mean cross-entropy of the targets, through the seam `cross_entropy`."""
+        return self.cross_entropy(hidden_BSD.flatten(0, 1), self.lm_head.weight, targets_BS.flatten())
+
+    def mtp_loss(
+        self, ahead: Iterator[tuple[Tensor, list[Tensor]]], targets_BS: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the mean over depths of the cross-entropies (equations 24 and 25 without λ), and the balance losses."""
+        losses, sequence_losses = [], []
+        for depth, (hidden_BSD, layer_sequence_losses) in enumerate(ahead, start=1):
+            losses.append(self.head_loss(hidden_BSD, targets_BS[:, depth:]))
+            sequence_losses += layer_sequence_losses
+        return torch.stack(losses).mean(), sequence_losses
+
+    def routers(self) -> list[tuple[int, DeepseekV3TopkRouter]]:
+        """Return every router with the number of its layer; prediction modules are numbered on from the trunk."""
+        moe = [(index, layer.mlp) for index, layer in enumerate(self.model.layers)]
+        return [(index, mlp.gate) for index, mlp in moe if isinstance(mlp, DeepseekV3MoE)]
+
+    def set_count_expert_load(self, counts: bool) -> None:
+        """Make the routers count tokens when evaluating too, or no longer; in training they always do."""
+        for _, router in self.routers():
+            router.counts_when_evaluating = counts
+
+    def save_pretrained(self, save_directory: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
+        """Write the model as DeepSeek does: with a copy of embedding and head under each prediction module."""
+        state_dict = self.state_dict() if state_dict is None else dict(state_dict)
+        first = self.config.num_hidden_layers
+        for index in range(first, first + self.config.num_nextn_predict_layers):
+            copies = {"embed_tokens": "model.embed_tokens.weight", "shared_head.head": "lm_head.weight"}
+            for name, source in copies.items():
+                state_dict[f"model.layers.{index}.{name}.weight"] = state_dict[source].clone()
+        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
+
+DeepseekV3ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+# transformers converts between stacked experts and DeepSeek's separate ones for its own class; here it is asked to do so
+# for every class of this model type.
+register_checkpoint_conversion_mapping(
+    DeepseekV3Config.model_type, get_checkpoint_conversion_mapping(DeepseekV3Config.model_type) or [], overwrite=True
+)

@@ -1,0 +1,63 @@
+"""Let the exported model write, for reading and for Aim."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsv3.cli import DryRunOption, ParamsOption, command
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Folder of the exported model.")],
+    run: Annotated[Path, typer.Option(help="The training's run.json.")],
+    output: Annotated[Path, typer.Option(help="The Markdown file to write.")],
+    params: ParamsOption = Path("params.yaml"),
+    dry_run: DryRunOption = False,
+) -> None:
+    """Let the exported model continue the prompts of params.yaml."""
+    from dsv3.params import read_params
+
+    parameters = read_params(params)
+    settings = parameters.sample
+
+    import time
+
+    from tqdm import tqdm
+
+    from dsv3.artifacts import write_text
+    from dsv3.loading import check_model, chosen_device, device_name, load_model, load_tokenizer
+    from dsv3.sampling import markdown, sample
+    from dsv3.tracking.recorder import read_record, reopen_recorder
+
+    check_model(model)
+    record = read_record(run)
+    device = chosen_device(parameters.runtime.device)
+    print(
+        f"{model}: {len(settings.prompts)} prompts, {settings.num_return_sequences} continuations each, "
+        f"at most {settings.max_new_tokens} tokens, on {device_name(device)}"
+    )
+    if dry_run:
+        return
+
+    loaded, tokenizer = load_model(model, device), load_tokenizer(model)
+    start = time.perf_counter()
+    samples = [
+        # a seed per prompt: another prompt in the list does not change what follows this one
+        sample(loaded, tokenizer, prompt, settings, parameters.seed + index)
+        for index, prompt in enumerate(tqdm(settings.prompts, unit="prompt", desc="sample"))
+    ]
+    seconds = time.perf_counter() - start
+    write_text(output, markdown(samples, settings, parameters.seed, record))
+
+    recorder = reopen_recorder(record, parameters.runtime)
+    for item in samples:
+        for index, continuation in enumerate(item.continuations):
+            recorder.text("sample", item.prompt + continuation, record["step"], prompt=item.prompt, index=index)
+    recorder.close("finished")
+    num_new_tokens = sum(item.num_new_tokens for item in samples)
+    print(f"{output}: {num_new_tokens:,} tokens, {num_new_tokens / seconds:.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,103 @@
+import hashlib
+import json
+
+import pytest
+
+from dsv3.artifacts import (
+    read_json,
+    replacing,
+    replacing_directory,
+    sha256_bytes,
+    sha256_file,
+    sha256_tree,
+    write_json,
+    write_text,
+)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_whole_under_its_name_and_nothing_else_is_left(tmp_path):
+    with replacing(tmp_path / "new" / "file") as temporary:
+        temporary.write_bytes(b"whole")
+        assert names(tmp_path / "new") == [temporary.name]
+    assert (tmp_path / "new" / "file").read_bytes() == b"whole"
+    assert names(tmp_path / "new") == ["file"]
+
+
+def test_a_failure_half_way_keeps_the_old_file_and_leaves_no_other(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old", encoding="utf-8")
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half", encoding="utf-8")
+        raise RuntimeError
+    assert path.read_text(encoding="utf-8") == "old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_directory_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "stale").write_text("old", encoding="utf-8")
+    with replacing_directory(path) as temporary:
+        (temporary / "deep").mkdir()
+        (temporary / "deep" / "fresh").write_text("new", encoding="utf-8")
+        assert names(path) == ["stale"]
+    assert names(path) == ["deep"]
+    assert names(tmp_path) == ["folder"]
+
+
+def test_a_failure_half_way_keeps_the_old_directory(tmp_path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "stale").touch()
+    with pytest.raises(RuntimeError), replacing_directory(path) as temporary:
+        (temporary / "half").touch()
+        raise RuntimeError
+    assert names(path) == ["stale"]
+    assert names(tmp_path) == ["folder"]
+
+
+def test_text_is_utf_8_with_unix_line_ends(tmp_path):
+    write_text(tmp_path / "text", "é\nb\n")
+    assert (tmp_path / "text").read_bytes() == b"\xc3\xa9\nb\n"
+
+
+def test_json_comes_back_as_it_was_and_ends_with_a_newline(tmp_path):
+    value = {"name": "é", "list": [1, 2.5, None, True]}
+    write_json(tmp_path / "value.json", value)
+    assert read_json(tmp_path / "value.json") == value
+    assert (tmp_path / "value.json").read_text(encoding="utf-8").endswith("}\n")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_json_refuses_numbers_that_json_does_not_have_and_writes_nothing(tmp_path, number):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "value.json", {"loss": number})
+    assert names(tmp_path) == []
+
+
+def test_digests_are_sha_256(tmp_path):
+    data = b"x" * (1 << 20) + b"tail"
+    (tmp_path / "file").write_bytes(data)
+    assert sha256_file(tmp_path / "file") == sha256_bytes(data) == hashlib.sha256(data).hexdigest()
+
+
+def test_the_digest_of_a_tree_knows_names_and_contents_but_not_the_order_or_the_place(tmp_path):
+    def tree(root, files):
+        for name, text in files.items():
+            (tmp_path / root / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / root / name).write_text(text, encoding="utf-8")
+        return [tmp_path / root / name for name in files]
+
+    first = sha256_tree(tree("a", {"x": "1", "d/y": "2"}), tmp_path / "a")
+    assert first == sha256_tree(tree("b", {"d/y": "2", "x": "1"}), tmp_path / "b")
+    assert first != sha256_tree(tree("c", {"x": "1", "d/y": "3"}), tmp_path / "c")
+    assert first != sha256_tree(tree("d", {"x": "1", "d/z": "2"}), tmp_path / "d")
+
+
+def test_json_is_readable_by_people(tmp_path):
+    write_json(tmp_path / "value.json", {"a": 1})
+    assert (tmp_path / "value.json").read_text(encoding="utf-8") == json.dumps({"a": 1}, indent=2) + "\n"

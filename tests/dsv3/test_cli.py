@@ -1,0 +1,58 @@
+import sys
+
+import pytest
+
+from dsv3.cli import DryRunOption, command
+from dsv3.errors import Interrupted, UserError
+
+
+def status(main, monkeypatch, *arguments):
+    """The exit status of `main` run as a command line."""
+    monkeypatch.setattr(sys, "argv", ["stage", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        command(main)
+    return caught.value.code
+
+
+def test_a_users_mistake_is_one_line_on_stderr_and_status_2(monkeypatch, capsys):
+    def main() -> None:
+        raise UserError("params.yaml: seed is -1;\n   must be >= 0")
+
+    assert status(main, monkeypatch) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "params.yaml: seed is -1; must be >= 0\n"
+    assert captured.out == ""
+
+
+def test_an_interrupted_training_ends_with_the_signals_status(monkeypatch, capsys):
+    def main() -> None:
+        raise Interrupted("saved at step 3", 143)
+
+    assert status(main, monkeypatch) == 143
+    assert capsys.readouterr().err == "saved at step 3\n"
+
+
+def test_the_programs_own_mistake_keeps_its_traceback(monkeypatch):
+    def main() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(sys, "argv", ["stage"])
+    with pytest.raises(ZeroDivisionError):
+        command(main)
+
+
+def test_options_come_from_the_signature(monkeypatch):
+    seen = []
+
+    def main(output: str, dry_run: DryRunOption = False) -> None:
+        seen.append((output, dry_run))
+
+    assert status(main, monkeypatch, "somewhere", "--dry-run") == 0
+    assert seen == [("somewhere", True)]
+
+
+def test_an_unknown_option_is_a_users_mistake(monkeypatch):
+    def main() -> None:
+        pass
+
+    assert status(main, monkeypatch, "--no-such-option") == 2

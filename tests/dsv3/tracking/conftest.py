@@ -1,0 +1,46 @@
+import shutil
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from dsv3.params import Params
+from dsv3.tracking.identity import RunIdentity, run_identity
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def params() -> Params:
+    return Params.model_validate(YAML(typ="safe").load((ROOT / "params.yaml").read_text()))
+
+
+@pytest.fixture
+def identity(params, monkeypatch) -> RunIdentity:
+    monkeypatch.setenv("DVC_EXP_NAME", "union-brig")
+    data = {"sha256": "d" * 64, "corpus": {"source": "plays", "sha256": "c" * 64}}
+    return run_identity(params, "f" * 64, data, {"parameters": 5}, {"device": "cpu", "world_size": 1}, ("fp32",))
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """An empty DVC root, which is where .aim and runs/ go."""
+    root = tmp_path / "project"
+    root.mkdir()
+    monkeypatch.setenv("DVC_ROOT", str(root))
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    return root
+
+
+@pytest.fixture
+def indexed(tmp_path):
+    """A function that returns an Aim repository as a reader sees it: a copy without the index, which only `aim up` fills."""
+
+    def read(root: Path):
+        from aim import Repo
+
+        copy = tmp_path / f"copy_{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(root / ".aim", copy / ".aim", ignore=shutil.ignore_patterns("index", "LOCK"))
+        return Repo.from_path(str(copy))
+
+    return read

@@ -1,0 +1,136 @@
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from dsv3.tracking.aim import AimSink
+from dsv3.tracking.recorder import open_recorder, reopen_recorder
+
+
+@pytest.fixture
+def runtime(params):
+    return params.runtime.model_copy(update={"trackers": ["aim"], "aim_repo": None})
+
+
+def curve(run, name, context):
+    from aim.storage.context import Context
+
+    metric = run.get_metric(name, Context(context))
+    assert metric is not None, (name, context)
+    steps, (values, *_) = metric.data.numpy()
+    return dict(zip(steps.tolist(), values.tolist(), strict=True))
+
+
+def test_a_run_carries_its_identity_and_curves_with_subset_and_layer(project, identity, runtime, indexed):
+    recorder = open_recorder(project / "results", runtime, identity)
+    recorder.log("history", {"step": 10, "epoch": 0.5, "loss": 4, "learning_rate": 1e-3})
+    recorder.log("history", {"step": 20, "epoch": 1.0, "loss": 3.5, "learning_rate": 1e-3})
+    recorder.log("validation", {"step": 20, "loss": 3.75})
+    recorder.log("router", {"step": 20, "layer": 2, "max_vio": 0.5})
+    recorder.close("finished")
+    (run,) = indexed(project).iter_runs()
+    assert run.hash == recorder.run_hash
+    assert (run.name, run.experiment) == ("union-brig", "config_nano")
+    assert sorted(run.tags) == ["config_nano", "fp32", "plays"]
+    assert run["params", "train", "learning_rate"] == pytest.approx(4e-3)
+    assert run["dvc", "exp_name"] == "union-brig"
+    assert run["env", "device"] == "cpu"
+    assert run["size", "parameters"] == 5
+    assert run["status"] == "finished"
+    assert run.end_time is not None
+    assert curve(run, "loss", {"subset": "train"}) == {10: 4.0, 20: 3.5}
+    assert curve(run, "loss", {"subset": "val"}) == {20: 3.75}
+    assert curve(run, "max_vio", {"subset": "train", "layer": 2}) == {20: 0.5}
+
+
+def test_a_resumed_training_goes_on_in_its_run_without_doubles(project, identity, runtime, indexed):
+    first = open_recorder(project / "results", runtime, identity)
+    first.log("history", {"step": 10, "loss": 4.0})
+    state = first.state()
+    first.log("history", {"step": 20, "loss": 3.5})
+    first.close("interrupted")
+    second = open_recorder(project / "results", runtime, identity, first.run_hash)
+    second.restore(state)
+    second.log("history", {"step": 20, "loss": 3.25})
+    second.close("finished")
+    assert second.run_hash == first.run_hash
+    (run,) = indexed(project).iter_runs()
+    assert curve(run, "loss", {"subset": "train"}) == {10: 4.0, 20: 3.25}
+    assert run["status"] == "finished"
+
+
+def test_a_run_that_this_clone_never_saw_is_begun_anew_with_all_rows(project, identity, runtime, indexed):
+    recorder = open_recorder(project / "results", runtime, identity, "0123456789abcdef01234567")
+    recorder.restore({"history": [{"step": 10, "loss": 4.0}]})
+    recorder.close("finished")
+    (run,) = indexed(project).iter_runs()
+    assert run.hash == recorder.run_hash != "0123456789abcdef01234567"
+    assert run["source_run"] == "0123456789abcdef01234567"
+    assert curve(run, "loss", {"subset": "train"}) == {10: 4.0}
+
+
+def test_later_stages_add_their_results_to_the_same_run(project, identity, runtime, indexed, tmp_path):
+    from aim.storage.context import Context
+
+    training = open_recorder(project / "results", runtime, identity)
+    record = training.run_record()
+    training.close("finished")
+    Image.new("RGB", (4, 3), "red").save(tmp_path / "load.png")
+    recorder = reopen_recorder(record, runtime)
+    recorder.result("evaluate", {"test": {"nats_per_char": 1.5, "tokens": 7}, "heldout": {"nats_per_char": 1.6}}, 30)
+    recorder.text("sample", "To be\nor not", 30, prompt="To be")
+    recorder.figure("expert_load", tmp_path / "load.png", 30)
+    recorder.distribution("load", [3, 1, 2], 30, layer=1)
+    recorder.close("finished")
+    (run,) = indexed(project).iter_runs()
+    assert run["evaluate", "test", "tokens"] == 7
+    assert run["params", "seed"] == 1337
+    assert curve(run, "nats_per_char", {"subset": "test"}) == {30: 1.5}
+    assert curve(run, "nats_per_char", {"subset": "heldout"}) == {30: 1.6}
+    assert run.get_metric("tokens", Context({"subset": "test"})) is None
+    text = run.get_text_sequence("sample", Context({"prompt": "To be"}))
+    assert text.values.sparse_list()[1][0].data == "To be\nor not"
+    image = run.get_image_sequence("expert_load", Context({}))
+    assert image.values.sparse_list()[1][0].size == (4, 3)
+    load = run.get_distribution_sequence("load", Context({"layer": 1})).values.sparse_list()[1][0]
+    assert load.weights.tolist() == [3, 1, 2]
+    assert list(load.range) == [0, 3]
+
+
+def test_the_configured_repository_wins_over_dvcs_root(project, identity, tmp_path, params):
+    runtime = params.runtime.model_copy(update={"trackers": ["aim"], "aim_repo": str(tmp_path / "elsewhere" / ".aim")})
+    recorder = open_recorder(project / "results", runtime, identity)
+    recorder.close("finished")
+    assert (tmp_path / "elsewhere" / ".aim" / "VERSION").is_file()
+    assert not (project / ".aim").exists()
+    assert recorder.run_record()["aim_repo"] == runtime.aim_repo
+
+
+def test_a_repository_that_cannot_be_made_costs_a_warning(project, identity, runtime, caplog):
+    (project / ".aim").write_text("in the way")
+    recorder = open_recorder(project / "results", runtime, identity)
+    recorder.log("history", {"step": 1, "loss": 1.0})
+    recorder.close("finished")
+    assert recorder.run_hash is None
+    assert [message.startswith("Aim failed") for message in caplog.messages] == [True]
+    assert (project / "results" / "history.tsv").read_text() == "step\tloss\n1\t1\n"
+
+
+def test_terminal_and_machine_are_recorded_only_for_a_training_under_dvc(project, identity, monkeypatch):
+    out, sink = sys.stdout.write, AimSink(None)
+    run_hash = sink.open(identity, None, True)
+    assert sys.stdout.write == out
+    sink.close("finished")
+    monkeypatch.setenv("DVC_STAGE", "train")
+    sink.open(identity, run_hash, False)
+    assert sys.stdout.write == out
+    sink.close("finished")
+
+
+def test_processes_that_start_together_initialise_one_repository(project):
+    script = "import sys; from dsv3.tracking.aim import initialise; initialise(sys.argv[1])"
+    starts = [subprocess.Popen([sys.executable, "-c", script, str(project)]) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in starts] == [0, 0, 0]
+    assert (project / ".aim" / "VERSION").is_file()
+    assert not (project / ".aim.lock").exists()

@@ -1,0 +1,80 @@
+import json
+import subprocess
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsv3.tracking.identity import git, native, project_root, run_identity
+
+
+def test_the_experiments_name_of_dvc_is_the_runs_name(identity):
+    assert identity.name == "union-brig"
+    assert identity.dvc["exp_name"] == "union-brig"
+    assert identity.experiment == "config_nano"
+    assert identity.tags == ("config_nano", "plays", "fp32")
+
+
+def test_without_dvc_the_run_is_named_after_the_workspaces_commit(params, monkeypatch, tmp_path):
+    monkeypatch.delenv("DVC_EXP_NAME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert run_identity(params, "f", {}, {}, {}).name == "workspace-untracked"
+    subprocess.run(["git", "init", "-q"], check=True)
+    author = ["-c", "user.name=n", "-c", "user.email=e@x"]
+    subprocess.run(["git", *author, "commit", "-q", "--allow-empty", "-m", "m"], check=True)
+    sha = git("rev-parse", "HEAD")
+    assert sha is not None
+    assert run_identity(params, "f", {}, {}, {}).name == f"workspace-{sha[:7]}"
+
+
+def test_dirty_means_changed_code_not_changed_results(params, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    (tmp_path / "results").mkdir()
+    for name in ("code.py", "results/metrics.json", "dvc.lock"):
+        Path(name).write_text("1")
+    subprocess.run(["git", "add", "."], check=True)
+    subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e@x", "commit", "-q", "-m", "m"], check=True)
+    Path("results/metrics.json").unlink()
+    Path("dvc.lock").write_text("2")
+    assert run_identity(params, "f", {}, {}, {}).dvc["git_dirty"] is False
+    Path("code.py").write_text("2")
+    assert run_identity(params, "f", {}, {}, {}).dvc["git_dirty"] is True
+
+
+def test_the_experiment_parameter_wins_over_the_configurations_name(params):
+    runtime = params.runtime.model_copy(update={"experiment": "fp8 or not"})
+    assert run_identity(params.model_copy(update={"runtime": runtime}), "f", {}, {}, {}).experiment == "fp8 or not"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3),
+        (True, True),
+        (Path("a/b"), "a/b"),
+        (date(2024, 1, 2), "2024-01-02"),
+        (2**70, str(2**70)),
+        ({"a": (1, {"b": None})}, {"a": [1, {"b": None}]}),
+        (np.float64(0.25), 0.25),
+        (np.bool_(True), True),
+    ],
+)
+def test_native_gives_only_what_every_tracker_stores(value, expected):
+    assert native(value) == expected
+    assert type(native(value)) is type(expected)
+    json.dumps(native(value))
+
+
+def test_shared_files_lie_in_dvcs_root_else_beside_dot_dvc(monkeypatch, tmp_path):
+    monkeypatch.setenv("DVC_ROOT", "/somewhere")
+    assert project_root() == Path("/somewhere")
+    monkeypatch.delenv("DVC_ROOT")
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    assert project_root() == tmp_path
+    (tmp_path / ".dvc").rmdir()
+    assert project_root() == tmp_path / "a" / "b"

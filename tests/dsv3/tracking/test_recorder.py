@@ -1,0 +1,160 @@
+import csv
+import importlib.util
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsv3.errors import UserError
+from dsv3.tracking.recorder import Recorder, identity_of, open_recorder, reopen_recorder
+
+
+class Memory:
+    """A sink that remembers its calls, and fails in the methods that it is told to."""
+
+    name = "Memory"
+
+    def __init__(self, fails_in=(), gives_hash=None, resumed=False):
+        self.calls, self.fails_in, self.gives_hash, self.resumed = [], fails_in, gives_hash, resumed
+
+    def _call(self, method, *arguments):
+        self.calls.append((method, *arguments))
+        if method in self.fails_in:
+            raise OSError("disk full")
+
+    def open(self, identity, run_hash, is_owner):
+        self._call("open", run_hash, is_owner)
+        return self.gives_hash
+
+    def __getattr__(self, method):
+        return lambda *arguments: self._call(method, *arguments)
+
+    def rows(self):
+        return [call[1:] for call in self.calls if call[0] == "log"]
+
+
+def recorder_of(directory: Path | None, identity, *sinks, run_hash=None) -> Recorder:
+    return Recorder(directory, identity, sinks, run_hash, is_owner=directory is not None, aim_repo=".aim")
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def test_a_row_is_on_the_disk_when_log_returns(tmp_path, identity):
+    recorder = recorder_of(tmp_path, identity)
+    recorder.log("history", {"step": 10, "loss": 4.25, "learning_rate": 1e-3})
+    assert table(tmp_path / "history.tsv") == [{"step": "10", "loss": "4.25", "learning_rate": "0.001"}]
+    recorder.log("router", {"step": 10, "layer": 1, "max_vio": 0.5})
+    assert table(tmp_path / "router.tsv") == [{"step": "10", "layer": "1", "max_vio": "0.5"}]
+
+
+def test_every_table_exists_from_the_start_with_its_index(tmp_path, identity):
+    recorder_of(tmp_path, identity)
+    assert (tmp_path / "history.tsv").read_text() == "step\n"
+    assert (tmp_path / "router.tsv").read_text() == "step\tlayer\n"
+
+
+def test_a_column_that_appears_late_is_empty_in_earlier_rows(tmp_path, identity):
+    recorder = recorder_of(tmp_path, identity)
+    recorder.log("history", {"step": 1, "learning_rate": 0.1})
+    recorder.log("history", {"step": 2, "loss": 3.0, "learning_rate": 0.2})
+    recorder.log("history", {"step": 3, "loss": 2.0})
+    assert (tmp_path / "history.tsv").read_text() == "step\tloss\tlearning_rate\n1\t\t0.1\n2\t3\t0.2\n3\t2\t\n"
+
+
+def test_a_float32_survives_the_file_exactly(tmp_path, identity):
+    recorder = recorder_of(tmp_path, identity)
+    values = np.random.default_rng(0).normal(size=50).astype(np.float32)
+    for step, value in enumerate(values):
+        recorder.log("history", {"step": step, "loss": value})
+    assert [np.float32(row["loss"]) for row in table(tmp_path / "history.tsv")] == list(values)
+
+
+def test_an_unknown_name_table_or_missing_index_is_refused(tmp_path, identity):
+    recorder = recorder_of(tmp_path, identity)
+    with pytest.raises(AssertionError, match="lost"):
+        recorder.log("history", {"step": 1, "lost": 2.0})
+    with pytest.raises(AssertionError, match="no table"):
+        recorder.log("hystory", {"step": 1})
+    with pytest.raises(AssertionError, match="layer"):
+        recorder.log("router", {"step": 1, "max_vio": 2.0})
+
+
+def test_a_resumed_run_rewrites_its_files_up_to_the_checkpoint(tmp_path, identity):
+    first = recorder_of(tmp_path, identity)
+    first.log("history", {"step": 1, "loss": 3.0})
+    state = json.loads(json.dumps(first.state()))  # as a checkpoint stores it
+    first.log("history", {"step": 2, "loss": 2.0})  # after the checkpoint, lost with the process
+    second = recorder_of(tmp_path, identity)
+    second.restore(state)
+    second.log("history", {"step": 2, "loss": 2.5})
+    assert (tmp_path / "history.tsv").read_text() == "step\tloss\n1\t3\n2\t2.5\n"
+    assert second.state()["history"] == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}]
+
+
+def test_only_a_tracker_that_lost_the_rows_is_shown_them_again(tmp_path, identity):
+    fresh, resumed = Memory(), Memory(resumed=True)
+    recorder_of(tmp_path, identity, fresh, resumed).restore({"history": [{"step": 1, "loss": 3.0}]})
+    assert fresh.rows() == [("history", {"step": 1, "loss": 3.0})]
+    assert resumed.rows() == []
+
+
+def test_a_failing_tracker_warns_once_and_stops_nothing(tmp_path, identity, caplog):
+    failing, healthy = Memory(fails_in=("log", "text", "close")), Memory()
+    recorder = recorder_of(tmp_path, identity, failing, healthy)
+    with caplog.at_level(logging.WARNING):
+        for step in range(3):
+            recorder.log("history", {"step": step, "loss": 1.0})
+        recorder.text("sample", "To be", 3)
+        recorder.close("finished")
+    assert len(caplog.messages) == 1
+    assert "Memory failed (OSError: disk full)" in caplog.messages[0]
+    assert len(failing.rows()) == len(healthy.rows()) == len(table(tmp_path / "history.tsv")) == 3
+
+
+def test_a_tracker_that_cannot_be_opened_is_left_alone(tmp_path, identity, caplog):
+    dead = Memory(fails_in=("open",))
+    recorder = recorder_of(tmp_path, identity, dead)
+    recorder.log("history", {"step": 1, "loss": 1.0})
+    recorder.close("finished")
+    assert [call[0] for call in dead.calls] == ["open"]
+    assert len(caplog.messages) == 1
+
+
+def test_the_hash_of_the_first_tracker_names_the_run_in_the_others(tmp_path, identity):
+    aim, other = Memory(gives_hash="abc"), Memory()
+    recorder = recorder_of(tmp_path, identity, aim, other)
+    assert other.calls == [("open", "abc", True)]
+    assert recorder.run_record()["aim_run_hash"] == recorder.run_hash == "abc"
+
+
+def test_the_record_is_json_holds_no_machine_path_and_gives_the_identity_back(tmp_path, identity):
+    record = json.loads(json.dumps(recorder_of(tmp_path, identity).run_record()))
+    assert identity_of(record) == identity
+    assert record["aim_repo"] == ".aim"
+    assert record["fingerprint"] == "f" * 64
+    assert str(tmp_path) not in json.dumps(record)
+
+
+def test_a_reopened_run_writes_no_tables(tmp_path, identity, params, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = recorder_of(None, identity).run_record()
+    recorder = reopen_recorder(record, params.runtime.model_copy(update={"trackers": []}))
+    recorder.result("evaluate", {"test": {"loss": 1.0}}, 10)
+    recorder.close("finished")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_tracker_that_is_not_installed_is_told_in_one_line_with_the_remedy(
+    tmp_path, identity, params, monkeypatch, name
+):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == name else find_spec(wanted))
+    runtime = params.runtime.model_copy(update={"trackers": [name]})
+    with pytest.raises(UserError, match=rf"runtime.trackers names {name}.*pip install '\.\[{name}\]'"):
+        open_recorder(tmp_path, runtime, identity)
