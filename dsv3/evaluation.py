@@ -15,7 +15,7 @@ Letters: B windows in a batch, T positions in a window.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from dsv3.errors import UserError
 from dsv3.evaluation_params import EvaluateParams
+from dsv3.expert_load import ExpertLoad, router_summary
 
 Floats = npt.NDArray[np.float64]
 SPLITS = ("validation", "test")
@@ -37,24 +38,6 @@ class TokenSequence(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, span: slice, /) -> npt.NDArray[np.unsignedinteger]: ...
-
-
-class Router(Protocol):
-    """A router that counts the tokens it sends to each of its experts."""
-
-    expert_load: Tensor
-
-
-class CountsExpertLoad(Protocol):
-    """What the exported code offers beyond transformers' interface."""
-
-    def set_count_expert_load(self, enabled: bool) -> None:
-        """Count in evaluation mode too."""
-        ...
-
-    def routers(self) -> list[tuple[int, Router]]:
-        """Return (layer, router) of each mixture-of-experts layer."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -167,53 +150,6 @@ def _losses(model: PreTrainedModel, tokens: TokenSequence, batch: Sequence[Windo
     logits_BTV: Tensor = model(input_ids=ids[:, :-1], use_cache=False).logits
     loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
     return loss.view(len(batch), -1).double().cpu().numpy()
-
-
-class ExpertLoad:
-    """Counts, per layer, how many tokens each routed expert gets while the block runs."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._counting = cast(CountsExpertLoad, model)
-        self._routers = self._counting.routers()
-        self.counts: dict[int, Floats] = {}
-        """Layer to loads (one number per expert), of the layers that routed anything; filled when the block ends."""
-
-    def __enter__(self) -> "ExpertLoad":
-        self._counting.set_count_expert_load(True)
-        for _, router in self._routers:
-            router.expert_load.zero_()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._counting.set_count_expert_load(False)
-        loads = {layer: router.expert_load.double().cpu().numpy().copy() for layer, router in self._routers}
-        self.counts = {layer: load for layer, load in loads.items() if load.any()}
-
-
-def router_metrics(load_E: Floats) -> dict[str, float | int]:
-    """Return how evenly one layer's experts were used, under the vocabulary's names."""
-    share_E = load_E / load_E.sum()
-    used_E = share_E[share_E > 0]
-    return {
-        "max_vio_global": float(load_E.max() / load_E.mean() - 1),
-        "entropy": float(-(used_E * np.log(used_E)).sum()),
-        "dead_experts": int((load_E == 0).sum()),
-    }
-
-
-def router_summary(counts: dict[int, Floats]) -> dict[str, float | int]:
-    """Return the layers' router metrics in one row; empty for a model without experts."""
-    if not counts:
-        return {}
-    layers = [router_metrics(load_E) for load_E in counts.values()]
-    violations = [layer["max_vio_global"] for layer in layers]
-    return {
-        "max_vio_global_mean": sum(violations) / len(layers),
-        "max_vio_global_max": max(violations),
-        "entropy_mean": sum(layer["entropy"] for layer in layers) / len(layers),
-        "dead_experts": int(sum(layer["dead_experts"] for layer in layers)),
-        "num_layers": len(layers),
-    }
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ def sample(
         )
     torch.manual_seed(seed)
     prompt_ids = torch.tensor([ids], device=model.device)
-    generate: Callable[..., torch.Tensor] = model.generate  # annotated as a tensor, like every attribute of a module
+    generate = cast(Callable[..., torch.Tensor], model.generate)  # torch annotates a module's attributes as tensors
     written = generate(
         prompt_ids,
         attention_mask=torch.ones_like(prompt_ids),

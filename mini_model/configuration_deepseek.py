@@ -1,5 +1,6 @@
 """The sizes and switches of a DeepSeek-V3 network, under the names Hugging Face and DeepSeek use in `config.json`."""
 
+import math
 from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -80,6 +81,17 @@ class DeepseekV3Config(PreTrainedConfig):
         super().__post_init__(**kwargs)
         check_variant(self)
         check_topology(self)
+
+    @property
+    def softmax_scale(self) -> float:
+        """The factor on query-key products: 1 / sqrt(width), times YaRN's mscale² if `mscale_all_dim` is set.
+
+        DeepSeek's own code so scales both query and key of a head by mscale = 0.1 · mscale_all_dim · ln(factor) + 1.
+        """
+        rope = self.rope_parameters or {}
+        is_scaled = rope.get("rope_type") == "yarn" and rope["factor"] > 1
+        mscale = 0.1 * rope.get("mscale_all_dim", 0.0) * math.log(rope["factor"]) + 1.0 if is_scaled else 1.0
+        return self.qk_head_dim**-0.5 * mscale**2
 
 
 def check_variant(config: DeepseekV3Config) -> None:

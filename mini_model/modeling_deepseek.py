@@ -4,23 +4,21 @@ From bottom to top: normalisation and positions; multi-head latent attention (§
 sigmoid router and loss-free balancing (§2.1.2); the decoder layer, which with three more weights is a multi-token
 prediction module (§2.2); the trunk; the language model with its losses.
 
-What is plain here and fast elsewhere hangs on two seams. `model.set_experts_implementation(name)` replaces the loop of
-`DeepseekV3Experts` by a function registered with transformers; `model.cross_entropy` may be replaced by one that never
-holds all logits. Everything else is as fast as PyTorch's own operators.
+What is plain here and fast elsewhere hangs on two seams: `model.set_experts_implementation(name)` replaces the loop of
+`DeepseekV3Experts`, and `model.cross_entropy` may be replaced by a function that never holds all logits.
 
-State-dict names are DeepSeek's. On disk each expert has its own matrices; in memory they are stacked, and transformers
-converts on the way. Stock transformers loads the same folder without this file and computes the same logits; this
-file adds what stock lacks: the losses, the prediction modules, the load counts, an fp32 router under autocast, and
-decoding on the latent cache itself.
+Names of weights are DeepSeek's. On disk each expert has its own matrices, in memory they are stacked; transformers
+converts. Stock transformers loads the same folder without this file and computes the same logits; this file adds what
+it lacks: losses, prediction modules, load counts, a router in fp32, decoding on the latent cache itself.
 
-Letters: B sequences, S positions, T tokens = B·S, D hidden_size, F intermediate width, V vocab_size; E n_routed_experts,
-K experts per token, G expert groups, R rows routed to one expert; H heads, N qk_nope_head_dim, P qk_rope_head_dim,
-U v_head_dim, Q q_lora_rank, C kv_lora_rank (compressed); X cached positions, M heads times queries.
+Letters: B sequences, S positions, T tokens = B·S, D hidden_size, F intermediate width, V vocab_size; H heads,
+N qk_nope_head_dim, P qk_rope_head_dim, U v_head_dim, C kv_lora_rank (compressed), X positions looked at, M queries of
+all heads; E n_routed_experts, K experts per token, G expert groups, R rows routed to one expert.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,16 +31,15 @@ from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import can_return_tuple, maybe_autocast
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_deepseek import GROUP_SCORE_TERMS, DeepseekV3Config
 
-IGNORED_LABEL = -100
-"""Positions with this label have no target, by Hugging Face's convention."""
+IGNORED_LABEL = -100  # positions without a target, by Hugging Face's convention
 
 
 # ---------------------------------------------------------------------------------------- normalisation, positions
@@ -92,9 +89,9 @@ class DeepseekV3RotaryEmbedding(Float32Buffers):
         self.inv_freq = nn.Buffer(inv_freq, persistent=False)
 
     @torch.no_grad()
-    def forward(self, position_ids_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines, in fp32 and with a dimension for the heads: (B, 1, S, P / 2) each."""
-        angles = position_ids_BS[:, None, :, None].float() * self.inv_freq
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines of the positions (B, S), on `x`'s device, in fp32: (B, 1, S, P / 2) each."""
+        angles = position_ids[:, None, :, None].float() * self.inv_freq.to(x.device)
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
 
 
@@ -121,20 +118,6 @@ def rotated(x_BHSP: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tenso
     return turned.to(x_BHSP.dtype)
 
 
-def softmax_scale(config: DeepseekV3Config) -> float:
-    """Return the factor on query-key products: 1 / sqrt(N + P), times YaRN's squared mscale if `mscale_all_dim`.
-
-    DeepSeek's own code raises the temperature of whole heads by mscale = 0.1 · mscale_all_dim · ln(factor) + 1.
-    """
-    rope = config.rope_parameters or {}
-    scale = config.qk_head_dim**-0.5
-    mscale_all_dim = rope.get("mscale_all_dim", 0)
-    if rope.get("rope_type", "default") == "default" or not mscale_all_dim or rope["factor"] <= 1:
-        return scale
-    factor = torch.tensor(rope["factor"], dtype=torch.float64, device="cpu")
-    return scale * float(0.1 * mscale_all_dim * factor.log() + 1.0) ** 2
-
-
 # ---------------------------------------------------------------------------------------- multi-head latent attention
 
 
@@ -158,7 +141,7 @@ class DeepseekV3Attention(nn.Module):
         self.is_causal = True  # read by transformers' attention functions when they get no mask
         self.num_heads = config.num_attention_heads
         self.kv_dims = [config.qk_nope_head_dim, config.v_head_dim]
-        self.scaling = softmax_scale(config)
+        self.scaling = config.softmax_scale
 
         heads, bias = config.num_attention_heads, config.attention_bias
         if config.q_lora_rank is None:
@@ -167,7 +150,8 @@ class DeepseekV3Attention(nn.Module):
             self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = DeepseekV3RMSNorm(config.q_lora_rank)
             self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
+        down = config.kv_lora_rank + config.qk_rope_head_dim
+        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, down, bias=bias)
         self.kv_a_layernorm = DeepseekV3RMSNorm(config.kv_lora_rank)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * sum(self.kv_dims), bias=False)
         self.o_proj = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=bias)
@@ -186,7 +170,8 @@ class DeepseekV3Attention(nn.Module):
             latent_B1XC, k_rope_B1XP = past_key_values.update(latent_B1XC, k_rope_B1XP, self.layer_idx)
 
         num_queries, num_keys = q_nope_BHSN.shape[2], latent_B1XC.shape[2]
-        attend = self.attend_absorbed if self.should_absorb(num_queries, num_keys, attention_mask) else self.attend_expanded
+        absorbs = self.should_absorb(num_queries, num_keys, attention_mask)
+        attend = self.attend_absorbed if absorbs else self.attend_expanded
         out_BSHU, weights = attend(q_nope_BHSN, q_rope_BHSP, latent_B1XC, k_rope_B1XP, attention_mask)
         return self.o_proj(out_BSHU.flatten(2)), weights
 
@@ -215,7 +200,7 @@ class DeepseekV3Attention(nn.Module):
         query = torch.cat([q_nope_BHSN, q_rope_BHSP], dim=-1)
         key = torch.cat([k_nope_BHXN, k_rope_B1XP.expand(-1, self.num_heads, -1, -1)], dim=-1)
         dropout = self.config.attention_dropout if self.training else 0.0
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
         return attention(self, query, key, value_BHXU, mask, dropout=dropout, scaling=self.scaling)
 
     def attend_absorbed(
@@ -252,15 +237,8 @@ def attention_weights(scores_BHSX: Tensor, mask: Tensor | None) -> Tensor:
     return scores_BHSX.softmax(dim=-1, dtype=torch.float32)
 
 
-def eager_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
+def eager_attention(  # noqa: PLR0913 (the signature of transformers' attention functions)
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, dropout: float
 ) -> tuple[Tensor, Tensor]:
     """Return attention's output, (B, S, H, U), and its weights: the readable twin of transformers' implementations."""
     weights_BHSX = attention_weights(query @ key.mT * scaling, mask).to(query.dtype)
@@ -286,19 +264,12 @@ class DeepseekV3MLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Routing(NamedTuple):
-    """What a router decided, as the losses and the balancing need it."""
-
-    logits_TE: Tensor  # before the sigmoid, fp32
-    index_TK: Tensor  # the experts of each token
-
-
 class DeepseekV3TopkRouter(Float32Buffers):
     """Chooses K experts per token by sigmoid affinity, within the best `topk_group` groups (equations 13 to 16).
 
-    `e_score_correction_bias` is added to the affinities for the choice and nowhere else. No gradient reaches it: whoever
-    trains lowers it for busy experts and raises it for idle ones, by the counts in `expert_load` (§2.1.2, loss-free
-    balancing), and then zeroes the counts.
+    `e_score_correction_bias` is added to the affinities for the choice and nowhere else. No gradient reaches it:
+    whoever trains lowers it for busy experts and raises it for idle ones, by the counts in `expert_load` (§2.1.2,
+    loss-free balancing), and then zeroes the counts.
 
     Everything here is fp32, whatever the model's dtype or autocast: in bf16, affinities 0.4 % apart tie, and the choice
     falls to the order of the experts.
@@ -321,7 +292,7 @@ class DeepseekV3TopkRouter(Float32Buffers):
 
     def forward(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the logits (T, E), the gate values (T, K) and the chosen experts (T, K)."""
-        with torch.autocast(hidden_TD.device.type, enabled=False):
+        with maybe_autocast(hidden_TD.device.type, enabled=False):
             logits_TE = F.linear(hidden_TD.float(), self.weight.float())
         scores_TE = logits_TE.sigmoid()
         index_TK = self.chosen_experts(scores_TE)
@@ -345,7 +316,7 @@ class DeepseekV3TopkRouter(Float32Buffers):
     def count(self, index_TK: Tensor) -> None:
         """Add the tokens each expert was given to `expert_load`, in training or where `counts_when_evaluating`."""
         if self.training or self.counts_when_evaluating:
-            self.expert_load += one_hot_rows(index_TK, self.num_experts).sum(dim=0)
+            self.expert_load.add_(one_hot_rows(index_TK, self.num_experts).sum(dim=0))
 
 
 def one_hot_rows(index_TK: Tensor, width: int) -> Tensor:
@@ -392,26 +363,25 @@ class DeepseekV3MoE(nn.Module):
         shared_width = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = DeepseekV3MLP(config, shared_width) if shared_width else None
 
-    def forward(self, hidden_BSD: Tensor) -> tuple[Tensor, Routing]:
-        """Return the mixture's output, of the input's shape, and the router's decision. No token is dropped."""
+    def forward(self, hidden_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the output, of the input's shape, the router's logits and its choice. No token is dropped."""
         x_TD = hidden_BSD.flatten(0, 1)
         logits_TE, gates_TK, index_TK = self.gate(x_TD)
         y_TD = self.experts(x_TD, index_TK, gates_TK)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
-        return y_TD.view_as(hidden_BSD), Routing(logits_TE, index_TK)
+        return y_TD.view_as(hidden_BSD), logits_TE, index_TK
 
 
-def sequence_balance_loss(routing: Routing, num_sequences: int) -> Tensor:
+def sequence_balance_loss(logits_TE: Tensor, top_k: int, num_sequences: int) -> Tensor:
     """Return Σ f_i P_i of one layer, the mean over sequences: equations 17 to 20 without α. It is 1 at balance.
 
     f counts the top K of the affinities *without* the bias, and has no gradient; P is the mean normalised affinity.
     """
-    scores_BSE = routing.logits_TE.sigmoid().unflatten(0, (num_sequences, -1))
-    num_experts, top_k = scores_BSE.shape[-1], routing.index_TK.shape[-1]
-    top_TK = scores_BSE.detach().flatten(0, 1).topk(top_k, dim=-1, sorted=False).indices
-    hits_BSE = one_hot_rows(top_TK, num_experts).view_as(scores_BSE)
-    f_BE = hits_BSE.float().mean(dim=1) * (num_experts / top_k)
+    num_experts = logits_TE.shape[1]
+    scores_BSE = logits_TE.sigmoid().unflatten(0, (num_sequences, -1))
+    hits_TE = one_hot_rows(logits_TE.topk(top_k, dim=-1, sorted=False).indices, num_experts)
+    f_BE = hits_TE.view_as(scores_BSE).float().mean(dim=1) * (num_experts / top_k)
     p_BE = (scores_BSE / scores_BSE.sum(dim=-1, keepdim=True)).mean(dim=1)
     return (f_BE * p_BE).sum(dim=-1).mean()
 
@@ -422,20 +392,20 @@ def sequence_balance_loss(routing: Routing, num_sequences: int) -> Tensor:
 class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
     """Attention and a feed-forward network, each normalised before and added to the residual stream.
 
-    Layers from number `num_hidden_layers` on are the multi-token prediction modules. Such a module is a layer with a way
-    in, `eh_proj`, that joins the state before with the embedding of a later token, and a way out, `shared_head.norm`.
-    (It is no class of its own because DeepSeek stores it as one more layer, and because transformers' `MtpModel` builds
-    its drafting layers from the class of the trunk's last layer.)
+    Layers from number `num_hidden_layers` on are the multi-token prediction modules. Such a module is a layer with a
+    way in, `eh_proj`, that joins the state before with the embedding of a later token, and a way out,
+    `shared_head.norm`. (It is no class of its own because DeepSeek stores it as one more layer, and because
+    transformers' `MtpModel` builds its drafting layers from the class of the trunk's last layer.)
     """
 
     def __init__(self, config: DeepseekV3Config, layer_idx: int) -> None:
         super().__init__()
-        is_dense = layer_idx < config.first_k_dense_replace
+        is_dense = layer_idx < min(config.first_k_dense_replace, config.num_hidden_layers)
+        self.predicts_ahead = layer_idx >= config.num_hidden_layers
         self.self_attn = DeepseekV3Attention(config, layer_idx)
         self.mlp = DeepseekV3MLP(config, config.intermediate_size) if is_dense else DeepseekV3MoE(config)
         self.input_layernorm = DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.predicts_ahead = layer_idx >= config.num_hidden_layers
         if self.predicts_ahead:
             self.enorm = DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.hnorm = DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -446,30 +416,28 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         later_embeds: Tensor | None = None,
+        output_routing: bool = False,
         *,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        output_routing: bool = False,
         **_: Any,
-    ) -> Tensor | tuple[Tensor, Routing | None]:
-        """Return the layer's output; with `output_routing`, also its router's decision (None for a dense layer).
+    ) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the layer's output; with `output_routing`, also its router's logits and choice (None if dense).
 
-        The decision is returned, not counted here: under activation checkpointing this code runs twice.
+        The choice is returned, not counted here: under activation checkpointing this code runs twice.
         """
         if later_embeds is not None:
             hidden_states = self.joined(hidden_states, later_embeds)
-        update, _ = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values
-        )
-        hidden_states = hidden_states + update
-        update, routing = self.mlp(self.post_attention_layernorm(hidden_states)), None
-        if isinstance(update, tuple):
-            update, routing = update
-        hidden_states = hidden_states + update
+        x_BSD = self.input_layernorm(hidden_states)
+        hidden_states = hidden_states + self.self_attn(x_BSD, position_embeddings, attention_mask, past_key_values)[0]
+        x_BSD = self.post_attention_layernorm(hidden_states)
+        is_moe = isinstance(self.mlp, DeepseekV3MoE)
+        y_BSD, logits_TE, index_TK = self.mlp(x_BSD) if is_moe else (self.mlp(x_BSD), None, None)
+        hidden_states = hidden_states + y_BSD
         if self.predicts_ahead:
             hidden_states = self.shared_head["norm"](hidden_states)
-        return (hidden_states, routing) if output_routing else hidden_states
+        return (hidden_states, logits_TE, index_TK) if output_routing else hidden_states
 
     def joined(self, hidden_BSD: Tensor, later_embeds_BSD: Tensor) -> Tensor:
         """Return h'^k of equation 21: M_k [RMSNorm(Emb(t_{i+k})); RMSNorm(h^{k-1})].
@@ -482,18 +450,6 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
 # ---------------------------------------------------------------------------------------- trunk
 
 
-@dataclass
-class DeepseekV3ModelOutput(ModelOutput):
-    """What the trunk returns; fields that weren't asked for are None."""
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-    sequence_loss: Tensor | None = None
-
-
 class DeepseekV3PreTrainedModel(PreTrainedModel):
     """Tells transformers how to initialise, cast, checkpoint and observe the model."""
 
@@ -502,38 +458,36 @@ class DeepseekV3PreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is the mean over this call's tokens, whatever a Trainer accumulates
-    _no_split_modules: ClassVar[list[str]] = ["DeepseekV3DecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _no_split_modules = {"DeepseekV3DecoderLayer"}  # noqa: RUF012 (transformers copies these before changing them)
+    _skip_keys_device_placement = {"past_key_values"}  # noqa: RUF012
+    _keep_in_fp32_modules_strict = {"e_score_correction_bias"}  # noqa: RUF012
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs: ClassVar[dict[str, Any]] = {
+    _can_record_outputs = {  # noqa: RUF012
         "hidden_states": DeepseekV3DecoderLayer,
         "attentions": DeepseekV3Attention,
         "router_logits": OutputRecorder(DeepseekV3TopkRouter, index=0),
     }
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["e_score_correction_bias"]
 
-    def __init__(self, config: DeepseekV3Config, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        # DeepSeek stores copies of embedding and head with every prediction module; transformers finds the weights of
-        # its drafting model by these patterns.
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__(config)
+        # DeepSeek stores the embedding and the head again here; by these patterns transformers finds drafting weights.
         first, depth = config.num_hidden_layers, max(1, config.num_nextn_predict_layers)
-        self._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{first + k}\." for k in range(depth)]
+        self._keys_to_ignore_on_load_unexpected = {rf"model\.layers\.{first + k}\." for k in range(depth)}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Fill `module`: every weight from a normal of width `initializer_range` (§4.2), norms one, buffers fresh."""
         super()._init_weights(module)
-        std = self.config.initializer_range
         if isinstance(module, DeepseekV3TopkRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             init.zeros_(module.e_score_correction_bias)
             init.zeros_(module.expert_load)
         elif isinstance(module, DeepseekV3Experts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
+            for stack in module.parameters():
+                init.normal_(stack, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, DeepseekV3RotaryEmbedding):
             init.copy_(module.inv_freq, inverse_frequencies(module.config)[0])
 
@@ -552,7 +506,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         self.post_init()
 
     @capture_outputs
-    def forward(
+    def forward(  # noqa: PLR0913 (transformers' generation calls it by these names)
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -560,62 +514,25 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_sequence_loss: bool = False,
+        sequence_losses: list[Tensor] | None = None,
         **_: Any,
-    ) -> DeepseekV3ModelOutput:
-        """Return the normalised state of every position, and with `output_sequence_loss` the layers' summed loss.
+    ) -> MoeModelOutputWithPast:
+        """Return the normalised state of every position; each MoE layer appends to `sequence_losses`, if given.
 
-        Positions that restart at 0 within a sequence mark documents that don't see each other. Without a word on
-        `use_cache`, training has none.
+        Where `position_ids` restart at 0, another document begins, and sees nothing of the one before (only without
+        a cache). `use_cache` unset means the configuration's in evaluation, and no cache in training.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
+        default = self.config.use_cache and not self.training
+        if past_key_values is None and (default if use_cache is None else use_cache):
             past_key_values = DynamicCache(config=self.config)
         context = self.attention_context(hidden_BSD, attention_mask, position_ids, past_key_values)
-
-        sequence_losses = []
         for layer in list(self.layers)[: self.config.num_hidden_layers]:
-            hidden_BSD, routing = layer(hidden_BSD, output_routing=True, **context)
-            sequence_losses += self.settled(layer, routing, hidden_BSD.shape[0], output_sequence_loss)
-        return DeepseekV3ModelOutput(
-            last_hidden_state=self.norm(hidden_BSD),
-            past_key_values=past_key_values,
-            sequence_loss=torch.stack(sequence_losses).sum() if sequence_losses else None,
-        )
-
-    def attention_context(
-        self,
-        embeds_BSD: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: Cache | None = None,
-    ) -> dict[str, Any]:
-        """Return what every layer needs to know of the positions: mask, angles, cache."""
-        if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(seen, seen + embeds_BSD.shape[1], device=embeds_BSD.device)[None]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=embeds_BSD,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
-        angles = self.rotary_emb(position_ids)
-        return {"attention_mask": mask, "position_embeddings": angles, "past_key_values": past_key_values}
-
-    def settled(
-        self, layer: nn.Module, routing: Routing | None, num_sequences: int, with_loss: bool
-    ) -> list[Tensor]:
-        """Count a layer's routing, outside of what checkpointing repeats; return its sequence-wise loss, if wanted."""
-        if routing is None:
-            return []
-        layer.mlp.gate.count(routing.index_TK)
-        return [sequence_balance_loss(routing, num_sequences)] if with_loss else []
+            hidden_BSD, logits_TE, index_TK = layer(hidden_BSD, None, True, **context)
+            settle(layer, logits_TE, index_TK, hidden_BSD.shape[0], sequence_losses)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_BSD), past_key_values=past_key_values)
 
     def predictions_ahead(
         self,
@@ -623,8 +540,8 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         embeds_BSD: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        output_sequence_loss: bool = False,
-    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        sequence_losses: list[Tensor] | None = None,
+    ) -> Iterator[Tensor]:
         """Yield, for depth k = 1, 2 …, the states from which token t_{i+k+1} is read, (B, S − k, D): equations 21, 22.
 
         Depth 1 starts from the trunk's state *after* the final norm, depth k from depth k−1's after `shared_head.norm`:
@@ -636,26 +553,46 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             mask = attention_mask[:, :-depth] * attention_mask[:, depth:] if attention_mask is not None else None
             positions = position_ids[:, :-depth] if position_ids is not None else None
             context = self.attention_context(later_embeds, mask, positions)
-            hidden_BSD, routing = layer(hidden_BSD, later_embeds, output_routing=True, **context)
-            yield hidden_BSD, self.settled(layer, routing, hidden_BSD.shape[0], output_sequence_loss)
+            hidden_BSD, logits_TE, index_TK = layer(hidden_BSD, later_embeds, True, **context)
+            settle(layer, logits_TE, index_TK, hidden_BSD.shape[0], sequence_losses)
+            yield hidden_BSD
+
+    def attention_context(
+        self, embeds_BSD: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None = None
+    ) -> dict[str, Any]:
+        """Return what every layer needs to know of the positions: causal mask, angles, cache."""
+        causal_mask = create_causal_mask(self.config, embeds_BSD, mask, cache, position_ids)
+        if position_ids is None:
+            seen = cache.get_seq_length() if cache is not None else 0
+            position_ids = torch.arange(embeds_BSD.shape[1], device=embeds_BSD.device)[None] + seen
+        angles = self.rotary_emb(embeds_BSD, position_ids)
+        return {"attention_mask": causal_mask, "position_embeddings": angles, "past_key_values": cache}
+
+
+def settle(
+    layer: nn.Module, logits_TE: Tensor | None, index_TK: Tensor | None, num_sequences: int, losses: list[Tensor] | None
+) -> None:
+    """Count a layer's routing, outside of what checkpointing repeats, and append its sequence-wise loss to `losses`."""
+    if logits_TE is None or index_TK is None or not isinstance(layer.mlp, DeepseekV3MoE):
+        return
+    layer.mlp.gate.count(index_TK)
+    if losses is not None:
+        losses.append(sequence_balance_loss(logits_TE, index_TK.shape[1], num_sequences))
 
 
 # ---------------------------------------------------------------------------------------- language model
 
 
 @dataclass
-class DeepseekV3CausalLMOutput(ModelOutput):
-    """What the language model returns; what wasn't asked for is None, and was not computed."""
+class DeepseekV3CausalLMOutput(MoeCausalLMOutputWithPast):
+    """What the language model returns; what wasn't asked for is None, and was not computed.
 
-    loss: Tensor | None = None  # cross_entropy_loss + mtp_loss_weight · mtp_loss + sequence_loss_weight · sequence_loss
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    router_logits: tuple[Tensor, ...] | None = None
+    loss = cross_entropy_loss + mtp_loss_weight · mtp_loss + sequence_loss_weight · sequence_loss
+    """
+
     cross_entropy_loss: Tensor | None = None  # nats per token
-    mtp_loss: Tensor | None = None  # nats per token, the mean over depths
-    sequence_loss: Tensor | None = None  # the sum over layers; 1 per layer at balance
+    mtp_loss: Tensor | None = None  # nats per token, the mean over depths (equation 25 without λ)
+    sequence_loss: Tensor | None = None  # the sum over MoE layers, those of prediction modules too; 1 each at balance
 
 
 def cross_entropy(hidden_TD: Tensor, head_weight_VD: Tensor, labels_T: Tensor) -> Tensor:
@@ -667,7 +604,7 @@ def cross_entropy(hidden_TD: Tensor, head_weight_VD: Tensor, labels_T: Tensor) -
 class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
     """The trunk with its head. `cross_entropy` may be replaced by any function of the same signature and value."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__(config)
@@ -695,88 +632,65 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> DeepseekV3CausalLMOutput:
-        """Return losses for `labels` (as `input_ids`; −100 is ignored), and logits unless training on labels.
+        """Return the losses for `labels` (aligned with `input_ids`; −100 is ignored), and logits unless they train.
 
-        `shift_labels` replaces `labels` where the target of position i already stands at position i. The mtp loss is
-        computed if its weight is not zero, there are targets, and the model has prediction modules; the sequence-wise
-        loss if its weight is not zero.
+        `shift_labels` replaces `labels` where the target of position i already stands at position i. Losses of weight
+        zero are not computed, nor the mtp loss of a model without prediction modules. Padded positions count in the
+        expert load and the sequence-wise loss: pack training data instead.
         """
         targets_BS = shift_labels if labels is None else F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-        has_mtp = targets_BS is not None and mtp_loss_weight != 0 and self.config.num_nextn_predict_layers > 0
-        if has_mtp and inputs_embeds is None:
+        has_targets = targets_BS is not None
+        has_mtp = has_targets and mtp_loss_weight != 0 and self.config.num_nextn_predict_layers > 0
+        sequence_losses: list[Tensor] | None = [] if has_targets and sequence_loss_weight != 0 else None
+        if has_mtp and input_ids is not None:
             input_ids, inputs_embeds = None, self.model.embed_tokens(input_ids)
-        outputs: DeepseekV3ModelOutput = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_sequence_loss=sequence_loss_weight != 0,
-            **kwargs,
-        )
-        result = DeepseekV3CausalLMOutput(
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            sequence_loss=outputs.sequence_loss,
-        )
-        hidden_BSD = outputs.last_hidden_state
-        if targets_BS is None or not self.training:
+        if has_targets and use_cache is None:
+            use_cache = False
+        positions = (attention_mask, position_ids)
+        trunk = self.model(input_ids, *positions, past_key_values, inputs_embeds, use_cache, sequence_losses, **kwargs)
+        hidden_BSD = trunk.last_hidden_state
+        result = DeepseekV3CausalLMOutput(**{name: trunk[name] for name in trunk if name != "last_hidden_state"})
+        if not has_targets or not self.training:
             result.logits = self.lm_head(slice_logits_to_keep(hidden_BSD, logits_to_keep))
-        if targets_BS is None:
-            return result
-        result.cross_entropy_loss = result.loss = self.head_loss(hidden_BSD, targets_BS)
-        if has_mtp:
-            ahead = self.model.predictions_ahead(
-                hidden_BSD, inputs_embeds, attention_mask, position_ids, output_sequence_loss=sequence_loss_weight != 0
-            )
-            result.mtp_loss, mtp_sequence_losses = self.mtp_loss(ahead, targets_BS)
-            result.loss = result.loss + mtp_loss_weight * result.mtp_loss
-            result.sequence_loss = sum(mtp_sequence_losses, start=result.sequence_loss)
-        if result.sequence_loss is not None:
-            result.loss = result.loss + sequence_loss_weight * result.sequence_loss
+        if targets_BS is not None:
+            result.cross_entropy_loss = loss = self.head_loss(hidden_BSD, targets_BS)
+            if has_mtp and inputs_embeds is not None:
+                ahead = self.model.predictions_ahead(hidden_BSD, inputs_embeds, *positions, sequence_losses)
+                losses = [self.head_loss(state, targets_BS[:, depth:]) for depth, state in enumerate(ahead, start=1)]
+                result.mtp_loss = torch.stack(losses).mean()
+                loss = loss + mtp_loss_weight * result.mtp_loss
+            if sequence_losses:
+                result.sequence_loss = torch.stack(sequence_losses).sum()
+                loss = loss + sequence_loss_weight * result.sequence_loss
+            result.loss = loss
         return result
 
     def head_loss(self, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
         """Return the mean cross-entropy of the targets, through the seam `cross_entropy`."""
         return self.cross_entropy(hidden_BSD.flatten(0, 1), self.lm_head.weight, targets_BS.flatten())
 
-    def mtp_loss(
-        self, ahead: Iterator[tuple[Tensor, list[Tensor]]], targets_BS: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return the mean over depths of the cross-entropies (equations 24 and 25 without λ), and the balance losses."""
-        losses, sequence_losses = [], []
-        for depth, (hidden_BSD, layer_sequence_losses) in enumerate(ahead, start=1):
-            losses.append(self.head_loss(hidden_BSD, targets_BS[:, depth:]))
-            sequence_losses += layer_sequence_losses
-        return torch.stack(losses).mean(), sequence_losses
-
     def routers(self) -> list[tuple[int, DeepseekV3TopkRouter]]:
         """Return every router with the number of its layer; prediction modules are numbered on from the trunk."""
-        moe = [(index, layer.mlp) for index, layer in enumerate(self.model.layers)]
-        return [(index, mlp.gate) for index, mlp in moe if isinstance(mlp, DeepseekV3MoE)]
+        mlps = [(index, layer.mlp) for index, layer in enumerate(self.model.layers)]
+        return [(index, mlp.gate) for index, mlp in mlps if isinstance(mlp, DeepseekV3MoE)]
 
-    def set_count_expert_load(self, counts: bool) -> None:
+    def set_count_expert_load(self, enabled: bool) -> None:
         """Make the routers count tokens when evaluating too, or no longer; in training they always do."""
         for _, router in self.routers():
-            router.counts_when_evaluating = counts
+            router.counts_when_evaluating = enabled
 
-    def save_pretrained(self, save_directory: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write the model as DeepSeek does: with a copy of embedding and head under each prediction module."""
-        state_dict = self.state_dict() if state_dict is None else dict(state_dict)
+        state = dict(kwargs.pop("state_dict", None) or self.state_dict())
         first = self.config.num_hidden_layers
         for index in range(first, first + self.config.num_nextn_predict_layers):
-            copies = {"embed_tokens": "model.embed_tokens.weight", "shared_head.head": "lm_head.weight"}
-            for name, source in copies.items():
-                state_dict[f"model.layers.{index}.{name}.weight"] = state_dict[source].clone()
-        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+            state[f"model.layers.{index}.embed_tokens.weight"] = state["model.embed_tokens.weight"].clone()
+            state[f"model.layers.{index}.shared_head.head.weight"] = state["lm_head.weight"].clone()
+        super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
 
 
 DeepseekV3ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-# transformers converts between stacked experts and DeepSeek's separate ones for its own class; here it is asked to do so
-# for every class of this model type.
+# Unless told so, transformers converts between stacked and separate experts for its own class only.
 register_checkpoint_conversion_mapping(
     DeepseekV3Config.model_type, get_checkpoint_conversion_mapping(DeepseekV3Config.model_type) or [], overwrite=True
 )

@@ -27,16 +27,17 @@ def main(
 
     from tqdm import tqdm
 
-    from dsv3.artifacts import read_json, write_json, write_text
+    from dsv3.artifacts import read_json
     from dsv3.data.shards import TokenStream
     from dsv3.evaluation import SPLITS, check_fits, evaluate
-    from dsv3.figures import expert_load, loss_by_position, save
+    from dsv3.evaluation_files import show, write
     from dsv3.loading import check_model, chosen_device, device_name, load_model
     from dsv3.tracking.recorder import read_record, reopen_recorder
 
     check_model(model)
     record = read_record(run)
     streams = {split: TokenStream.open(tokens, split) for split in SPLITS}
+    meta = read_json(tokens / "meta.json")
     num_tokens = sum(len(stream) - 1 for stream in streams.values())
     device = chosen_device(parameters.runtime.device)
     print(
@@ -46,36 +47,18 @@ def main(
     if dry_run:
         return
 
-    meta = read_json(tokens / "meta.json")
     loaded = load_model(model, device)
     check_fits(loaded, meta, settings)
     with tqdm(total=num_tokens, unit="token", desc="evaluate") as bar:
         evaluation = evaluate(loaded, streams, meta["splits"], settings, bar.update)
-    metrics = evaluation.metrics()
-    heldout = evaluation.scores["heldout"]
-
-    figures = output / "figures"
-    title = f"Loss by position, held-out text ({heldout.tokens:,} tokens)"
-    mean = metrics["heldout"]["nats_per_token"]
-    save(loss_by_position(evaluation.positions.means(), mean, title), figures / "loss_by_position.png")
-    if evaluation.loads:
-        save(expert_load(evaluation.loads, "Expert load, held-out text"), figures / "expert_load.png")
-    write_text(output / "loss_by_position.tsv", evaluation.position_table())
-    write_text(output / "expert_load.tsv", evaluation.load_table())
-    write_json(output / "metrics.json", metrics)
-
+    write(evaluation, output)
     recorder = reopen_recorder(record, parameters.runtime)
-    recorder.result("evaluate", metrics, record["step"])
-    for figure in sorted(figures.glob("*.png")):
-        recorder.figure(figure.stem, figure, record["step"], subset="heldout")
-    for layer, load_E in evaluation.loads.items():
-        recorder.distribution("load", load_E.tolist(), record["step"], subset="heldout", layer=layer)
+    show(evaluation, output, recorder, record["step"])
     recorder.close("finished")
     for split, score in evaluation.scores.items():
         row = score.metrics()
-        print(
-            f"{split:<11}{row['nats_per_token']:.4f} nats/token  {row['nats_per_char']:.4f} nats/char  {row['bits_per_byte']:.4f} bits/byte"
-        )
+        units = {"nats_per_token": "nats/token", "nats_per_char": "nats/char", "bits_per_byte": "bits/byte"}
+        print(f"{split:<11}" + "  ".join(f"{row[name]:.4f} {unit}" for name, unit in units.items()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""Emulated precision: what the operands of a GEMM are rounded to before it runs in fp32.
+
+A low-precision GEMM with fp32 accumulation is an fp32 GEMM of operands that were rounded first (up to the order of
+summation), so one function per kind of operand is all that an emulation needs. Runs that use one are labelled emulated.
+
+Letters: R rows, C columns, D any leading dimensions, N outputs, K inputs of a weight.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from dsv3.fp8.quantize import rounded_columns, rounded_rows, rounded_weight
+from dsv3.fp8.recipe import Recipe
+
+ROUNDINGS: dict[str, "Rounding"] = {}
+"""Every rounding by its name; operators of torch.library take strings, not objects."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Three functions from a tensor to its rounded fp32 values; None leaves the operand as it is."""
+
+    name: str
+    rows: Callable[[Tensor], Tensor] | None
+    """Activations and gradients as operands of forward and dgrad: (..., C) along the last dimension."""
+    columns: Callable[[Tensor], Tensor] | None
+    """The same as operands of wgrad: (R, C) along the rows."""
+    weights: Callable[[Tensor], Tensor] | None
+    """Weights (..., N, K); the result is kept until the parameter changes."""
+
+    def of_rows(self, x_DC: Tensor) -> Tensor:
+        """Return `x_DC` as forward and dgrad see it."""
+        return self.rows(x_DC) if self.rows else x_DC
+
+    def of_columns(self, x_RC: Tensor) -> Tensor:
+        """Return `x_RC` as wgrad sees it."""
+        return self.columns(x_RC) if self.columns else x_RC
+
+    def of_weight(self, weight_DNK: Tensor) -> Tensor:
+        """Return `weight_DNK` as forward and dgrad see it, computed once per optimizer step."""
+        return until_changed(weight_DNK, self.name, self.weights) if self.weights else weight_DNK
+
+
+def bf16_values(x: Tensor) -> Tensor:
+    """Return `x` rounded to bf16, as fp32."""
+    return x.bfloat16().float()
+
+
+def fp8_rounding(recipe: Recipe) -> Rounding:
+    """Return the emulation of block-scaled FP8 by `recipe`, after entering it in `ROUNDINGS`."""
+    pow2 = recipe.has_power_of_two_scales
+    is_on = recipe.quantises_activations
+    rounding = Rounding(
+        name="_".join(["fp8", *recipe.deviations()]),
+        rows=partial(rounded_rows, pow2=pow2) if is_on else None,
+        columns=partial(rounded_columns, pow2=pow2) if is_on and recipe.quantises_wgrad else None,
+        weights=partial(rounded_weight, pow2=pow2) if recipe.quantises_weights else None,
+    )
+    return ROUNDINGS.setdefault(rounding.name, rounding)
+
+
+EXACT = ROUNDINGS.setdefault("exact", Rounding("exact", None, None, None))
+BF16 = ROUNDINGS.setdefault("bf16", Rounding("bf16", bf16_values, bf16_values, bf16_values))
+
+_derived: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def until_changed(weight: Tensor, name: str, derive: Callable[[Tensor], Any]) -> Any:
+    """Return `derive(weight)`, computed again only after `weight` was written to or replaced.
+
+    An in-place operation raises a tensor's version, so every optimizer step counts as a change, and the micro-batches
+    between two steps share one result. Writing through `.data` does not raise it: optimizers must not do that (torch's
+    own don't). Entries vanish with their tensor.
+    """
+    if weight.is_inference():
+        return derive(weight)
+    state = (weight._version, weight.data_ptr())
+    entries: dict[str, tuple[tuple[int, int], Any]] = _derived.setdefault(weight, {})
+    if name not in entries or entries[name][0] != state:
+        with torch.no_grad():
+            entries[name] = (state, derive(weight))
+    return entries[name][1]

@@ -1,0 +1,163 @@
+"""Checkpoints: what a killed training goes on from.
+
+They are insurance against a crash, not artefacts, so DVC does not know them: it deletes a stage's outputs before the
+stage runs, and checks them out by force in `dvc exp run`. They lie at the root of the repository, where temporary and
+queued experiments find them too, in a folder named by the fingerprint of everything that shapes the weights:
+
+    .checkpoints/<fingerprint>/lock
+                               step_200/{model.safetensors, optimizer.pt, scheduler.pt, config.json, trainer_state.json,
+                                         complete}
+                               best_150/{model.safetensors, complete}
+
+The same fingerprint resumes; any other starts afresh. A folder is written under a temporary name, flushed, marked
+complete and renamed; only then are older ones removed. After the export all of it is deleted, or a repeated training
+would find itself finished.
+
+No state of data or random numbers is saved: both are functions of the seed and the step.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from dsv3.artifacts import read_json, replacing_directory
+from dsv3.errors import UserError
+
+FORMAT_VERSION = 1
+COMPLETE = "complete"
+
+
+def fingerprint(facts: Mapping[str, Any]) -> str:
+    """Return a digest of `facts`, JSON values that name everything the weights depend on; their order is no matter."""
+    text = json.dumps({"format": FORMAT_VERSION, **facts}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold `directory` for this process; raise `UserError` where another training already writes there.
+
+    An orphan (DVC was killed, the stage lives on) would otherwise be writing the same files. The lock of a process that
+    is gone is taken over.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "lock"
+    _acquire(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        if directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
+
+
+def _acquire(path: Path) -> None:
+    """Create the lock file, with our process and host in it."""
+    owner = f"{os.getpid()} {socket.gethostname()}"
+    for _ in range(2):
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(owner)
+            return
+        except FileExistsError:
+            holder = path.read_text(encoding="utf-8")
+            if not _is_gone(holder):
+                break
+            path.unlink(missing_ok=True)
+    raise UserError(
+        f"{path}: another training with the same parameters is running (process and host {holder or 'unknown'}); "
+        "wait for it or stop it, and delete this file only if it is gone"
+    )
+
+
+def _is_gone(holder: str) -> bool:
+    """Return whether the process named in a lock is known to have ended; of another host nothing is known."""
+    number, _, host = holder.partition(" ")
+    if host != socket.gethostname() or not number.isdigit():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Return the complete checkpoints in `directory`, oldest first."""
+    found = [path for path in directory.glob("step_*") if (path / COMPLETE).is_file()]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.rpartition("_")[2])
+
+
+def save_checkpoint(
+    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], state: dict[str, Any]
+) -> None:
+    """Write `directory`/step_N, N being `state["step"]`; `state` is what the loop needs to go on, as JSON."""
+    with replacing_directory(directory / f"step_{state['step']}") as folder:
+        save_model(model, str(folder / "model.safetensors"))
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        # The schedule is a function of the step; this file is for those who look for Hugging Face's layout.
+        torch.save({"last_epoch": state["step"]}, folder / "scheduler.pt")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+        (folder / COMPLETE).write_text(f"{state['step']}\n", encoding="utf-8")
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load the weights and the optimizer's state from `folder` in place; return the loop's state."""
+    load_model(model, folder / "model.safetensors")
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+    return read_json(folder / "trainer_state.json")
+
+
+def save_best(directory: Path, model: nn.Module, step: int) -> None:
+    """Write the weights alone to `directory`/best_N; older ones stay until a checkpoint is saved."""
+    with replacing_directory(best_folder(directory, step)) as folder:
+        save_model(model, str(folder / "model.safetensors"))
+        (folder / COMPLETE).write_text(f"{step}\n", encoding="utf-8")
+
+
+def load_best(directory: Path, model: nn.Module, step: int) -> None:
+    """Load the weights that `save_best` wrote for `step`, in place."""
+    load_model(model, best_folder(directory, step) / "model.safetensors")
+
+
+def best_folder(directory: Path, step: int) -> Path:
+    """Return the folder of the best weights."""
+    return directory / f"best_{step}"
+
+
+def prune(directory: Path, save_total_limit: int, best_step: int) -> None:
+    """Remove all but the newest `save_total_limit` checkpoints, other best weights, and what was left half-written.
+
+    Best weights newer than the newest checkpoint stay: this is called when there are none.
+    """
+    for old in checkpoints(directory)[:-save_total_limit]:
+        shutil.rmtree(old)
+    for path in directory.iterdir():
+        is_old_best = path.name.startswith("best_") and path != best_folder(directory, best_step)
+        is_unfinished = path.is_dir() and not (path / COMPLETE).is_file()
+        if is_old_best or is_unfinished:
+            shutil.rmtree(path)
+
+
+def delete(directory: Path) -> None:
+    """Remove everything but the lock, which its holder removes."""
+    for path in directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
