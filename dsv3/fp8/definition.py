@@ -1,7 +1,9 @@
-"""What an FP8 number and its scale are, one scalar at a time in float64: the definition every implementation is held to.
+"""What an FP8 number and its scale are, one scalar at a time in float64.
 
-e4m3 (the "fn" form): a sign, four exponent bits with bias 7, three mantissa bits. The largest number is 448, the smallest
-normal one 2^-6, and below it the numbers are multiples of 2^-9. There is no infinity; one pattern is NaN.
+Every implementation is held to this definition by the tests.
+
+e4m3 (the "fn" form): a sign, four exponent bits with bias 7, three mantissa bits. The largest number is 448, the
+smallest normal one 2^-6, and below it the numbers are multiples of 2^-9. There is no infinity; one pattern is NaN.
 
 A block of numbers shares one fp32 scale s. With a the largest magnitude in the block, but at least 2^-100:
 
@@ -13,8 +15,8 @@ where fl rounds to fp32 and e4m3 rounds to nearest, ties to even. Why so:
   otherwise; products are exact to the last bit everywhere.
 * |x * inverse| exceeds 448 by two units in the last place at most, and everything below 464 rounds to 448: no clamp.
 * The floor keeps scale and inverse normal numbers. A block of zeros has scale 2^-100 / 448 and stores zeros; a block
-  below the floor loses its smallest numbers. DeepSeek's inference code has its floor at 1e-4, which suits activations; the
-  gradients of a mean over 10^6 tokens lie below it.
+  below the floor loses its smallest numbers. DeepSeek's inference code has its floor at 1e-4, which suits
+  activations; the gradients of a mean over 10^6 tokens lie below it.
 * A NaN or an infinity makes every value of its block NaN (the scale is NaN or infinite): an overflow must show in the
   loss, not turn into 448.
 * Power-of-two scales round s up to the next power of two; the inverse is then exact.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dsv3.fp8.quantize import rounded_columns, rounded_rows, rounded_weight
@@ -36,11 +37,11 @@ class Rounding:
 
     def of_rows(self, x_DC: Tensor) -> Tensor:
         """Return `x_DC` as forward and dgrad see it."""
-        return self.rows(x_DC) if self.rows else x_DC
+        return while_same(x_DC, self.name + ".rows", self.rows) if self.rows else x_DC
 
     def of_columns(self, x_RC: Tensor) -> Tensor:
         """Return `x_RC` as wgrad sees it."""
-        return self.columns(x_RC) if self.columns else x_RC
+        return while_same(x_RC, self.name + ".columns", self.columns) if self.columns else x_RC
 
     def of_weight(self, weight_DNK: Tensor) -> Tensor:
         """Return `weight_DNK` as forward and dgrad see it, computed once per optimizer step."""
@@ -68,21 +69,56 @@ def fp8_rounding(recipe: Recipe) -> Rounding:
 EXACT = ROUNDINGS.setdefault("exact", Rounding("exact", None, None, None))
 BF16 = ROUNDINGS.setdefault("bf16", Rounding("bf16", bf16_values, bf16_values, bf16_values))
 
-_derived: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_derived = WeakIdKeyDictionary()
+"""Tensor -> name -> ((version, address), derived value)."""
+
+
+def _forget_derived(*_: Any) -> None:
+    """Drop everything derived from weights: an optimizer has stepped."""
+    _derived.clear()
+
+
+register_optimizer_step_post_hook(_forget_derived)
 
 
 def until_changed(weight: Tensor, name: str, derive: Callable[[Tensor], Any]) -> Any:
     """Return `derive(weight)`, computed again only after `weight` was written to or replaced.
 
-    An in-place operation raises a tensor's version, so every optimizer step counts as a change, and the micro-batches
-    between two steps share one result. Writing through `.data` does not raise it: optimizers must not do that (torch's
-    own don't). Entries vanish with their tensor.
+    The micro-batches between two optimizer steps share one result. A change is seen by the tensor's version, which
+    every in-place operation raises, except for torch's fused optimizers and writes through `.data`; therefore the step
+    of any torch optimizer clears all entries, too. Entries vanish with their tensor.
     """
     if weight.is_inference():
         return derive(weight)
     state = (weight._version, weight.data_ptr())
-    entries: dict[str, tuple[tuple[int, int], Any]] = _derived.setdefault(weight, {})
+    entries: Any = _derived.setdefault(weight, {})
     if name not in entries or entries[name][0] != state:
         with torch.no_grad():
             entries[name] = (state, derive(weight))
     return entries[name][1]
+
+
+_latest: dict[str, tuple[Tensor, int, Tensor]] = {}
+"""Name -> (tensor, its version, derived tensor)."""
+
+
+def while_same(x: Tensor, name: str, derive: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return `derive(x)`, computed once while the calls under `name` come with the same memory and contents.
+
+    Several layers read one activation (gate and up, queries and latents). The entry holds `x`, so that its memory can't
+    become another tensor's meanwhile; this keeps one activation and its rounded copy alive until the next call.
+    """
+    if x.is_inference():
+        return derive(x)
+    entry = _latest.get(name)
+    if entry is not None and _is_same(entry[0], x) and entry[1] == x._version:
+        return entry[2]
+    _latest[name] = (x, x._version, derive(x))
+    return _latest[name][2]
+
+
+def _is_same(x: Tensor, y: Tensor) -> bool:
+    """Return whether the two are one tensor, or views of the same numbers."""
+    return x is y or (
+        x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride() and x.dtype == y.dtype
+    )

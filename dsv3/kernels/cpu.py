@@ -4,8 +4,8 @@ What is slow elsewhere, and what is done about it:
 
 * Indexing `weight[e]` in an autograd loop gives each of the E experts a gradient as large as the whole stack, mostly
   zeros. Here every product writes its slice of one gradient tensor (`mm(out=)`).
-* A token's rows are gathered expert by expert, just before they are multiplied, so that they are still in the cache, and
-  the activation runs on that slice while it is there too.
+* A token's rows are gathered expert by expert, just before they are multiplied, so that they are still in the cache,
+  and the activation runs on that slice while it is there too.
 * The routing weight scales the activation (I columns) instead of the expert's output (H columns). With
   p = weight * swiglu and o = p @ down.T its gradient is sum(swiglu * (do @ down)), so neither o nor the gathered input
   has to be kept: the backward pass needs the layer's input, the (S, 2I) input of the activation, and the order.
@@ -16,40 +16,56 @@ Letters: T tokens, K experts per token, S = T * K pairs sorted by expert, E expe
 n rows of one expert.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3.fp8.rounding import EXACT, ROUNDINGS, Rounding
 from dsv3.kernels.permute import expert_order, slices, sum_per_token, with_inverse
 from dsv3.kernels.swiglu import swiglu_backward
 
 
-def experts(hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor) -> Tensor:
-    """Return the weighted sum of each token's experts, shape (T, H); all floating tensors of one dtype."""
-    return _forward(hidden_TH, index_TK, weight_TK, gate_up_E2IH, down_EHI)[0]
+def experts(
+    hidden_TH: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    gate_up_E2IH: Tensor,
+    down_EHI: Tensor,
+    rounding: Rounding = EXACT,
+) -> Tensor:
+    """Return the weighted sum of each token's experts, shape (T, H); all floating tensors of one dtype.
+
+    `rounding` is applied to the operands of every product, which emulates a lower precision.
+    """
+    return _forward(hidden_TH, index_TK, weight_TK, gate_up_E2IH, down_EHI, rounding.name)[0]
 
 
 @torch.library.custom_op("dsv3::experts_cpu", mutates_args=())
 def _forward(
-    hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor
+    hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, rounding: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the output, and what the backward pass needs: gate and up of every pair, the order, the ends."""
+    to = ROUNDINGS[rounding]
     order = expert_order(index_TK, gate_up_E2IH.shape[0])
+    operand_TH = to.of_rows(hidden_TH)
+    gate_up_EH2I, down_EIH = to.of_weight(gate_up_E2IH).transpose(1, 2), to.of_weight(down_EHI).transpose(1, 2)
     weight_S1 = weight_TK.reshape(-1, 1)[order.pair_S]
     gate_up_S2I = hidden_TH.new_empty(len(weight_S1), gate_up_E2IH.shape[1])
     output_SH = hidden_TH.new_empty(len(weight_S1), hidden_TH.shape[1])
     for expert, rows in slices(order.end_E):
-        hidden_nH = hidden_TH.index_select(0, order.token_S[rows])
-        gate_up_n2I = torch.mm(hidden_nH, gate_up_E2IH[expert].t(), out=gate_up_S2I[rows])
+        operand_nH = operand_TH.index_select(0, order.token_S[rows])
+        gate_up_n2I = torch.mm(operand_nH, gate_up_EH2I[expert], out=gate_up_S2I[rows])
         gate_nI, up_nI = gate_up_n2I.chunk(2, dim=-1)
         act_nI = F.silu(gate_nI).mul_(up_nI).mul_(weight_S1[rows])
-        torch.mm(act_nI, down_EHI[expert].t(), out=output_SH[rows])
+        torch.mm(to.of_rows(act_nI), down_EIH[expert], out=output_SH[rows])
     return sum_per_token(output_SH, order.position_TK), gate_up_S2I, order.pair_S, order.end_E
 
 
 @_forward.register_fake
 def _(
-    hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor
+    hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, rounding: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_pairs = index_TK.shape[0] * index_TK.shape[1]
     return (
@@ -61,7 +77,7 @@ def _(
 
 
 @torch.library.custom_op("dsv3::experts_cpu_backward", mutates_args=())
-def _backward(
+def _backward(  # noqa: PLR0913
     grad_TH: Tensor,
     hidden_TH: Tensor,
     weight_TK: Tensor,
@@ -70,35 +86,38 @@ def _backward(
     gate_up_S2I: Tensor,
     pair_S: Tensor,
     end_E: Tensor,
+    rounding: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients by hidden, weight, gate_up and down."""
+    to = ROUNDINGS[rounding]
     order = with_inverse(pair_S, end_E, weight_TK.shape[1])
+    operand_TH, operand_gate_up, operand_down = to.of_rows(grad_TH), to.of_weight(gate_up_E2IH), to.of_weight(down_EHI)
     weight_S1 = weight_TK.reshape(-1, 1)[pair_S]
     grad_gate_up_E2IH, grad_down_EHI = torch.empty_like(gate_up_E2IH), torch.empty_like(down_EHI)
     idle_E = torch.diff(end_E, prepend=end_E.new_zeros(1)) == 0
     grad_gate_up_E2IH[idle_E], grad_down_EHI[idle_E] = 0, 0
-    grad_hidden_SH, grad_weight_S = (
-        hidden_TH.new_empty(len(pair_S), hidden_TH.shape[1]),
-        weight_S1.new_empty(len(pair_S)),
-    )
+    grad_hidden_SH = hidden_TH.new_empty(len(pair_S), hidden_TH.shape[1])
+    grad_weight_S = weight_S1.new_empty(len(pair_S))
     for expert, rows in slices(end_E):
         token_n, gate_up_n2I = order.token_S[rows], gate_up_S2I[rows]
         gate_nI, up_nI = gate_up_n2I.chunk(2, dim=-1)
-        grad_nH = grad_TH.index_select(0, token_n)
-        grad_act_nI = grad_nH @ down_EHI[expert]  # by weight * swiglu
+        operand_nH = operand_TH.index_select(0, token_n)
+        grad_act_nI = operand_nH @ operand_down[expert]  # by weight * swiglu
         silu_nI = F.silu(gate_nI)
         act_nI = silu_nI * up_nI
         torch.sum(grad_act_nI * act_nI, dim=-1, out=grad_weight_S[rows])
-        torch.mm(grad_nH.t(), act_nI.mul_(weight_S1[rows]), out=grad_down_EHI[expert])
+        grad_nH = operand_nH if to is EXACT else to.of_columns(grad_TH.index_select(0, token_n))
+        torch.mm(grad_nH.t(), to.of_columns(act_nI.mul_(weight_S1[rows])), out=grad_down_EHI[expert])
         grad_n2I = swiglu_backward(grad_act_nI.mul_(weight_S1[rows]), gate_up_n2I, silu_nI)
-        torch.mm(grad_n2I.t(), hidden_TH.index_select(0, token_n), out=grad_gate_up_E2IH[expert])
-        torch.mm(grad_n2I, gate_up_E2IH[expert], out=grad_hidden_SH[rows])
+        hidden_nH = hidden_TH.index_select(0, token_n)
+        torch.mm(to.of_columns(grad_n2I).t(), to.of_columns(hidden_nH), out=grad_gate_up_E2IH[expert])
+        torch.mm(to.of_rows(grad_n2I), operand_gate_up[expert], out=grad_hidden_SH[rows])
     grad_weight_TK = grad_weight_S[order.position_TK]
     return sum_per_token(grad_hidden_SH, order.position_TK), grad_weight_TK, grad_gate_up_E2IH, grad_down_EHI
 
 
 @_backward.register_fake
-def _(
+def _(  # noqa: PLR0913
     grad_TH: Tensor,
     hidden_TH: Tensor,
     weight_TK: Tensor,
@@ -107,6 +126,7 @@ def _(
     gate_up_S2I: Tensor,
     pair_S: Tensor,
     end_E: Tensor,
+    rounding: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(hidden_TH, memory_format=torch.contiguous_format),
@@ -116,16 +136,16 @@ def _(
     )
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep for the backward pass what can't be recomputed cheaply."""
-    hidden_TH, _, weight_TK, gate_up_E2IH, down_EHI = inputs
+    hidden_TH, _, weight_TK, gate_up_E2IH, down_EHI, ctx.rounding = inputs
     ctx.save_for_backward(hidden_TH, weight_TK, gate_up_E2IH, down_EHI, *output[1:])
 
 
-def _gradients(ctx: torch.autograd.function.FunctionCtx, grad_TH: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad_TH: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients in the order of `_forward`'s arguments."""
-    grad_hidden, grad_weight, grad_gate_up, grad_down = _backward(grad_TH, *ctx.saved_tensors)
-    return grad_hidden, None, grad_weight, grad_gate_up, grad_down
+    grad_hidden, grad_weight, grad_gate_up, grad_down = _backward(grad_TH, *ctx.saved_tensors, ctx.rounding)
+    return grad_hidden, None, grad_weight, grad_gate_up, grad_down, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

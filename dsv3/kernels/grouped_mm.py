@@ -13,7 +13,7 @@ from dsv3.kernels.permute import expert_order, sum_per_token
 
 
 def experts(hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor) -> Tensor:
-    """Return the weighted sum of each token's experts, shape (T, H); all floating tensors of one dtype, fp64 refused."""
+    """Return the weighted sum of each token's experts, shape (T, H); all floating tensors of one dtype, not fp64."""
     order = expert_order(index_TK, gate_up_E2IH.shape[0])
     gate_up_S2I = F.grouped_mm(hidden_TH[order.token_S], gate_up_E2IH.transpose(1, 2), offs=order.end_E)
     gate_SI, up_SI = gate_up_S2I.chunk(2, dim=-1)

@@ -1,8 +1,8 @@
 """Which rows belong to which expert.
 
-Every fast expert computation sorts the (token, choice) pairs by expert once, so that an expert's rows are one contiguous
-slice, and adds the results back per token. The sort is stable: an expert sees its tokens in their order, and the sum over
-a token's choices always runs in the same order, which makes every backend deterministic.
+Every fast expert computation sorts the (token, choice) pairs by expert once, so that an expert's rows are one
+contiguous slice, and adds the results back per token. The sort is stable: an expert sees its tokens in their order,
+and the sum over a token's choices always runs in the same order, which makes every backend deterministic.
 
 Letters: T tokens, K experts per token, S = T * K pairs, E experts, H hidden size.
 """

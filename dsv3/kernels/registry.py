@@ -8,7 +8,7 @@ runs: `dsv3_cpu_fp32`, `dsv3_grouped_mm_bf16`, `dsv3_fp8_emulated`. That name is
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,64 +17,83 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dsv3.errors import UserError
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE, Recipe
+from dsv3.fp8.rounding import BF16, fp8_rounding
+from dsv3.kernels import cpu, grouped_mm, reference
+from dsv3.kernels.devices import multiplies_bf16, multiplies_fp8
 
 DTYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
-FP8_CAPABILITY = (8, 9)
-"""Ada and Hopper multiply e4m3; Triton refuses to compile it for anything older."""
+Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""From hidden (T, H), index and weight (T, K), gate_up (E, 2I, H), down (E, H, I) to the output (T, H)."""
+
+
+def _reference(recipe: Recipe) -> Experts:
+    return reference.experts
+
+
+def _cpu(recipe: Recipe) -> Experts:
+    return cpu.experts
+
+
+def _grouped_mm(recipe: Recipe) -> Experts:
+    return grouped_mm.experts
+
+
+def _bf16_emulated(recipe: Recipe) -> Experts:
+    return partial(cpu.experts, rounding=BF16)
+
+
+def _fp8_emulated(recipe: Recipe) -> Experts:
+    return partial(cpu.experts, rounding=fp8_rounding(recipe))
+
+
+def _triton_fp8(recipe: Recipe) -> Experts:
+    from dsv3.kernels import triton_experts  # triton is not installed with every torch
+
+    return partial(triton_experts.experts, recipe=recipe)
 
 
 @dataclass(frozen=True)
 class Backend:
     """What a backend is made of, and what it needs."""
 
-    module: str
-    """Module with the function `experts`; imported when the backend is chosen."""
+    function: Callable[[Recipe], Experts]
+    """Makes the function; only the FP8 backends look at the recipe."""
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
-    """Dtypes it computes in; the master weights are cast to it."""
+    """Precisions that it serves."""
     is_fp8: bool = False
     is_emulated: bool = False
+    """Computes in fp32 whatever it stands for."""
 
 
 ANY_DEVICE = ("cpu", "cuda")
+FP64, FP32, BF16_DTYPE = torch.float64, torch.float32, torch.bfloat16
 BACKENDS = {
-    "reference": Backend("reference", ANY_DEVICE, (torch.float64, torch.float32, torch.bfloat16)),
-    "cpu": Backend("cpu", ("cpu",), (torch.float64, torch.float32, torch.bfloat16)),
-    "grouped_mm": Backend("grouped_mm", ANY_DEVICE, (torch.float32, torch.bfloat16)),
-    "bf16_emulated": Backend("bf16_emulated", ANY_DEVICE, (torch.bfloat16,), is_emulated=True),
-    "triton_fp8": Backend("fp8_experts", ("cuda",), (torch.float32, torch.bfloat16), is_fp8=True),
-    "fp8_emulated": Backend("fp8_experts", ANY_DEVICE, (torch.float32, torch.bfloat16), is_fp8=True, is_emulated=True),
+    "reference": Backend(_reference, ANY_DEVICE, (FP64, FP32, BF16_DTYPE)),
+    "cpu": Backend(_cpu, ("cpu",), (FP64, FP32, BF16_DTYPE)),
+    "grouped_mm": Backend(_grouped_mm, ANY_DEVICE, (FP32, BF16_DTYPE)),
+    "bf16_emulated": Backend(_bf16_emulated, ANY_DEVICE, (BF16_DTYPE,), is_emulated=True),
+    "triton_fp8": Backend(_triton_fp8, ("cuda",), (FP32, BF16_DTYPE), is_fp8=True),
+    "fp8_emulated": Backend(_fp8_emulated, ANY_DEVICE, (FP32, BF16_DTYPE), is_fp8=True, is_emulated=True),
 }
 
-AUTO = {
-    # (device, fp8 in Hardware or not wanted, use_fp8): backend
-    ("cpu", False): "cpu",
-    ("cpu", True): "fp8_emulated",
-    ("cuda", False): "grouped_mm",
-    ("cuda", True): "triton_fp8",
-}
-"""What `auto` means by (device type, use_fp8); `auto_backend` holds the two exceptions, both of them emulations."""
+AUTO = (
+    # device, use_fp8, does the device multiply that precision natively: backend
+    (("cpu", False, True), "cpu"),
+    (("cpu", False, False), "bf16_emulated"),
+    (("cpu", True, False), "fp8_emulated"),
+    (("cuda", False, True), "grouped_mm"),
+    (("cuda", False, False), "bf16_emulated"),
+    (("cuda", True, True), "triton_fp8"),
+    (("cuda", True, False), "fp8_emulated"),
+)
+"""What `train.experts: auto` stands for."""
 
 
 def auto_backend(device: torch.device, compute_dtype: torch.dtype, use_fp8: bool) -> str:
-    """Return the backend that `train.experts: auto` stands for."""
-    if use_fp8 and not multiplies_fp8(device):
-        return "fp8_emulated"
-    if compute_dtype == torch.bfloat16 and not multiplies_bf16(device):
-        return "bf16_emulated"
-    return AUTO[device.type, use_fp8]
-
-
-def multiplies_fp8(device: torch.device) -> bool:
-    """Return whether the device has e4m3 matrix instructions that Triton can reach."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Return whether the device multiplies bf16 natively: without AVX512-BF16 or AMX a CPU is 27 times slower at it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """Return the backend that `auto` stands for."""
+    is_native = multiplies_fp8(device) if use_fp8 else compute_dtype != BF16_DTYPE or multiplies_bf16(device)
+    return dict(AUTO)[device.type, use_fp8, is_native]
 
 
 def experts_backend(
@@ -110,29 +129,19 @@ def refusal(backend: Backend, device: torch.device, compute_dtype: torch.dtype, 
 def _register(name: str, compute_dtype: torch.dtype, recipe: Recipe) -> str:
     """Register the backend with transformers; return the name under which it stands."""
     backend = BACKENDS[name]
-    function: Callable[..., Tensor] = import_module(f"dsv3.kernels.{backend.module}").experts
-    options: dict[str, Any] = {}
-    parts = ["dsv3", name]
-    if backend.is_fp8:
-        options = {"recipe": recipe, "is_emulated": backend.is_emulated}
-        parts += recipe.deviations()
-    dtype = torch.float32 if backend.is_emulated else compute_dtype
-    if not backend.is_emulated:
-        parts.append(DTYPE_NAMES[compute_dtype])
+    function = backend.function(recipe)
+    dtype = FP32 if backend.is_emulated else compute_dtype
+    weight_dtype = FP32 if backend.is_fp8 else dtype  # the FP8 backends quantise the master weights
 
-    def forward(experts: torch.nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the experts' output in the dtype of `hidden`, computed in the backend's."""
+        gate_up, down = experts.gate_up_proj, experts.down_proj
         with torch.autocast(hidden.device.type, enabled=False):
-            output = function(
-                hidden.to(dtype),
-                top_k_index,
-                top_k_weights.to(dtype),
-                experts.gate_up_proj.to(dtype),
-                experts.down_proj.to(dtype),
-                **options,
-            )
+            operands = hidden.to(dtype), top_k_index, top_k_weights.to(dtype)
+            output = function(*operands, gate_up.to(weight_dtype), down.to(weight_dtype))
         return output.to(hidden.dtype)
 
-    registered = "_".join(parts)
+    parts = ["dsv3", name, *(recipe.deviations() if backend.is_fp8 else [])]
+    registered = "_".join(parts if backend.is_emulated else [*parts, DTYPE_NAMES[compute_dtype]])
     ALL_EXPERTS_FUNCTIONS.register(registered, forward)
     return registered

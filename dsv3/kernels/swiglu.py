@@ -1,7 +1,7 @@
 """SwiGLU with a hand-written backward pass.
 
-Only the input of the activation is kept; its output is recomputed in the backward pass, as in the report (section 3.2.3),
-because it costs one pass over memory and saves a third of what a layer keeps.
+Only the input of the activation is kept; its output is recomputed in the backward pass, as in the report (section
+3.2.3), because it costs one pass over memory and saves a third of what a layer keeps.
 
 Letters: R rows, I intermediate size; gate and up lie side by side in one (R, 2I) tensor, as their GEMM writes them.
 """

@@ -49,8 +49,8 @@ class Architecture(BaseModel):
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     def is_moe(self, layer: int) -> bool:
-        """Tell whether decoder layer number `layer` holds experts; MTP modules count on from `num_hidden_layers`."""
-        return layer >= self.first_k_dense_replace
+        """Tell whether layer number `layer` holds experts; MTP modules, numbered on from the trunk, always do."""
+        return layer >= min(self.first_k_dense_replace, self.num_hidden_layers)
 
     @property
     def num_moe_layers(self) -> int:

@@ -12,20 +12,13 @@ Letters: L layers with a router (prediction modules included), E n_routed_expert
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from mini_model.modeling_deepseek import DeepseekV3TopkRouter
 
-class Router(Protocol):
-    """What a router must hold: its bias, which is fp32 whatever the model's type, and the counts since it was asked."""
-
-    e_score_correction_bias: Tensor
-    expert_load: Tensor
-
-
-Routers = Sequence[tuple[int, Router]]
+Routers = Sequence[tuple[int, DeepseekV3TopkRouter]]
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 def _acquire(path: Path) -> None:
     """Create the lock file, with our process and host in it."""
-    owner = f"{os.getpid()} {socket.gethostname()}"
+    owner, holder = f"{os.getpid()} {socket.gethostname()}", ""
     for _ in range(2):
         try:
             with path.open("x", encoding="utf-8") as file:
@@ -105,7 +105,11 @@ def _step_of(path: Path) -> int:
 
 
 def save_checkpoint(
-    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], state: dict[str, Any]
+    directory: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Mapping[str, Any],
+    state: dict[str, Any],
 ) -> None:
     """Write `directory`/step_N, N being `state["step"]`; `state` is what the loop needs to go on, as JSON."""
     with replacing_directory(directory / f"step_{state['step']}") as folder:

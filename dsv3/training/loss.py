@@ -45,7 +45,7 @@ def chunked_cross_entropy(hidden_TD: Tensor, head_weight_VD: Tensor, labels_T: T
         compute_dtype = torch.get_autocast_dtype(device_type)
         hidden_TD = hidden_TD.to(compute_dtype)
     with torch.autocast(device_type, enabled=False):
-        loss: Tensor = ChunkedCrossEntropy.apply(hidden_TD, head_weight_VD, labels_T)  # pyright: ignore[reportAssignmentType]
+        loss: Tensor = ChunkedCrossEntropy.apply(hidden_TD, head_weight_VD, labels_T)
     return loss
 
 
@@ -77,10 +77,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides the parameters' names)
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
         """Return the kept gradients, scaled by the derivative of whatever the loss went into."""
         hidden_grad_TD, head_grad_VD = ctx.gradients
-        (scale,) = upstream
+        (scale,) = grad_outputs
         return (
             None if hidden_grad_TD is None else hidden_grad_TD * scale.to(hidden_grad_TD.dtype),
             None if head_grad_VD is None else (head_grad_VD * scale).to(ctx.head_dtype),

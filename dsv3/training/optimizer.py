@@ -21,13 +21,14 @@ Letters: E n_routed_experts, I moe_intermediate_size, H hidden_size.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from dsv3.training.params import TrainParams
+from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -40,34 +41,14 @@ MAX_BATCH_NUMBERS = 1 << 26
 """Most numbers orthogonalised in one call: 256 MiB in fp32, so that large models need little extra memory."""
 
 
-class HasEmbeddings(Protocol):
-    """What parameter_groups asks of a model."""
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield every parameter once, with its name."""
-        ...
-
-    def modules(self) -> Iterator[nn.Module]:
-        """Yield every module."""
-        ...
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the output head."""
-        ...
-
-    def routers(self) -> list[tuple[int, nn.Module]]:
-        """Return the routers with their layers."""
-        ...
-
-
-def parameter_groups(model: HasEmbeddings, params: TrainParams) -> list[dict[str, Any]]:
+def parameter_groups(model: DeepseekV3ForCausalLM, params: TrainParams) -> list[dict[str, Any]]:
     """Return the optimizer's groups: matrices, and what is never decayed (norms, biases, embeddings; report, 4.2).
 
     The output head and the router are matrices of AdamW: decayed, not orthogonalised. A head that is tied to the
     embedding counts as the embedding.
     """
     embeddings = {id(parameter) for m in model.modules() if isinstance(m, nn.Embedding) for parameter in m.parameters()}
-    by_adamw = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    by_adamw = {id(parameter) for parameter in model.lm_head.parameters()}
     by_adamw |= {id(parameter) for _, router in model.routers() for parameter in router.parameters()}
     members: dict[str, list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, parameter in model.named_parameters():

@@ -63,6 +63,7 @@ def test_the_shipped_parameters_are_valid_and_every_line_of_them_is_commented():
     [
         ({"train.learning_rate": -1}, "params.yaml: train.learning_rate is -1; must be > 0"),
         ({"train.learning_rate": "fast"}, "params.yaml: train.learning_rate is 'fast'; input should be a valid number"),
+        ({"train.learning_rate": float("inf")}, "train.learning_rate is inf; input should be a finite number"),
         ({"train.learnin_rate": 1}, "params.yaml: train.learnin_rate is no parameter; did you mean learning_rate?"),
         ({"trian": {}}, "params.yaml: trian is no parameter; did you mean train?"),
         ({"train.use_fp8": None}, "params.yaml: train.use_fp8 is null; input should be a valid boolean"),

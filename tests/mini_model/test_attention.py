@@ -36,7 +36,9 @@ def test_a_prediction_module_sees_no_token_beyond_the_ones_it_is_given(micro_mod
         assert gradient[:, position + depth].any(dim=1).all()
 
 
-@pytest.mark.parametrize("overrides", [{}, {"q_lora_rank": None}, {"rope_parameters": YARN}, {"rope_interleave": False}])
+@pytest.mark.parametrize(
+    "overrides", [{}, {"q_lora_rank": None}, {"rope_parameters": YARN}, {"rope_interleave": False}]
+)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
 def test_decoding_token_by_token_equals_reading_all_at_once(micro_model, token_ids, overrides, implementation):
@@ -129,7 +131,9 @@ def test_documents_whose_positions_restart_do_not_see_each_other(micro_model, to
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("strategy", [{"do_sample": False}, {"num_beams": 3, "do_sample": False}], ids=["greedy", "beam"])
+@pytest.mark.parametrize(
+    "strategy", [{"do_sample": False}, {"num_beams": 3, "do_sample": False}], ids=["greedy", "beam"]
+)
 def test_generation_with_a_cache_equals_generation_without(micro_model, token_ids, strategy):
     model, ids = micro_model().eval(), token_ids(2, 5)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])

@@ -34,9 +34,7 @@ def test_an_architecture_that_cannot_route_is_refused_in_one_line(micro_config, 
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize(
-    ("file", "parameters"), [("config.json", 5_691_664_384), ("config_tiny.json", 142_435_584)]
-)
+@pytest.mark.parametrize(("file", "parameters"), [("config.json", 5_691_664_384), ("config_tiny.json", 142_435_584)])
 def test_the_headline_sizes_are_true_on_the_meta_device(file, parameters):
     with torch.device("meta"):
         model = DeepseekV3ForCausalLM(DeepseekV3Config.from_json_file(f"mini_model/{file}"))
@@ -77,5 +75,5 @@ def test_every_weight_starts_normal_with_the_configured_width_and_norms_at_one(m
         else:
             # The estimate of a standard deviation from n numbers errs by 1 / sqrt(2 n); 5 of those are allowed.
             tolerance = 5 / (2 * parameter.numel()) ** 0.5
-            assert parameter.std() == pytest.approx(0.006, rel=tolerance), name
+            assert parameter.std().item() == pytest.approx(0.006, rel=tolerance), name
     assert all(not router.e_score_correction_bias.any() for _, router in model.routers())

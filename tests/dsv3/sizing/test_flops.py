@@ -90,7 +90,5 @@ def test_an_mtp_module_costs_its_active_matrices_and_the_head_again():
 def test_decoding_from_the_latent_costs_more_per_key_and_nothing_else():
     architecture = Architecture(**SMALL, num_nextn_predict_layers=0)
     per_key = decoding_flops_per_token(architecture, 11) - decoding_flops_per_token(architecture, 10)
-    assert per_key == 3 * 2 * 2 * (
-        20 + 8 + 20
-    )  # layers · operations · heads · (latent + rotary + latent)
+    assert per_key == 3 * 2 * 2 * (20 + 8 + 20)  # layers · operations · heads · (latent + rotary + latent)
     assert decoding_flops_per_token(architecture, 0) == forward_flops_per_token(architecture, 0) + per_key

@@ -1,0 +1,79 @@
+"""From an architecture's file to a model, and from a trained model to the folder that is published."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from dsv3.artifacts import read_json, replacing_directory
+from dsv3.errors import UserError
+from mini_model.configuration_deepseek import DeepseekV3Config
+from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
+
+CODE_FILES = ("configuration_deepseek.py", "modeling_deepseek.py")
+
+
+def build_model(config_path: Path, seed: int) -> DeepseekV3ForCausalLM:
+    """Return a freshly initialised fp32 model on the CPU, so that a seed gives the same weights on every device."""
+    try:
+        config = DeepseekV3Config.from_json_file(config_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{config_path}: {error}") from None
+    torch.manual_seed(seed)
+    return DeepseekV3ForCausalLM(config)
+
+
+def export(
+    model: DeepseekV3ForCausalLM, state: Mapping[str, torch.Tensor], tokens: Path, output: Path, card: str
+) -> None:
+    """Write `output` whole, in place of what was there: weights of `state`, configuration, tokenizer, code and card.
+
+    The folder loads with `AutoModelForCausalLM.from_pretrained` alone, by transformers' own DeepseekV3, and with
+    `trust_remote_code=True` by the two Python files in it. Tokenizer and special tokens come from the token data.
+    """
+    meta = read_json(tokens / "meta.json")
+    special = {"bos_token_id": meta["bos_token_id"], "eos_token_id": meta["eos_token_id"]}
+    for name, token_id in special.items():
+        setattr(model.config, name, token_id)
+    model.generation_config = GenerationConfig(**special, pad_token_id=special["eos_token_id"])
+    with replacing_directory(output) as folder:
+        model.save_pretrained(folder, state_dict=dict(state))
+        shutil.copytree(tokens / "tokenizer", folder, dirs_exist_ok=True)
+        (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
+        missing = [name for name in CODE_FILES if not (folder / name).is_file()]
+        assert not missing, f"save_pretrained left out {missing}"
+
+
+def model_card(facts: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """Return the README of an exported model: what it is, where it comes from, how to load it.
+
+    Nothing in it depends on the clock or the machine's speed, so equal trainings export equal folders.
+    """
+    rows = "\n".join(f"| {name} | {value} |" for name, value in {**facts, **metrics}.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [deepseek_v3, mixture-of-experts]
+---
+
+# A small DeepSeek-V3
+
+| | |
+|---|---|
+{rows}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # where this file lies
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)  # trust_remote_code=True: the code beside the weights
+print(tokenizer.decode(model.generate(**tokenizer("ROMEO:", return_tensors="pt"), max_new_tokens=100)[0]))
+```
+
+With transformers' own `DeepseekV3ForCausalLM` and with the code in this folder the logits are the same; the latter adds
+multi-token prediction, the balancing state of the routers, and decoding on the latent cache.
+"""

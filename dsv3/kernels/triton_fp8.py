@@ -1,0 +1,154 @@
+"""Block-scaled FP8 in Triton: three quantisers and two grouped GEMMs (report, section 3.3).
+
+Rows come sorted by expert. One `Schedule` cuts each expert's rows into tiles of 128 and is shared by everything that a
+layer launches: a program loads its expert and its first row instead of searching for them, and tile number b is also
+block number b of the column quantiser, whose output leaves a gap at the end of an expert whose last tile is not full.
+Grids have an upper bound (rows / 128 + experts), so nothing waits for the device; programs past the last tile return.
+
+Both GEMMs take one product of 128 inner elements at a time from the tensor cores and add it, scaled, to an fp32
+accumulator in registers: Hopper's FP8 tensor cores add with about 14 bits, too few for a long sum. FP8 instructions want
+both operands contiguous along the inner dimension, which is why the weight quantiser writes the transpose, too (for
+dgrad), and the column quantiser writes tokens contiguously (for wgrad).
+
+The permutation is fused: GEMM and column quantiser read row `index[r]` where they are given an index, so activations are
+never copied into expert order.
+
+Largest magnitudes are compared as integers: for the bit patterns of non-negative floats that order is the same, and a NaN
+is larger than anything, so it reaches the scale (numbers as in `dsv3.fp8.definition`).
+
+Letters in names: S rows sorted by expert, E experts, N outputs, K inputs, M tiles.
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK: tl.constexpr = tl.constexpr(128)
+E4M3_MAX: tl.constexpr = tl.constexpr(448.0)
+AMAX_FLOOR_BITS: tl.constexpr = tl.constexpr(27 << 23)  # 2^-100
+
+
+@triton.jit
+def _magnitude_bits(x):
+    """Bit patterns of |x| for fp32 x."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _scale_and_inverse(amax_bits, POW2: tl.constexpr):
+    """Scale of a block, and what its numbers are multiplied by."""
+    amax = tl.maximum(amax_bits, AMAX_FLOOR_BITS).to(tl.float32, bitcast=True)
+    scale = tl.div_rn(amax, E4M3_MAX)
+    inverse = tl.div_rn(E4M3_MAX, amax)
+    if POW2:
+        bits = scale.to(tl.int32, bitcast=True)
+        is_finite = bits < 0x7F800000
+        scale = tl.where(is_finite, (bits + 0x7FFFFF) & 0x7F800000, bits).to(tl.float32, bitcast=True)
+        inverse = tl.div_rn(1.0, scale)
+    return scale, inverse
+
+
+@triton.jit
+def quantise_rows_kernel(x_ptr, q_ptr, s_ptr, num_rows, K, ROWS: tl.constexpr, POW2: tl.constexpr):
+    """1x128 blocks: x (R, K) -> q (R, K), s (R, K / 128)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(1)
+    is_row = row < num_rows
+    at = row.to(tl.int64)[:, None] * K + block * BLOCK + tl.arange(0, BLOCK)[None, :]
+    x = tl.load(x_ptr + at, mask=is_row[:, None], other=0.0).to(tl.float32)
+    scale, inverse = _scale_and_inverse(tl.max(_magnitude_bits(x), 1), POW2)
+    tl.store(q_ptr + at, (x * inverse[:, None]).to(q_ptr.dtype.element_ty), mask=is_row[:, None])
+    tl.store(s_ptr + row.to(tl.int64) * (K // BLOCK) + block, scale, mask=is_row)
+
+
+@triton.jit
+def quantise_weight_kernel(w_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, N, K, POW2: tl.constexpr):
+    """128x128 blocks: w (E, N, K) -> q (E, N, K), s (E, N / 128, K / 128), and both transposed."""
+    expert, n_block, k_block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    n = n_block * BLOCK + tl.arange(0, BLOCK)
+    k = k_block * BLOCK + tl.arange(0, BLOCK)
+    start = expert * N * K
+    x = tl.load(w_ptr + start + n[:, None] * K + k[None, :]).to(tl.float32)
+    scale, inverse = _scale_and_inverse(tl.max(tl.max(_magnitude_bits(x), 1), 0), POW2)
+    q = (x * inverse).to(q_ptr.dtype.element_ty)
+    tl.store(q_ptr + start + n[:, None] * K + k[None, :], q)
+    tl.store(qt_ptr + start + k[:, None] * N + n[None, :], tl.trans(q))
+    tl.store(s_ptr + (expert * (N // BLOCK) + n_block) * (K // BLOCK) + k_block, scale)
+    tl.store(st_ptr + (expert * (K // BLOCK) + k_block) * (N // BLOCK) + n_block, scale)
+
+
+@triton.jit
+def quantise_columns_kernel(
+    x_ptr, index_ptr, q_ptr, s_ptr, expert_ptr, row_ptr, end_ptr, E, K, M,
+    COLUMNS: tl.constexpr, GATHERS: tl.constexpr, POW2: tl.constexpr,
+):  # fmt: skip
+    """128x1 blocks inside each expert: x (S, K) -> q (K, M * 128), contiguous along tokens, s (M, K)."""
+    tile = tl.program_id(0)
+    expert = tl.load(expert_ptr + tile)
+    if expert >= E:
+        return
+    token = tl.arange(0, BLOCK)
+    row = tl.load(row_ptr + tile) + token
+    is_row = row < tl.load(end_ptr + expert)
+    if GATHERS:
+        row = tl.load(index_ptr + row, mask=is_row, other=0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    at = row.to(tl.int64)[:, None] * K + column[None, :]
+    x = tl.load(x_ptr + at, mask=is_row[:, None], other=0.0).to(tl.float32)
+    scale, inverse = _scale_and_inverse(tl.max(_magnitude_bits(x), 0), POW2)
+    q = tl.trans((x * inverse[None, :]).to(q_ptr.dtype.element_ty))
+    tl.store(q_ptr + (column.to(tl.int64) * M + tile)[:, None] * BLOCK + token[None, :], q)
+    tl.store(s_ptr + tile.to(tl.int64) * K + column, scale)
+
+
+@triton.jit
+def grouped_gemm_kernel(
+    a_ptr, a_scale_ptr, index_ptr, b_ptr, b_scale_ptr, y_ptr, expert_ptr, row_ptr, end_ptr, E, N, K,
+    GATHERS: tl.constexpr,
+):  # fmt: skip
+    """y[rows of e] = a[rows of e] @ b[e].T: forward with b = W (E, N, K), dgrad with b = W transposed."""
+    n_block, tile = tl.program_id(0), tl.program_id(1)
+    expert = tl.load(expert_ptr + tile)
+    if expert >= E:
+        return
+    row = tl.load(row_ptr + tile) + tl.arange(0, BLOCK)
+    is_row = row < tl.load(end_ptr + expert)
+    source = row
+    if GATHERS:
+        source = tl.load(index_ptr + row, mask=is_row, other=0)
+    n = n_block * BLOCK + tl.arange(0, BLOCK)
+    k = tl.arange(0, BLOCK)
+    k_blocks = K // BLOCK
+    a_at = a_ptr + source.to(tl.int64)[:, None] * K + k[None, :]
+    a_scale_at = a_scale_ptr + source.to(tl.int64) * k_blocks
+    b_at = b_ptr + expert.to(tl.int64) * N * K + n[:, None] * K + k[None, :]
+    b_scale_at = b_scale_ptr + (expert * (N // BLOCK) + n_block) * k_blocks
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for block in range(0, k_blocks):
+        a = tl.load(a_at + block * BLOCK, mask=is_row[:, None], other=0.0)
+        b = tl.load(b_at + block * BLOCK)
+        scale = tl.load(a_scale_at + block, mask=is_row, other=0.0) * tl.load(b_scale_at + block)
+        total += tl.dot(a, tl.trans(b)) * scale[:, None]
+    y_at = y_ptr + row.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=is_row[:, None])
+
+
+@triton.jit
+def grouped_wgrad_kernel(g_ptr, g_scale_ptr, x_ptr, x_scale_ptr, w_ptr, tile_end_ptr, N, K, M):
+    """w[e] = g[rows of e].T @ x[rows of e], from what the column quantiser wrote; zeros for an expert without rows."""
+    k_block, n_block, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first = tl.load(tile_end_ptr + expert - 1, mask=expert > 0, other=0)
+    last = tl.load(tile_end_ptr + expert)
+    n = n_block * BLOCK + tl.arange(0, BLOCK)
+    k = k_block * BLOCK + tl.arange(0, BLOCK)
+    token = tl.arange(0, BLOCK)
+    g_at = g_ptr + (n.to(tl.int64) * M * BLOCK)[:, None] + token[None, :]
+    x_at = x_ptr + (k.to(tl.int64) * M * BLOCK)[:, None] + token[None, :]
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for tile in range(first, last):
+        g = tl.load(g_at + tile * BLOCK)
+        x = tl.load(x_at + tile * BLOCK)
+        g_scale = tl.load(g_scale_ptr + tile.to(tl.int64) * N + n)
+        x_scale = tl.load(x_scale_ptr + tile.to(tl.int64) * K + k)
+        total += tl.dot(g, tl.trans(x)) * g_scale[:, None] * x_scale[None, :]
+    w_at = w_ptr + expert.to(tl.int64) * N * K + n[:, None] * K + k[None, :]
+    tl.store(w_at, total.to(w_ptr.dtype.element_ty))

@@ -1,0 +1,219 @@
+"""What a forward pass keeps for the backward pass, in bytes, counted tensor by tensor.
+
+Every operation keeps what its derivative needs: a linear layer its input, SwiGLU its gate and up and two products of
+them, RMSNorm its input, attention its queries, keys, values and (without a fused kernel) a whole square of weights per
+head. A tensor that several operations keep counts once. The terms below name these tensors in the order in which a
+layer makes them; tests compare their sum with the storages that autograd really keeps.
+
+Three things decide the terms besides the sizes:
+
+- the *precision*: under autocast every linear layer keeps its own bf16 copy of its input, while the residual stream,
+  the norms and the router stay in fp32;
+- the *device*: on CUDA, attention and RMSNorm are fused kernels, which keep neither the square nor the normalised
+  input;
+- the *expert backend*: how much of a token's way through its experts is kept and how much is computed again.
+
+Letters as in the report: H hidden_size, I moe_intermediate_size, K num_experts_per_tok, E n_routed_experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from dsv3.sizing.architecture import Architecture
+from dsv3.sizing.parameters import attention_weights, expert_weights
+
+FP32, BF16, INT64 = 4, 2, 8
+"""Bytes per number."""
+
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One forward pass of a training: its tokens, and by which arithmetic it runs."""
+
+    num_sequences: int
+    sequence_tokens: int
+    device: Literal["cpu", "cuda"]
+    precision: Literal["fp32", "bf16"]
+    """fp32, or bf16 under autocast with fp32 master weights."""
+    experts: str
+    """Name of the expert backend."""
+    gradient_checkpointing: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in one forward pass."""
+        return self.num_sequences * self.sequence_tokens
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes per number of what linear layers multiply."""
+        return DTYPE_BYTES[self.precision]
+
+    def linear_inputs(self, width: int, num_linears: int) -> int:
+        """Return the bytes per token of the inputs that `num_linears` layers keep of one fp32 tensor."""
+        return FP32 * width if self.precision == "fp32" else BF16 * width * num_linears
+
+    def norm(self, width: int) -> int:
+        """Return the bytes per token that an RMSNorm keeps: input, 1 / rms and, where it is not fused, input / rms."""
+        return FP32 * ((1 if self.device == "cuda" else 2) * width + 1)
+
+
+def query_bytes(a: Architecture, w: Workload) -> int:
+    """Return the bytes per token that the query bottleneck keeps, without the input of the layer."""
+    if a.q_lora_rank is None:
+        return 0
+    return w.norm(a.q_lora_rank) + w.compute_bytes * a.q_lora_rank
+
+
+def latent_bytes(a: Architecture, w: Workload) -> int:
+    """Return the bytes per token of the latent before and after its norm; in fp32 it is a part of a wider tensor."""
+    beside = FP32 * a.qk_rope_head_dim if w.precision == "fp32" else 0
+    return w.norm(a.kv_lora_rank) + beside + w.compute_bytes * a.kv_lora_rank
+
+
+def softmax_bytes(a: Architecture, w: Workload) -> int:
+    """Return the bytes per token that attention itself keeps, its output included (which `o_proj` keeps).
+
+    Fused: queries, keys, the projection that values are a part of, and one log-sum-exp per head. Else: queries and keys
+    scaled, values, and the weights of every pair of positions, all in fp32.
+    """
+    heads, keys = a.num_attention_heads, w.sequence_tokens
+    output = w.compute_bytes * heads * a.v_head_dim
+    if w.device == "cuda":
+        values = a.qk_nope_head_dim + a.v_head_dim
+        return w.compute_bytes * heads * (2 * a.qk_head_dim + values) + FP32 * heads + output
+    return FP32 * heads * (2 * a.qk_head_dim + a.v_head_dim + keys) + output
+
+
+def attention_bytes(a: Architecture, w: Workload) -> int:
+    """Return the bytes per token that a layer's first half keeps: norm, latents, attention."""
+    inputs = w.linear_inputs(a.hidden_size, num_linears=2)
+    return w.norm(a.hidden_size) + inputs + query_bytes(a, w) + latent_bytes(a, w) + softmax_bytes(a, w)
+
+
+def mlp_bytes(width: int, w: Workload) -> int:
+    """Return the bytes per token of a SwiGLU: gate, silu(gate), up, and their product; the input counts elsewhere."""
+    return 4 * width * w.compute_bytes
+
+
+def dense_bytes(a: Architecture, w: Workload) -> int:
+    """Return the bytes per token that a dense layer's second half keeps."""
+    inputs = w.linear_inputs(a.hidden_size, num_linears=2)
+    return w.norm(a.hidden_size) + inputs + mlp_bytes(a.intermediate_size, w)
+
+
+def router_bytes(a: Architecture, w: Workload) -> int:
+    """Return the bytes per token of the router's scores (for itself and for the sequence-wise loss) and gates."""
+    scores = 2 * FP32 * a.n_routed_experts + 2 * FP32
+    return scores + a.num_experts_per_tok * (2 * INT64 + 2 * FP32)
+
+
+def _reference_pair(a: Architecture, w: Workload) -> int:
+    """Bytes per (token, expert) pair: input, gate and up, silu and product, output, weighted output, and its place."""
+    return w.compute_bytes * (3 * a.hidden_size + 4 * a.moe_intermediate_size) + 2 * INT64
+
+
+def _grouped_mm_pair(a: Architecture, w: Workload) -> int:
+    """Bytes per pair: input, gate and up, silu, its product with up, the weighted product, and the order."""
+    return w.compute_bytes * (a.hidden_size + 5 * a.moe_intermediate_size) + 4 * INT64
+
+
+def _cpu_pair(a: Architecture, w: Workload) -> int:
+    """Bytes per pair: gate and up, and the order; everything else is computed again."""
+    return w.compute_bytes * 2 * a.moe_intermediate_size + INT64
+
+
+PAIR_BYTES: dict[str, Callable[[Architecture, Workload], int]] = {
+    "reference": _reference_pair,
+    "grouped_mm": _grouped_mm_pair,
+    "cpu": _cpu_pair,
+}
+"""What each expert backend keeps per pair of a token and one of its experts."""
+
+
+def experts_bytes(a: Architecture, w: Workload) -> int:
+    """Return the bytes per token that the routed experts keep, beside the fp32 input and the casts of their weights."""
+    # The other backends gather rows from the cast input and keep those.
+    keeps_cast_input = w.experts == "cpu" and w.precision == "bf16"
+    cast_input = BF16 * a.hidden_size if keeps_cast_input else 0
+    return cast_input + a.num_experts_per_tok * PAIR_BYTES[w.experts](a, w)
+
+
+def moe_bytes(a: Architecture, w: Workload) -> int:
+    """Return the bytes per token that an MoE layer's second half keeps: norm, router, routed and shared experts."""
+    shared_width = a.n_shared_experts * a.moe_intermediate_size
+    shared_inputs = 2 * BF16 * a.hidden_size if shared_width and w.precision == "bf16" else 0
+    shared = shared_inputs + mlp_bytes(shared_width, w)
+    inputs = FP32 * a.hidden_size  # the router's, and in fp32 everybody's
+    return w.norm(a.hidden_size) + inputs + router_bytes(a, w) + experts_bytes(a, w) + shared
+
+
+def mtp_bytes(a: Architecture, w: Workload) -> int:
+    """Return the bytes per token that an MTP module keeps on its way in and out, besides its block and its loss.
+
+    The two norms of its way in, whose inputs others keep already (under autocast, of the state only a bf16 copy), the
+    joined halves, and the norm on its way out.
+    """
+    halves = 2 * FP32 * (1 if w.device == "cuda" else a.hidden_size + 1)
+    state = 0 if w.precision == "fp32" else FP32 * a.hidden_size
+    joined = 2 * a.hidden_size * w.compute_bytes
+    return halves + state + joined + w.norm(a.hidden_size)
+
+
+def layer_bytes(a: Architecture, w: Workload, layer: int) -> int:
+    """Return what layer number `layer` keeps of all its tokens; an MTP module of depth d sees d fewer per sequence."""
+    depth = max(0, layer + 1 - a.num_hidden_layers)
+    w = replace(w, sequence_tokens=max(1, w.sequence_tokens - depth))
+    half = moe_bytes(a, w) if a.is_moe(layer) else dense_bytes(a, w)
+    return w.num_tokens * (attention_bytes(a, w) + half + (mtp_bytes(a, w) if depth else 0))
+
+
+def all_layers(a: Architecture) -> range:
+    """Return the numbers of all layers, those of the MTP modules included."""
+    return range(a.num_hidden_layers + a.num_nextn_predict_layers)
+
+
+def activation_bytes(a: Architecture, w: Workload) -> int:
+    """Return what all layers keep until the backward pass reaches them, without the loss and the casts of weights.
+
+    With gradient checkpointing a layer keeps its input only; what it computes again is `recomputed_bytes`.
+    """
+    if w.gradient_checkpointing:
+        layers = len(all_layers(a)) * w.num_tokens * FP32 * a.hidden_size
+    else:
+        layers = sum(layer_bytes(a, w, layer) for layer in all_layers(a))
+    angles = 2 * FP32 * w.sequence_tokens * a.qk_rope_head_dim // 2
+    return layers + angles + w.num_tokens * (w.norm(a.hidden_size) + INT64)
+
+
+def recomputed_bytes(a: Architecture, w: Workload) -> int:
+    """Return the activations of the largest layer, which exist beside the checkpoints while it is computed again."""
+    if not w.gradient_checkpointing:
+        return 0
+    return max(layer_bytes(a, w, layer) + expert_cast_bytes(a, w, layer) for layer in all_layers(a))
+
+
+def expert_cast_bytes(a: Architecture, w: Workload, layer: int) -> int:
+    """Return the bf16 copies of one layer's routed experts, which its backward pass needs."""
+    if w.precision == "fp32" or not a.is_moe(layer):
+        return 0
+    return BF16 * a.n_routed_experts * expert_weights(a)
+
+
+def weight_cast_bytes(a: Architecture, w: Workload) -> int:
+    """Return the bf16 copies of weights that live until the backward pass.
+
+    Autocast copies every linear layer's weight once per forward pass. The experts' stacks are copied by their backend,
+    in every layer, or with gradient checkpointing in the one that is being computed (see `recomputed_bytes`).
+    """
+    if w.precision == "fp32":
+        return 0
+    linears = a.vocab_size * a.hidden_size + a.num_nextn_predict_layers * 2 * a.hidden_size**2
+    for layer in all_layers(a):
+        shared, dense = a.n_shared_experts * expert_weights(a), 3 * a.hidden_size * a.intermediate_size
+        linears += attention_weights(a) + (shared if a.is_moe(layer) else dense)
+    experts = 0 if w.gradient_checkpointing else sum(expert_cast_bytes(a, w, layer) for layer in all_layers(a))
+    return BF16 * linears + experts

@@ -1,0 +1,203 @@
+"""The memory that a training and an inference need, in bytes, before either is started.
+
+Training holds at any moment the fp32 master weights and the optimizer's moments. On top of them, two things take turns:
+
+- the *pass*: activations, casts of weights and logits grow until the backward pass begins, and shrink as it proceeds,
+  while the gradients, which no one holds between two optimizer steps, grow by about as much as a layer of activations
+  frees. With accumulation the gradients of the earlier passes are there as well.
+- the *step*: all gradients, and what the optimizer needs to compute the update.
+
+The peak is the larger of the two. It leaves out the allocator's fragmentation, the CUDA context, the libraries'
+workspaces and the buckets of several processes; `devices.py` keeps a share of each device free for them.
+
+Inference holds the weights and, per token of context and layer, one latent and one rotary key: what MLA caches instead
+of keys and values per head.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dsv3.sizing.activations import (
+    BF16,
+    DTYPE_BYTES,
+    FP32,
+    INT64,
+    Workload,
+    activation_bytes,
+    all_layers,
+    expert_cast_bytes,
+    moe_bytes,
+    recomputed_bytes,
+    weight_cast_bytes,
+)
+from dsv3.sizing.architecture import Architecture
+from dsv3.sizing.parameters import (
+    attention_biases,
+    expert_weights,
+    mtp_parameters_by_part,
+    num_mtp_parameters,
+    num_parameters,
+    num_router_biases,
+    parameters_by_part,
+)
+from dsv3.training.params import TrainParams
+
+GIB = 1 << 30
+
+CHUNKED_LOSS_FROM_BYTES = 256 << 20
+"""From this size of the logits on, dsv3/training/loss.py computes them in chunks (its MIN_LOGITS_BYTES)."""
+
+LOSS_CHUNK_BYTES = 64 << 20
+"""Size of such a chunk (its CHUNK_BYTES)."""
+
+MUON_BATCH_NUMBERS = 1 << 26
+"""Most numbers that dsv3/training/optimizer.py orthogonalises at once (its MAX_BATCH_NUMBERS)."""
+
+Device = Literal["cpu", "cuda"]
+
+AUTO_EXPERTS = {"cpu": "cpu", "cuda": "grouped_mm"}
+"""What `train.experts: auto` stands for without FP8; dsv3/kernels/registry.py decides, a test compares."""
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on one device; `peak_bytes` is their largest simultaneous sum."""
+
+    weights_bytes: int
+    """fp32 master weights and the router's buffers, MTP modules included."""
+    optimizer_states_bytes: int
+    gradients_bytes: int
+    activations_bytes: int
+    """What all layers keep until the backward pass."""
+    recomputed_bytes: int
+    """With gradient checkpointing: the layer that is computed again, when the logits are gone."""
+    weight_casts_bytes: int
+    """bf16 copies of weights."""
+    logits_bytes: int
+    """Output head, loss and its gradient."""
+    optimizer_workspace_bytes: int
+    holds_gradients: bool
+    """Whether gradients of earlier passes exist during a pass (accumulation)."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The larger of a pass and an optimizer step, on top of weights and moments."""
+        in_pass = self.activations_bytes + self.weight_casts_bytes + max(self.logits_bytes, self.recomputed_bytes)
+        in_pass += self.gradients_bytes if self.holds_gradients else 0
+        in_step = self.gradients_bytes + self.optimizer_workspace_bytes
+        return self.weights_bytes + self.optimizer_states_bytes + max(in_pass, in_step)
+
+
+def workload(train: TrainParams, device: Device) -> Workload:
+    """Return the forward pass that `train` asks of one process on `device`; auto is bf16 on CUDA and fp32 on a CPU."""
+    native = "bf16" if device == "cuda" else "fp32"
+    return Workload(
+        num_sequences=train.per_device_train_batch_size,
+        sequence_tokens=train.block_size,
+        device=device,
+        precision=native if train.precision == "auto" else train.precision,
+        experts=AUTO_EXPERTS[device] if train.experts == "auto" else train.experts,
+        gradient_checkpointing=train.gradient_checkpointing,
+    )
+
+
+def training_memory(a: Architecture, train: TrainParams, device: Device) -> TrainingMemory:
+    """Return what training `a` as `train` says takes on one device."""
+    w = workload(train, device)
+    total = num_parameters(a) + num_mtp_parameters(a)
+    moment_bytes = DTYPE_BYTES[train.adam_moments_dtype]
+    muon = muon_parameters(a) if train.optim == "muon" else 0
+    return TrainingMemory(
+        weights_bytes=FP32 * total + (FP32 + INT64) * num_router_biases(a),
+        optimizer_states_bytes=moment_bytes * (2 * (total - muon) + muon),
+        gradients_bytes=FP32 * total,
+        activations_bytes=activation_bytes(a, w),
+        recomputed_bytes=recomputed_bytes(a, w),
+        weight_casts_bytes=weight_cast_bytes(a, w),
+        logits_bytes=logits_bytes(a, w),
+        optimizer_workspace_bytes=optimizer_workspace_bytes(a, train, w.compute_bytes),
+        holds_gradients=train.gradient_accumulation_steps > 1,
+    )
+
+
+def muon_parameters(a: Architecture) -> int:
+    """Return the parameters that `optim: muon` gives to Muon: all matrices but embedding, head and routers."""
+    parts = parameters_by_part(a) + mtp_parameters_by_part(a)
+    maps = ("attention", "dense_mlp", "routed_experts", "shared_experts", "projection")
+    return sum(parts[part] for part in maps) - len(all_layers(a)) * attention_biases(a)
+
+
+def largest_parameter(a: Architecture) -> int:
+    """Return the size of the largest single parameter: a stack of experts, or the embedding."""
+    return max(2 * a.n_routed_experts * a.moe_intermediate_size * a.hidden_size, a.vocab_size * a.hidden_size)
+
+
+def optimizer_workspace_bytes(a: Architecture, train: TrainParams, compute_bytes: int) -> int:
+    """Return what an optimizer step needs beside weights, gradients and moments.
+
+    Fused AdamW needs nothing; with bf16 moments it widens one parameter's moments at a time. Muon holds the updates of
+    all its matrices in the type that the device multiplies, and orthogonalises equal shapes together.
+    """
+    if train.optim == "muon":
+        return compute_bytes * (muon_parameters(a) + orthogonalized_numbers(a))
+    return 3 * FP32 * largest_parameter(a) if train.adam_moments_dtype == "bf16" else 0
+
+
+def orthogonalized_numbers(a: Architecture) -> int:
+    """Return the numbers that exist while Muon orthogonalises its largest batch, the experts' matrices.
+
+    Three copies of the batch (joined, normalised, next iterate) and three of its products with itself, which are as
+    wide as it is high.
+    """
+    parts = parameters_by_part(a) + mtp_parameters_by_part(a)
+    experts = parts["routed_experts"] + (parts["shared_experts"] if a.n_shared_experts == 1 else 0)
+    one_stack = 2 * a.n_routed_experts * a.moe_intermediate_size * a.hidden_size
+    batch = min(experts, max(MUON_BATCH_NUMBERS, one_stack))
+    sides = sorted((a.hidden_size, a.moe_intermediate_size))
+    return 3 * batch + 3 * batch * sides[0] // sides[1]
+
+
+def logits_bytes(a: Architecture, w: Workload) -> int:
+    """Return what the output head and the losses need at the beginning of the backward pass.
+
+    Every head (the main one and one per MTP module) keeps its input and its log-softmax in fp32; the one whose backward
+    pass begins holds the gradients of the log-softmax and of the logits as well. Large logits are never whole: a chunk
+    of them exists at a time, and the gradients of the hidden states and of the head are kept instead.
+    """
+    num_heads = 1 + a.num_nextn_predict_layers
+    logits = w.num_tokens * a.vocab_size
+    hidden = w.num_tokens * a.hidden_size * w.compute_bytes
+    if FP32 * logits > CHUNKED_LOSS_FROM_BYTES:
+        chunk = (2 * LOSS_CHUNK_BYTES // FP32) * (FP32 + w.compute_bytes)
+        return num_heads * (hidden + FP32 * a.vocab_size * a.hidden_size) + chunk
+    return num_heads * (hidden + FP32 * logits) + 2 * FP32 * logits
+
+
+def moe_layer_bytes(a: Architecture, w: Workload) -> int:
+    """Return what one MoE layer keeps for its backward pass: router, routed and shared experts, casts of their weights.
+
+    It keeps its input as well, but not what the norm before it keeps.
+    """
+    layer = a.num_hidden_layers - 1
+    assert a.is_moe(layer), "the architecture has no MoE layer"
+    shared_casts = BF16 * a.n_shared_experts * expert_weights(a) if w.precision == "bf16" else 0
+    return w.num_tokens * (moe_bytes(a, w) - w.norm(a.hidden_size)) + expert_cast_bytes(a, w, layer) + shared_casts
+
+
+def inference_weights_bytes(a: Architecture, dtype: str) -> int:
+    """Return the weights of the main network as they are served: fp32, bf16, or DeepSeek's FP8 format.
+
+    FP8 holds the linear layers at one byte and an fp32 scale per 128x128 block; embedding, head, routers and norms stay
+    in bf16, and the router's bias is fp32 in every case.
+    """
+    parts = parameters_by_part(a)
+    bias = FP32 * num_router_biases(a)
+    if dtype != "fp8":
+        return DTYPE_BYTES[dtype] * sum(parts.values()) + bias
+    quantised = sum(parts[part] for part in ("attention", "dense_mlp", "routed_experts", "shared_experts"))
+    return quantised + FP32 * quantised // (128 * 128) + BF16 * (sum(parts.values()) - quantised) + bias
+
+
+def kv_cache_bytes_per_token(a: Architecture, dtype: str) -> int:
+    """Return the bytes that one token of context occupies: its latent and its rotary key, in every layer."""
+    return a.num_hidden_layers * (a.kv_lora_rank + a.qk_rope_head_dim) * DTYPE_BYTES[dtype]

@@ -1,0 +1,156 @@
+"""The training loop: everything that is learning, and nothing else.
+
+Validation, checkpoints, curves and the progress bar are hooks: plain functions of the run and of what the step
+measured, called every so many steps. Resuming needs only the step, for data, schedules and random numbers are functions
+of it.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from dsv3.data.batches import StepLayout, micro_batches
+from dsv3.errors import Interrupted, UserError
+from dsv3.training.balancing import taken_loads, update_router_bias
+from dsv3.training.interruption import Interruption
+from dsv3.training.optimizer import Optimizer
+from dsv3.training.plan import Plan
+from dsv3.training.schedule import bias_update_rate, learning_rate, mtp_loss_weight
+from dsv3.training.state import LOSS_PARTS, Measured, TrainState
+from mini_model.modeling_deepseek import DeepseekV3CausalLMOutput, DeepseekV3ForCausalLM
+
+
+@dataclass
+class Run:
+    """A training that is ready to go on from `state.step`."""
+
+    plan: Plan
+    accelerator: Accelerator
+    layout: StepLayout
+    model: DeepseekV3ForCausalLM
+    """The model itself, for its weights and routers."""
+
+    forward: Callable[..., DeepseekV3CausalLMOutput]
+    """The model as it is called: wrapped for autocast, compilation and several processes."""
+
+    optimizer: Optimizer
+    state: TrainState
+    interruption: Interruption
+
+    def micro_batches(self) -> Iterator[Tensor]:
+        """Return this process's batches from the next step on."""
+        runtime, steps = self.plan.params.runtime, range(self.state.step, self.plan.total_steps)
+        workers, pin_memory = runtime.dataloader_num_workers, runtime.dataloader_pin_memory
+        return micro_batches(self.plan.batches, self.layout, steps, workers, pin_memory)
+
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """Scale the gradients down to `max_norm` where they exceed it; return their norm before."""
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+        assert norm is not None, "Accelerate returns None for DeepSpeed only"
+        return norm
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """Return the sum of `tensor` over all processes."""
+        return self.accelerator.reduce(tensor, reduction="sum")  # pyright: ignore[reportReturnType]
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A function called after every `every` steps and after the last one."""
+
+    every: int
+    call: Callable[[Run], object]
+
+    def is_due(self, run: Run) -> bool:
+        """Return whether the step just done is one of its steps."""
+        return run.state.step % self.every == 0 or run.state.step == run.plan.total_steps
+
+
+def train(run: Run, hooks: Sequence[Hook], save: Callable[[Run], None]) -> None:
+    """Train from `run.state.step` to the plan's last step, calling the due `hooks` in order after each step.
+
+    Raises `Interrupted` after a signal, when the step is finished and `save` has been called. Raises `UserError` when
+    the loss or a gradient is no longer finite, before that reaches the weights; `save` has then been called too.
+    """
+    params, total_steps, state = run.plan.params.train, run.plan.total_steps, run.state
+    batches = run.micro_batches()
+    run.model.train()
+    while state.step < total_steps:
+        started_at, step = time.perf_counter(), state.step
+        torch.manual_seed(step_seed(run))
+        losses = accumulate_gradients(run, batches, mtp_loss_weight(step, params, total_steps))
+        grad_norm = run.clip_grad_norm(params.max_grad_norm)
+        measured = agreed(run, losses, grad_norm)
+        if not measured.is_finite:
+            save(run)
+            raise UserError(non_finite_message(run, measured))
+
+        run.optimizer.set_learning_rate(learning_rate(step, params, total_steps))
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        update_router_bias(run.model.routers(), measured.load_LE, bias_update_rate(step, params, total_steps))
+
+        state.advance(measured, time.perf_counter() - started_at)
+        for hook in hooks:
+            if hook.is_due(run):
+                hook.call(run)
+        if measured.is_interrupted:
+            save(run)
+            raise Interrupted(f"stopped after step {state.step} of {total_steps}, saved", run.interruption.exit_status)
+
+
+def step_seed(run: Run) -> int:
+    """Return the seed of the step's random numbers on this process (dropout, where a configuration has it)."""
+    return (run.plan.params.seed * 1_000_003 + run.state.step) * 1_000_003 + run.layout.rank
+
+
+def accumulate_gradients(run: Run, batches: Iterator[Tensor], mtp_weight: float) -> Tensor:
+    """Add up the gradients of the step's mean loss; return this process's sums of the loss parts as fp64.
+
+    Gradients are exchanged between processes once, in the last backward pass.
+    """
+    count = run.layout.num_micro_batches
+    sums = torch.zeros(len(LOSS_PARTS), dtype=torch.float64, device=run.accelerator.device)
+    for micro in range(count):
+        tokens = next(batches).to(run.accelerator.device, non_blocking=True)
+        is_last = micro == count - 1
+        with nullcontext() if is_last else run.accelerator.no_sync(run.forward):
+            output = run.forward(
+                input_ids=tokens[:, :-1],
+                shift_labels=tokens[:, 1:],
+                mtp_loss_weight=mtp_weight,
+                sequence_loss_weight=run.plan.params.train.sequence_loss_weight,
+            )
+            assert output.loss is not None, "targets were given"
+            run.accelerator.backward(output.loss / count)
+        parts = (output.loss, output.cross_entropy_loss, output.mtp_loss, output.sequence_loss)
+        sums += torch.stack([sums.new_zeros(()) if part is None else part.detach().double() for part in parts])
+    return sums
+
+
+def agreed(run: Run, loss_sums: Tensor, grad_norm: Tensor) -> Measured:
+    """Return what all processes measured together. The one place in a step where the host waits for the device."""
+    was_stopped = float(run.interruption.signal_number)
+    own = torch.cat([loss_sums, loss_sums.new_tensor([was_stopped])])
+    *sums, stopped = run.summed(own).tolist()
+    return Measured(
+        losses={name: value / run.layout.accumulation for name, value in zip(LOSS_PARTS, sums, strict=True)},
+        grad_norm=grad_norm.item(),
+        is_interrupted=stopped > 0,
+        load_LE=taken_loads(run.model.routers(), run.summed),
+    )
+
+
+def non_finite_message(run: Run, measured: Measured) -> str:
+    """Return the one line that names the step, the sequences and the remedy."""
+    first = run.state.step * run.plan.sequences_per_step
+    return (
+        f"step {run.state.step}: loss is {measured.losses['total_loss']}, gradient norm {measured.grad_norm}; must be "
+        f"finite; sequences {first} to {first + run.plan.sequences_per_step - 1} of the run, weights before the step "
+        "are saved and would meet it again; lower train.learning_rate or raise train.warmup_ratio"
+    )

@@ -1,0 +1,110 @@
+"""What a training is going to do, worked out before anything is built: steps, tokens, arithmetic, memory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv3.artifacts import read_json
+from dsv3.data.batches import Batches
+from dsv3.data.shards import TokenStream
+from dsv3.errors import UserError
+from dsv3.params import Params
+from dsv3.sizing.architecture import Architecture, read_architecture
+from dsv3.sizing.flops import training_flops_per_token
+from dsv3.sizing.parameters import num_active_parameters, num_mtp_parameters, num_parameters
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The inputs, checked, and what follows from them."""
+
+    params: Params
+    meta: Mapping[str, Any]
+    """The token data's meta.json."""
+
+    sizes: Mapping[str, Any]
+    """results/estimate_size/metrics.json."""
+
+    architecture: Architecture
+    batches: Batches
+    validation: TokenStream
+    total_steps: int
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Return the sequences of one optimizer step, over all processes."""
+        train = self.params.train
+        return train.per_device_train_batch_size * train.gradient_accumulation_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Return the tokens of one optimizer step, over all processes."""
+        return self.sequences_per_step * self.params.train.block_size
+
+    @property
+    def flops_per_token(self) -> float:
+        """Return the arithmetic of training on one token, MTP modules included."""
+        return training_flops_per_token(self.architecture, self.params.train.block_size)
+
+    @property
+    def epochs(self) -> float:
+        """Return the passes over the training tokens."""
+        return self.total_steps * self.sequences_per_step / self.batches.num_blocks_per_epoch
+
+    def summary(self) -> str:
+        """Return the plan in a few lines."""
+        train, shape = self.params.train, self.architecture
+        total_tokens = self.total_steps * self.tokens_per_step
+        return "\n".join(
+            (
+                f"model    {self.params.model.config}: {num_parameters(shape):,} parameters, "
+                f"{num_active_parameters(shape):,} active per token, {num_mtp_parameters(shape):,} for MTP",
+                f"data     {len(self.batches.stream):,} training tokens, {len(self.validation):,} for validation",
+                f"steps    {self.total_steps:,} of {self.tokens_per_step:,} tokens "
+                f"({self.sequences_per_step} sequences of {train.block_size}): "
+                f"{total_tokens:,} tokens, {self.epochs:.2f} epochs",
+                f"cost     {self.flops_per_token:.3g} FLOPs per token, "
+                f"{self.flops_per_token * total_tokens:.3g} in all",
+                f"memory   {self.sizes['training_cpu_peak_gib']} GiB estimated on a CPU, "
+                f"{self.sizes['training_cuda_peak_gib']} GiB on a GPU",
+            )
+        )
+
+
+def read_plan(params: Params, tokens: Path, sizes: Path) -> Plan:
+    """Return the plan; raise `UserError` for an input that is missing, or that does not fit the parameters."""
+    meta, size_report = _read(tokens / "meta.json", "tokenize"), _read(sizes, "estimate_size")
+    architecture = read_architecture(Path(params.model.config))
+    vocab_size = architecture.vocab_size
+    if meta["vocab_size"] > vocab_size:
+        raise UserError(
+            f"{tokens}: its tokenizer has {meta['vocab_size']} tokens; must be <= {vocab_size}, "
+            f"the vocab_size of {params.model.config}; lower tokenize.vocab_size"
+        )
+    batches = Batches(TokenStream.open(tokens, "train"), params.train.block_size, params.seed)
+    validation = TokenStream.open(tokens, "validation")
+    if len(validation) < 2:
+        raise UserError(f"{tokens}: {len(validation)} tokens for validation; must be >= 2; raise validation_fraction")
+    steps = total_steps(params, batches.num_blocks_per_epoch)
+    return Plan(params, meta, size_report, architecture, batches, validation, steps)
+
+
+def read_manifest(corpus: Path) -> dict[str, Any]:
+    """Return the corpus's manifest."""
+    return _read(corpus / "manifest.json", "download")
+
+
+def total_steps(params: Params, num_blocks_per_epoch: int) -> int:
+    """Return the optimizer steps of the whole training: max_steps, or the nearest to num_train_epochs."""
+    train = params.train
+    if train.max_steps > 0:
+        return train.max_steps
+    sequences_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    return max(1, round(train.num_train_epochs * num_blocks_per_epoch / sequences_per_step))
+
+
+def _read(path: Path, stage: str) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; run dvc repro {stage}")
+    return read_json(path)

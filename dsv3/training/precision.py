@@ -1,0 +1,31 @@
+"""In which number format a training multiplies, and on which device: decided once, and recorded."""
+
+import torch
+
+from dsv3.errors import UserError
+from dsv3.kernels.devices import multiplies_bf16
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def resolved_precision(precision: str, device: torch.device) -> str:
+    """Return `fp32` or `bf16`; auto is bf16 where the device multiplies it natively (elsewhere it is far slower)."""
+    if precision != "auto":
+        return precision
+    return "bf16" if multiplies_bf16(device) else "fp32"
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return the format of native matrix products: bf16 where it is asked for and native, else fp32.
+
+    `precision: bf16` on a device without native bf16 is emulated: operands are rounded to bf16, products are fp32.
+    """
+    is_bf16 = resolved_precision(precision, device) == "bf16" and multiplies_bf16(device)
+    return torch.bfloat16 if is_bf16 else torch.float32
+
+
+def uses_cpu(device: str) -> bool:
+    """Return whether `runtime.device` means the CPU; raise `UserError` for cuda where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("params.yaml: runtime.device is cuda; this machine has no CUDA device; set it to auto or cpu")
+    return device == "cpu" or not torch.cuda.is_available()

@@ -1,0 +1,171 @@
+"""The life of one training: found or begun, trained, recorded, exported, its checkpoints removed."""
+
+import statistics
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dsv3.artifacts import write_json
+from dsv3.assembly import export, model_card
+from dsv3.errors import Interrupted, UserError
+from dsv3.tracking.identity import project_root, run_identity
+from dsv3.tracking.recorder import Recorder, open_recorder
+from dsv3.training import hooks
+from dsv3.training.checkpoint import checkpoints, delete, load_best, load_checkpoint, locked
+from dsv3.training.interruption import caught_signals
+from dsv3.training.loop import Hook, Run, train
+from dsv3.training.plan import Plan
+from dsv3.training.setup import Choices, prepared_model, prepared_run, run_fingerprint, start_accelerator
+from dsv3.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where the results go, and the files whose content they carry on."""
+
+    tokens: Path
+    model: Path
+    results: Path
+    manifest: Mapping[str, Any]
+    """The corpus's manifest."""
+
+
+def run_training(plan: Plan, outputs: Outputs) -> dict[str, Any] | None:
+    """Train, from the newest checkpoint where there is one, and write `outputs`; return the metrics.
+
+    Only the main process writes, and returns metrics. Raises `Interrupted` after SIGINT or SIGTERM, when everything is
+    saved.
+    """
+    with caught_signals() as interruption:
+        accelerator = start_accelerator(plan)
+        model, chosen = prepared_model(plan, accelerator.device)
+        digest = run_fingerprint(plan, chosen)
+        directory = project_root() / ".checkpoints" / digest
+        with locked(directory) if accelerator.is_main_process else nullcontext():
+            accelerator.wait_for_everyone()
+            run = prepared_run(plan, accelerator, model, interruption)
+            saved = resumed(run, directory)
+            recorder = None
+            if accelerator.is_main_process:
+                recorder = recorder_of(plan, chosen, digest, outputs, saved)
+            status = "failed"
+            try:
+                with progress_bar(run) as bar:
+                    train(run, training_hooks(run, recorder, directory, bar), saving(recorder, directory))
+                metrics = exported(run, recorder, chosen, directory, outputs)
+                status = "finished"
+            except Interrupted:
+                status = "interrupted"
+                raise
+            finally:
+                if recorder is not None:
+                    recorder.close(status)
+            if accelerator.is_main_process:
+                delete(directory)
+            accelerator.wait_for_everyone()
+    return metrics
+
+
+def resumed(run: Run, directory: Path) -> dict[str, Any]:
+    """Bring `run` to the newest checkpoint in `directory`, as `runtime.resume` allows; return what else it held."""
+    mode, found = run.plan.params.runtime.resume, checkpoints(directory)
+    if mode == "must" and not found:
+        raise UserError(
+            f"params.yaml: runtime.resume is must; no checkpoint in {directory}, the place of these parameters, data "
+            "and code; set it to auto to start afresh"
+        )
+    if mode == "never" or not found:
+        run.accelerator.wait_for_everyone()
+        if run.accelerator.is_main_process:
+            delete(directory)
+        return {}
+    saved = load_checkpoint(found[-1], run.model, run.optimizer)
+    run.state = TrainState.from_json(saved)
+    return saved
+
+
+def recorder_of(plan: Plan, chosen: Choices, digest: str, outputs: Outputs, saved: Mapping[str, Any]) -> Recorder:
+    """Return the run's recorder, with the rows up to the checkpoint where the training goes on from one."""
+    data = {**plan.meta, "corpus": {**plan.meta.get("corpus", {}), **outputs.manifest}}
+    identity = run_identity(plan.params, digest, data, plan.sizes, asdict(chosen))
+    recorder = open_recorder(outputs.results, plan.params.runtime, identity, saved.get("aim_run_hash"))
+    if saved:
+        recorder.restore(saved["rows"])
+    return recorder
+
+
+def training_hooks(run: Run, recorder: Recorder | None, directory: Path, bar: tqdm) -> list[Hook]:
+    """Return what happens between steps. Checkpoints come last, so that they hold what the others recorded."""
+    train, runtime = run.plan.params.train, run.plan.params.runtime
+    return [
+        Hook(1, lambda run: bar.update(run.state.step - bar.n)),
+        Hook(runtime.logging_steps, lambda run: hooks.log_curves(run, recorder)),
+        Hook(train.eval_steps, lambda run: hooks.validate(run, recorder, directory)),
+        Hook(runtime.save_steps, saving(recorder, directory)),
+    ]
+
+
+def saving(recorder: Recorder | None, directory: Path) -> Callable[[Run], None]:
+    """Return the function that writes a checkpoint of a run into `directory`."""
+    return lambda run: hooks.save(run, recorder, directory)
+
+
+def progress_bar(run: Run) -> tqdm:
+    """Return the bar that the main process shows."""
+    is_hidden = not run.accelerator.is_main_process
+    return tqdm(total=run.plan.total_steps, initial=run.state.step, unit="step", desc="train", disable=is_hidden)
+
+
+def exported(
+    run: Run, recorder: Recorder | None, chosen: Choices, directory: Path, outputs: Outputs
+) -> dict[str, Any] | None:
+    """Write the model, run.json and metrics.json; return the metrics. Only the main process does anything."""
+    if recorder is None:
+        return None
+    if run.plan.params.train.load_best_model_at_end:
+        load_best(directory, run.model, run.state.best_step)
+    metrics = final_metrics(run, recorder, chosen)
+    card = model_card(provenance(run, recorder, outputs), metrics["validation"])
+    export(run.model, run.model.state_dict(), outputs.tokens, outputs.model, card)
+    write_json(outputs.results / "run.json", {**recorder.run_record(), "step": run.state.step})
+    write_json(outputs.results / "metrics.json", metrics)
+    recorder.result("train", metrics, run.state.step)
+    return metrics
+
+
+def final_metrics(run: Run, recorder: Recorder, chosen: Choices) -> dict[str, Any]:
+    """Return the content of results/train/metrics.json."""
+    rows = recorder.state()
+    last, validation = rows["history"][-1], rows["validation"][-1]
+    return {
+        "step": run.state.step,
+        "tokens_seen": last["tokens_seen"],
+        "epoch": last["epoch"],
+        "loss": last["loss"],
+        "validation": {name: validation[name] for name in ("loss", "nats_per_char", "best_loss", "best_step")},
+        "exported_step": run.state.best_step if run.plan.params.train.load_best_model_at_end else run.state.step,
+        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows["history"]),
+        "train_s": run.state.train_s,
+        "peak_memory_bytes": last["peak_memory_bytes"],
+        **asdict(chosen),
+    }
+
+
+def provenance(run: Run, recorder: Recorder, outputs: Outputs) -> dict[str, Any]:
+    """Return the facts of the model card: what the weights come from."""
+    record, plan = recorder.run_record(), run.plan
+    return {
+        "configuration": plan.params.model.config,
+        "text": outputs.manifest.get("source"),
+        "text SHA-256": outputs.manifest.get("sha256"),
+        "tokens SHA-256": plan.meta["sha256"],
+        "optimizer steps": run.state.step,
+        "training tokens": run.state.step * plan.tokens_per_step,
+        "seed": plan.params.seed,
+        "commit": record["dvc"].get("git_sha"),
+        "fingerprint": record["fingerprint"],
+    }

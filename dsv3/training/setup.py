@@ -1,0 +1,142 @@
+"""From a plan to a training that is ready to begin: device, precision, model, optimizer."""
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+import mini_model
+from dsv3.artifacts import read_json, sha256_tree
+from dsv3.assembly import build_model
+from dsv3.data.batches import StepLayout
+from dsv3.errors import UserError
+from dsv3.fp8.convert import convert, emulate_bf16
+from dsv3.fp8.recipe import Recipe
+from dsv3.kernels.registry import experts_backend
+from dsv3.training.checkpoint import fingerprint
+from dsv3.training.interruption import Interruption
+from dsv3.training.loop import Run
+from dsv3.training.loss import chunked_cross_entropy, pays
+from dsv3.training.optimizer import Optimizer, parameter_groups
+from dsv3.training.plan import Plan
+from dsv3.training.precision import COMPUTE_DTYPES, autocast_dtype, resolved_precision, uses_cpu
+from dsv3.training.state import TrainState
+from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
+
+NUMERIC_CODE = ("mini_model", "dsv3/assembly.py", "dsv3/data", "dsv3/fp8", "dsv3/kernels", "dsv3/training")
+"""Where the code lies that shapes the weights; a checkpoint made by other code is not resumed."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What every `auto` came to; recorded with the run."""
+
+    device: str
+    num_processes: int
+    precision: str
+    """How linear layers multiply: fp32, bf16, fp8, or an emulation of one, labelled so."""
+
+    experts: str
+    cross_entropy: str
+
+
+def start_accelerator(plan: Plan) -> Accelerator:
+    """Return Accelerate's view of devices and processes; raise `UserError` where they do not fit the plan."""
+    train = plan.params.train
+    on_cpu = uses_cpu(plan.params.runtime.device)
+    device = torch.device("cpu" if on_cpu else "cuda")
+    has_unused_parameters = min(train.mtp_loss_weight, train.mtp_loss_weight_final) == 0
+    # Buffers are not broadcast: each process counts its own tokens, and biases are equal because their updates are.
+    kwargs = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=has_unused_parameters)
+    uses_autocast = autocast_dtype(train.precision, device) == torch.bfloat16
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if uses_autocast else "no", kwargs_handlers=[kwargs])
+    if train.gradient_accumulation_steps % accelerator.num_processes:
+        raise UserError(
+            f"params.yaml: train.gradient_accumulation_steps is {train.gradient_accumulation_steps}; must be a "
+            f"multiple of the {accelerator.num_processes} processes that were launched"
+        )
+    return accelerator
+
+
+def prepared_model(plan: Plan, device: torch.device) -> tuple[DeepseekV3ForCausalLM, Choices]:
+    """Return the initialised model, made to compute on `device` as the parameters ask, and what that came to.
+
+    Raises `UserError` for what can't run there.
+    """
+    train = plan.params.train
+    model = build_model(Path(plan.params.model.config), plan.params.seed)
+    precision = resolved_precision(train.precision, device)
+    recipe = Recipe(train.fp8_weight_quant, train.fp8_activation_quant)
+    experts = experts_backend(train.experts, device, COMPUTE_DTYPES[precision], train.use_fp8, recipe)
+    model.set_experts_implementation(experts)
+    if train.use_fp8:
+        precision = convert(model, train.fp8_weight_quant, train.fp8_activation_quant, device).precision
+    elif precision == "bf16" and autocast_dtype(train.precision, device) == torch.float32:
+        precision = emulate_bf16(model).precision
+    is_chunked = pays(train.per_device_train_batch_size * train.block_size, plan.architecture.vocab_size)
+    if is_chunked:
+        model.cross_entropy = chunked_cross_entropy
+    if train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if train.torch_compile:
+        model.compile()
+    return model, Choices(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        num_processes=int(os.environ.get("WORLD_SIZE", "1")),
+        precision=precision,
+        experts=experts,
+        cross_entropy="chunked" if is_chunked else "plain",
+    )
+
+
+def run_fingerprint(plan: Plan, chosen: Choices) -> str:
+    """Return the digest of everything that shapes the weights: parameters, architecture, data, formats, code.
+
+    Not in it: `runtime`, the device and the number of processes, which change at most the rounding, so that a training
+    may go on elsewhere.
+    """
+    root = Path(mini_model.__file__).parent.parent
+    paths = [root / name for name in NUMERIC_CODE]
+    code = [file for path in paths for file in ([path] if path.is_file() else path.glob("*.py"))]
+    return fingerprint(
+        {
+            "seed": plan.params.seed,
+            "train": plan.params.train.model_dump(),
+            "architecture": read_json(Path(plan.params.model.config)),
+            "tokens": plan.meta["sha256"],
+            "precision": chosen.precision,
+            "experts": chosen.experts,
+            "code": sha256_tree(code, root),
+        }
+    )
+
+
+def prepared_run(plan: Plan, accelerator: Accelerator, model: DeepseekV3ForCausalLM, interruption: Interruption) -> Run:
+    """Return a training at step 0: the model wrapped for its processes, the optimizer empty."""
+    train = plan.params.train
+    # Muon's matrix products run in the training's own format: bf16 where the device is fast at it, else fp32.
+    dtype = autocast_dtype(train.precision, accelerator.device)
+    optimizer = Optimizer(parameter_groups(model, train), train, dtype)
+    with warnings.catch_warnings():
+        # torch 2.13 names a successor of broadcast_buffers that Accelerate 1.15 can't pass on.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+        forward = accelerator.prepare_model(model)
+    return Run(
+        plan=plan,
+        accelerator=accelerator,
+        layout=StepLayout(
+            train.per_device_train_batch_size,
+            train.gradient_accumulation_steps,
+            accelerator.process_index,
+            accelerator.num_processes,
+        ),
+        model=model,
+        forward=forward,
+        optimizer=optimizer,
+        state=TrainState(),
+        interruption=interruption,
+    )

@@ -1,0 +1,88 @@
+"""What a training knows between two steps, beside the weights and the optimizer: small, explicit, JSON."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOSS_PARTS = ("total_loss", "loss", "mtp_loss", "sequence_loss")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one optimizer step measured, the same on every process."""
+
+    losses: dict[str, float]
+    """Means over the step's batch, by the names of `LOSS_PARTS`."""
+
+    grad_norm: float
+    """Norm of all gradients before clipping."""
+
+    is_interrupted: bool
+    """Whether any process was told to stop."""
+
+    load_LE: Tensor
+    """Tokens per router and expert of the step's batch."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Return whether the step may change the weights."""
+        return math.isfinite(self.losses["total_loss"]) and math.isfinite(self.grad_norm)
+
+
+@dataclass
+class Window:
+    """Sums over the steps since the last row of the history."""
+
+    num_steps: int = 0
+    elapsed_s: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    load_LE: list[list[int]] = field(default_factory=list)
+
+    def add(self, measured: Measured, elapsed_s: float) -> None:
+        """Add a step."""
+        self.num_steps += 1
+        self.elapsed_s += elapsed_s
+        for name, value in {**measured.losses, "grad_norm": measured.grad_norm}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        load_LE = measured.load_LE.cpu()
+        self.load_LE = (load_LE + torch.tensor(self.load_LE) if self.load_LE else load_LE).tolist()
+
+    def mean(self, name: str) -> float:
+        """Return the mean per step."""
+        return self.sums[name] / self.num_steps
+
+
+@dataclass
+class TrainState:
+    """Where the training stands."""
+
+    step: int = 0
+    """Optimizer steps done."""
+
+    train_s: float = 0.0
+    """Wall-clock time, of earlier processes too."""
+
+    best_loss: float | None = None
+    """Lowest validation loss so far, in nats per token."""
+
+    best_step: int = 0
+    window: Window = field(default_factory=Window)
+
+    def advance(self, measured: Measured, elapsed_s: float) -> None:
+        """Count a step that is done."""
+        self.step += 1
+        self.train_s += elapsed_s
+        self.window.add(measured, elapsed_s)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the state as JSON values; floats survive exactly."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "TrainState":
+        """Return the state that `to_json` gave; other keys are left alone."""
+        own = {name: values[name] for name in cls.__dataclass_fields__}
+        return cls(**{**own, "window": Window(**own["window"])})

@@ -1,0 +1,50 @@
+"""Count parameters, memory and arithmetic before anything is trained."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsv3.cli import DryRunOption, ParamsOption, command
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for metrics.json, table.md and table.json.")],
+    configs: Annotated[Path, typer.Option(help="Folder whose config*.json make up the table.")] = Path("mini_model"),
+    params: ParamsOption = Path("params.yaml"),
+    dry_run: DryRunOption = False,
+) -> None:
+    """Count parameters, memory and arithmetic of the chosen model, and compare all of them in a table."""
+    from dsv3.artifacts import write_json, write_text
+    from dsv3.params import read_params
+    from dsv3.sizing.architecture import read_architecture
+    from dsv3.sizing.devices import training_device
+    from dsv3.sizing.report import check_budget, markdown_table, metrics, table_row
+
+    parameters = read_params(params)
+    train, inference = parameters.train, parameters.estimate_size
+    chosen = Path(parameters.model.config)
+    paths = sorted({*configs.glob("config*.json"), chosen})
+    architecture = read_architecture(chosen)
+    if dry_run:
+        print(f"would estimate {chosen} in full and tabulate {', '.join(map(str, paths))} into {output}")
+        return
+
+    values = metrics(architecture, train, inference)
+    rows = [table_row(path, read_architecture(path), train, inference) for path in paths]
+    rows.sort(key=lambda row: row["parameters_total"])
+    print(markdown_table(rows))
+    print(f"{chosen}, trained as params.yaml says:")
+    for name, value in values.items():
+        print(f"  {name:40} {value:>25,}")
+
+    # Told here rather than by train: the pipeline stops before a tokenizer is trained or a weight is made.
+    device = training_device(parameters.runtime.device)
+    check_budget(architecture, train, device, inference.memory_budget_gib)
+    write_text(output / "table.md", markdown_table(rows))
+    write_json(output / "table.json", rows)
+    write_json(output / "metrics.json", values)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,55 @@
+"""Train the model and export it.
+
+With runtime.num_processes > 1 this process checks everything, then starts that many of itself and waits for them.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsv3.cli import DryRunOption, ParamsOption, command
+
+
+def main(  # noqa: PLR0913 (one option per file that dvc.yaml names)
+    tokens: Annotated[Path, typer.Option(help="Folder of the token shards.")],
+    corpus: Annotated[Path, typer.Option(help="Folder of the corpus, for its manifest.")],
+    sizes: Annotated[Path, typer.Option(help="The size report's metrics.json.")],
+    model: Annotated[Path, typer.Option(help="Folder for the exported model.")],
+    results: Annotated[Path, typer.Option(help="Folder for metrics, tables and run.json.")],
+    params: ParamsOption = Path("params.yaml"),
+    dry_run: DryRunOption = False,
+) -> None:
+    """Train the model and export it."""
+    from dsv3.params import read_params
+
+    parameters = read_params(params)
+
+    from dsv3.training.launch import is_worker, run_workers
+    from dsv3.training.plan import read_manifest, read_plan
+
+    plan = read_plan(parameters, tokens, sizes)
+    manifest = read_manifest(corpus)
+    if not is_worker():
+        print(plan.summary())
+    if dry_run:
+        return
+    if parameters.runtime.num_processes > 1 and not is_worker():
+        run_workers(parameters.runtime.num_processes, "stages.train", sys.argv[1:])
+        return
+
+    from dsv3.training.session import Outputs, run_training
+
+    metrics = run_training(plan, Outputs(tokens, model, results, manifest))
+    if metrics is not None:
+        validation = metrics["validation"]
+        print(
+            f"{model}: step {metrics['exported_step']}, validation {validation['loss']:.4f} nats/token, "
+            f"{validation['nats_per_char']:.4f} nats/char; {metrics['tokens_per_s']:,.0f} tokens/s "
+            f"({metrics['precision']}, {metrics['experts']}, {metrics['device']} x {metrics['num_processes']})"
+        )
+
+
+if __name__ == "__main__":
+    command(main)

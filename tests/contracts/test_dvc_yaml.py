@@ -1,0 +1,111 @@
+"""dvc.yaml tells the truth: a stage re-runs exactly when what it executes, or what shapes it, has changed."""
+
+import ast
+import re
+import shlex
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from dsv3.params import Params
+from tests.contracts.import_closure import ROOT, import_closure
+
+PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
+STAGES = PIPELINE["stages"]
+NAMES = ["download", "tokenize", "estimate_size", "train", "evaluate", "sample"]
+OPTIONS_THAT_ARE_NO_FILES: set[str] = set()
+
+
+def paths_of(entries: list[Any]) -> set[str]:
+    return {next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries}
+
+
+def outputs_of(stage: dict[str, Any]) -> set[str]:
+    return set().union(*(paths_of(stage.get(kind, [])) for kind in ("outs", "metrics", "plots")))
+
+
+def sections_read_by(name: str) -> set[str]:
+    """The attributes of the validated parameters that a stage's code reads, followed through the functions it calls."""
+    sections = set(Params.model_fields) - {"runtime"}
+    read = set()
+    for file in import_closure(ROOT / f"stages/{name}.py"):
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            is_section = isinstance(node, ast.Attribute) and node.attr in sections
+            if is_section and isinstance(node.value, (ast.Name, ast.Attribute)):
+                owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
+                if owner in {"params", "parameters"}:
+                    read.add(node.attr)
+    return read
+
+
+def test_the_pipeline_has_the_six_stages_in_order():
+    assert list(STAGES) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_code_dependencies_are_the_import_closure(name: str):
+    declared = {path for path in paths_of(STAGES[name]["deps"]) if path.endswith(".py")}
+    executed = import_closure(ROOT / f"stages/{name}.py")
+    assert declared == executed, f"missing: {sorted(executed - declared)}; idle: {sorted(declared - executed)}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_params_are_the_sections_that_the_stage_reads(name: str):
+    assert set(STAGES[name]["params"]) == sections_read_by(name)
+
+
+def test_what_differs_between_machines_reruns_no_stage():
+    assert all("runtime" not in stage["params"] for stage in STAGES.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_runs_the_stage_of_its_name_as_a_module(name: str):
+    # As a script, stages/tokenize.py would shadow the standard library's tokenize, and torch could not be imported.
+    assert STAGES[name]["cmd"].startswith(f"python -m stages.{name} ")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_path_in_the_command_is_declared(name: str):
+    stage = STAGES[name]
+    declared = paths_of(stage["deps"]) | outputs_of(stage)
+    paths = [word for word in shlex.split(stage["cmd"])[3:] if not word.startswith("--")]
+    assert paths
+    for path in paths:
+        inside = any(
+            other == path or other.startswith(f"{path}/") or path.startswith(f"{other}/") for other in declared
+        )
+        assert inside, f"{path} is neither a dependency nor an output of {name}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_stage_says_what_it_does(name: str):
+    assert len(STAGES[name]["desc"]) > 10
+
+
+def test_only_metrics_and_plots_stay_out_of_the_cache():
+    # Any other uncached output switches the run-cache off for its stage.
+    for name, stage in STAGES.items():
+        for entry in stage.get("outs", []):
+            assert isinstance(entry, str), f"{name}: {entry} has flags"
+
+
+def test_every_line_of_params_yaml_is_commented():
+    lines = (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines()
+    keyed = [line for line in lines if re.match(r"\s+[a-z_0-9]+:", line)]
+    assert keyed
+    assert [line for line in keyed if "#" not in line] == []
+
+
+def test_every_parameter_is_read_somewhere():
+    sources = "\n".join(
+        path.read_text(encoding="utf-8")
+        for package in ("dsv3", "stages")
+        for path in (ROOT / package).rglob("*.py")
+        if path.name not in {"params.py", "evaluation_params.py"}
+    )
+    for section, field in Params.model_fields.items():
+        names = getattr(field.annotation, "model_fields", {})
+        unread = [name for name in names if not re.search(rf"\.{name}\b", sources)]
+        assert unread == [], f"{section}: {unread}"

@@ -1,0 +1,115 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3.artifacts import read_json
+from dsv3.fp8.convert import convert, emulate_bf16
+from dsv3.fp8.linear import LowPrecisionLinear
+from dsv3.fp8.recipe import Recipe
+from dsv3.kernels import precision
+from dsv3.kernels.precision import apply_arithmetic
+from mini_model.configuration_deepseek import DeepseekV3Config
+from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
+
+CPU = torch.device("cpu")
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+}
+
+
+@pytest.fixture
+def model() -> DeepseekV3ForCausalLM:
+    config = DeepseekV3Config(**{**read_json(Path("mini_model/config_nano.json")), **SIZES})
+    torch.manual_seed(0)
+    return DeepseekV3ForCausalLM(config).train()
+
+
+def loss_and_gradients(model: DeepseekV3ForCausalLM) -> tuple[float, dict[str, torch.Tensor]]:
+    tokens = torch.randint(0, 64, (2, 32), generator=torch.Generator().manual_seed(1))
+    model.zero_grad()
+    loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_everything_that_multiplies_is_converted_but_the_head_and_the_router(model):
+    conversion = convert(model, weight_quant=True, activation_quant=True, device=CPU)
+    assert conversion.precision == "fp8_emulated"
+    assert conversion.kept == {"lm_head": "lm_head stays in high precision"}
+    assert "model.layers.1.mlp.shared_experts.gate_proj" in conversion.converted
+    partial = [
+        f"model.layers.{layer}.self_attn.{name}" for layer in (0, 1) for name in ("q_proj", "kv_a_proj_with_mqa")
+    ]
+    assert conversion.partial_blocks == partial  # 192 and 160 outputs
+    assert all(isinstance(model.get_submodule(name), LowPrecisionLinear) for name in conversion.converted)
+    assert not any("gate" in name.split(".")[-1:] for name in conversion.converted)
+
+
+def test_a_layer_smaller_than_a_block_stays_and_is_listed(model):
+    model.extra = torch.nn.Linear(64, 128)
+    conversion = convert(model, weight_quant=True, activation_quant=True, device=CPU)
+    assert conversion.kept["extra"] == "128x64 is smaller than one 128x128 block"
+
+
+def test_the_checkpoint_knows_nothing_of_the_conversion(model):
+    before = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    convert(model, weight_quant=True, activation_quant=True, device=CPU)
+    assert {name: value.data_ptr() for name, value in model.state_dict().items()} == before
+    assert list(dict(model.named_parameters())) == [name for name in before if name in dict(model.named_parameters())]
+
+
+def test_fp8_trains_every_weight_and_its_gradients_point_where_fp32s_do(model):
+    exact_loss, exact = loss_and_gradients(model)
+    arithmetic = apply_arithmetic(model, "auto", CPU, torch.float32, Recipe())
+    loss, gradients = loss_and_gradients(model)
+    assert arithmetic.is_emulated
+    assert loss == pytest.approx(exact_loss, rel=5e-3)
+    assert loss != exact_loss
+    num_nonzero = sum(int(gradient.count_nonzero()) for gradient in gradients.values())
+    assert num_nonzero / sum(int(gradient.count_nonzero()) for gradient in exact.values()) > 0.999
+    for name, gradient in gradients.items():
+        cosine = torch.cosine_similarity(gradient.flatten(), exact[name].flatten(), dim=0)
+        assert cosine > 0.9, (name, cosine)  # least for the router, whose gradient is a difference of near-equal sums
+
+
+def test_the_switches_are_recorded_in_the_names(model):
+    arithmetic = apply_arithmetic(model, "auto", CPU, torch.float32, Recipe(quantises_activations=False))
+    assert arithmetic.experts == "dsv3_fp8_emulated_high_activations"
+    assert arithmetic.linears is not None
+    assert arithmetic.linears.precision == "fp8_emulated_high_activations"
+
+
+def test_bf16_on_a_cpu_without_it_is_emulated_and_says_so(model, monkeypatch):
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: False)
+    monkeypatch.setattr("dsv3.kernels.registry.multiplies_bf16", lambda device: False)
+    exact_loss, _ = loss_and_gradients(model)
+    arithmetic = apply_arithmetic(model, "auto", CPU, torch.bfloat16, None)
+    assert arithmetic.experts == "dsv3_bf16_emulated"
+    assert arithmetic.is_emulated
+    loss, _ = loss_and_gradients(model)
+    assert 0 < abs(loss - exact_loss) < 1e-2
+
+
+def test_fp32_leaves_the_linear_layers_alone(model):
+    arithmetic = apply_arithmetic(model, "auto", CPU, torch.float32, None)
+    assert arithmetic.linears is None
+    assert not arithmetic.is_emulated
+    assert not any(isinstance(module, LowPrecisionLinear) for module in model.modules())
+
+
+def test_the_emulation_of_bf16_rounds_small_layers_too(model):
+    model.extra = torch.nn.Linear(64, 128)
+    assert "extra" in emulate_bf16(model).converted

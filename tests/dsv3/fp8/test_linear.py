@@ -1,0 +1,168 @@
+import pytest
+import torch
+from torch import nn
+
+from dsv3.fp8.linear import LowPrecisionLinear, rounded_product
+from dsv3.fp8.recipe import Recipe
+from dsv3.fp8.rounding import BF16, fp8_rounding, until_changed
+from tests.dsv3.kernels.cases import relative_error
+
+FP8 = fp8_rounding(Recipe())
+SHAPES = [(300, 256, 128), (1, 128, 128), (129, 160, 200)]  # rows, inputs, outputs
+
+
+def low_precision(original: nn.Linear, rounding=FP8) -> LowPrecisionLinear:
+    return LowPrecisionLinear(original, lambda x, weight: rounded_product(x, weight, rounding.name))
+
+
+def inputs(num_rows: int, num_inputs: int, num_outputs: int):
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (
+        torch.randn(num_rows, num_inputs, generator=generator),
+        torch.randn(num_rows, num_outputs, generator=generator),
+    )
+    weight = torch.randn(num_outputs, num_inputs, generator=generator) * num_inputs**-0.5
+    x[:, 3] *= 1e3  # an outlier feature
+    return x, weight, grad
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "rounding", [FP8, BF16, fp8_rounding(Recipe(has_power_of_two_scales=True))], ids=lambda r: r.name
+)
+def test_all_three_products_agree_with_float64_products_of_the_same_rounded_operands(shape, rounding):
+    x, weight, grad = inputs(*shape)
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    output = rounded_product(*leaves, rounding.name)
+    output.backward(grad)
+    rows, columns, weights = rounding.rows, rounding.columns, rounding.weights
+    truths = [
+        (output, rows(x).double() @ weights(weight).double().t()),
+        (leaves[0].grad, rows(grad).double() @ weights(weight).double()),
+        (leaves[1].grad, columns(grad).double().t() @ columns(x).double()),
+    ]
+    for value, truth in truths:
+        assert relative_error(value, truth) < 1e-6  # what fp32 sums of a few hundred products lose
+
+
+def test_fp8_errs_by_three_mantissa_bits_in_all_three_products():
+    x, weight, grad = inputs(300, 256, 128)
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    output = rounded_product(*leaves, FP8.name)
+    output.backward(grad)
+    truths = [x.double() @ weight.double().t(), grad.double() @ weight.double(), grad.double().t() @ x.double()]
+    for value, truth in zip([output, leaves[0].grad, leaves[1].grad], truths, strict=True):
+        assert 0.015 < relative_error(value, truth) < 0.06
+
+
+@pytest.mark.parametrize(
+    ("recipe", "exact"),
+    [
+        (Recipe(quantises_weights=False), "none"),
+        (Recipe(quantises_activations=False), "wgrad"),
+        (Recipe(quantises_wgrad=False), "wgrad"),
+        (Recipe(quantises_weights=False, quantises_activations=False), "all"),
+    ],
+)
+def test_each_side_is_quantised_on_its_own(recipe, exact):
+    x, weight, grad = inputs(140, 256, 128)
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    output = rounded_product(*leaves, fp8_rounding(recipe).name)
+    output.backward(grad)
+    is_exact = [
+        relative_error(output, x.double() @ weight.double().t()) < 1e-6,
+        relative_error(leaves[0].grad, grad.double() @ weight.double()) < 1e-6,
+        relative_error(leaves[1].grad, grad.double().t() @ x.double()) < 1e-6,
+    ]
+    assert is_exact == {"none": [False] * 3, "wgrad": [False, False, True], "all": [True] * 3}[exact]
+
+
+def test_the_layer_holds_the_very_parameters_of_the_one_it_replaces():
+    original = nn.Linear(128, 256)
+    layer = low_precision(original)
+    assert layer.weight is original.weight
+    assert layer.bias is original.bias
+    assert {name: value.data_ptr() for name, value in layer.state_dict().items()} == {
+        name: value.data_ptr() for name, value in original.state_dict().items()
+    }
+
+
+def test_leading_dimensions_and_bias_are_kept():
+    original = nn.Linear(128, 256)
+    x = torch.randn(2, 3, 128)
+    output = low_precision(original, BF16)(x)
+    assert output.shape == (2, 3, 256)
+    assert relative_error(output, original(x)) < 5e-3
+    flat = low_precision(original, BF16)(x.view(6, 128))
+    assert torch.equal(output.view(6, 256), flat)
+
+
+def test_the_layer_answers_in_autocasts_dtype():
+    layer = low_precision(nn.Linear(128, 128))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(4, 128)).dtype == torch.bfloat16
+    assert layer(torch.randn(4, 128)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"foreach": False}], ids=str)
+def test_a_weight_is_rounded_once_per_optimizer_step(options):
+    calls = []
+    layer = nn.Linear(128, 128)
+
+    def derive(weight):
+        calls.append(1)
+        return weight.clone()
+
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, **options)
+    for step in range(3):
+        for _micro_batch in range(4):
+            derived = until_changed(layer.weight, "count", derive)
+            assert torch.equal(derived, layer.weight)
+            layer(torch.randn(2, 128)).sum().backward()
+        assert len(calls) == step + 1
+        optimizer.step()
+
+
+def test_the_operator_rounds_a_weight_once_for_forward_and_backward(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "dsv3.fp8.rounding.until_changed", lambda w, name, f: until_changed(w, name, lambda w: calls.append(1) or f(w))
+    )
+    layer = low_precision(nn.Linear(128, 128))
+    for _micro_batch in range(3):
+        layer(torch.randn(4, 128)).sum().backward()
+    assert len(calls) == 1
+
+
+def test_loading_other_weights_is_noticed():
+    layer = low_precision(nn.Linear(128, 128, bias=False))
+    x = torch.randn(4, 128)
+    before = layer(x)
+    layer.load_state_dict({"weight": 2 * layer.weight.detach()})
+    assert torch.equal(layer(x), 2 * before)
+
+
+def test_an_activation_written_to_in_place_is_rounded_again():
+    layer = low_precision(nn.Linear(128, 128, bias=False))
+    x = torch.randn(4, 128)
+    before = layer(x)
+    assert torch.equal(layer(x.mul_(2)), 2 * before)
+
+
+def test_the_operators_pass_opcheck_and_compile_without_a_break():
+    x, weight, _ = inputs(5, 128, 256)
+    arguments = (x.requires_grad_(), weight.requires_grad_(), FP8.name)
+    torch.library.opcheck(torch.ops.dsv3.rounded_linear, arguments)
+    layer = low_precision(nn.Linear(128, 256))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), layer(x))
+
+
+def test_inference_mode_computes_the_same():
+    layer = low_precision(nn.Linear(128, 128))
+    x = torch.randn(4, 128)
+    with torch.inference_mode():
+        inside = layer(x)
+        twice = layer(torch.randn(4, 128) + x)
+    assert torch.equal(inside, layer(x))
+    assert twice.shape == inside.shape

@@ -1,0 +1,137 @@
+import pytest
+import torch
+from torch import Tensor
+
+from dsv3.fp8.recipe import Recipe
+from dsv3.fp8.rounding import BF16, fp8_rounding
+from dsv3.kernels import cpu, grouped_mm, reference
+from dsv3.kernels.registry import experts_backend
+from tests.dsv3.kernels.cases import ROUTINGS, case, errors, results
+
+FP32_TOLERANCE = 2e-6
+"""Sums of at most 37 * 24 products in fp32, in another order."""
+CPU = torch.device("cpu")
+
+
+def stock_experts(num_experts: int, hidden_size: int, intermediate_size: int):
+    """Return stock transformers' experts module, whose eager loop is the witness."""
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
+
+    config = DeepseekV3Config(
+        hidden_size=hidden_size,
+        moe_intermediate_size=intermediate_size,
+        n_routed_experts=num_experts,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+    )
+    return DeepseekV3Experts(config)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("backend", [cpu, grouped_mm, reference], ids=lambda module: module.__name__.split(".")[-1])
+def test_a_backend_in_fp32_agrees_with_the_reference_in_fp64_in_its_output_and_every_gradient(backend, routing):
+    inputs = case(routing)
+    truth = results(reference.experts, inputs.to(torch.float64))
+    assert max(errors(results(backend.experts, inputs), truth).values()) < FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu", "grouped_mm"])
+def test_a_registered_backend_gives_what_stock_transformers_eager_loop_gives(name):
+    inputs = case("ragged")
+    module = stock_experts(*inputs.gate_up.shape[:1], 24, 16)
+    outcomes = []
+    for implementation in ("eager", experts_backend(name, CPU, torch.float32, use_fp8=False)):
+        module.config._experts_implementation = implementation
+
+        def experts(hidden: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+            functional = {"gate_up_proj": gate_up, "down_proj": down}
+            return torch.func.functional_call(module, functional, (hidden, index, weight))
+
+        outcomes.append(results(experts, inputs))
+    assert max(errors(outcomes[1], outcomes[0]).values()) < FP32_TOLERANCE
+
+
+def test_the_cpu_backends_gradients_agree_with_finite_differences_in_fp64():
+    inputs = case("ragged", hidden_size=4, intermediate_size=3, num_experts=3).to(torch.float64)
+    tensors = [inputs.hidden[:5], inputs.weight[:5], inputs.gate_up, inputs.down]
+    assert torch.autograd.gradcheck(
+        lambda hidden, weight, gate_up, down: cpu.experts(hidden, inputs.index[:5], weight, gate_up, down),
+        [tensor.requires_grad_() for tensor in tensors],
+    )
+
+
+def test_a_gradient_with_stride_zero_is_taken():
+    inputs = case("random")
+    for backend in (cpu, grouped_mm):
+        hidden = inputs.hidden.clone().requires_grad_()
+        backend.experts(hidden, inputs.index, inputs.weight, inputs.gate_up, inputs.down).sum().backward()
+        assert hidden.grad is not None
+        assert hidden.grad.isfinite().all()
+
+
+def test_an_expert_without_tokens_gets_a_gradient_of_exact_zeros():
+    gradients = results(cpu.experts, case("empty experts"))
+    for name in ("gate_up", "down"):
+        assert gradients[name][[0, -1]].count_nonzero() == 0
+        assert gradients[name][1:-1].count_nonzero() == gradients[name][1:-1].numel()
+
+
+def test_two_runs_of_a_backend_give_equal_bits():
+    inputs = case("random")
+    first, second = (results(cpu.experts, inputs) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_cpu_backend_keeps_only_the_layers_input_the_gate_and_up_rows_and_the_order():
+    inputs = case("random")
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
+        cpu.experts(
+            inputs.hidden.requires_grad_(), inputs.index, inputs.weight, inputs.gate_up, inputs.down.requires_grad_()
+        )
+    num_pairs = inputs.index.numel()
+    weights = inputs.gate_up.nbytes + inputs.down.nbytes
+    kept = inputs.hidden.nbytes + inputs.weight.nbytes + num_pairs * 2 * 16 * 4 + num_pairs * 8 + 5 * 4
+    assert sum(sizes) == weights + kept
+
+
+@pytest.mark.parametrize("rounding", [BF16, fp8_rounding(Recipe())], ids=lambda rounding: rounding.name)
+def test_an_emulation_multiplies_nothing_but_rounded_operands(rounding):
+    """With a rounding that is already spent on every operand of the forward pass, rounding again changes nothing."""
+    inputs = case("one expert", hidden_size=128, intermediate_size=128)
+    inputs.hidden = rounding.rows(inputs.hidden)
+    inputs.gate_up, inputs.down = rounding.weights(inputs.gate_up), rounding.weights(inputs.down)
+    truth = results(cpu.experts, inputs)["output"]
+    emulated = results(lambda *tensors: cpu.experts(*tensors, rounding=rounding), inputs)["output"]
+    error = errors({"output": emulated}, {"output": truth})["output"]
+    assert 1e-4 < error < 0.04  # the activation is rounded all the same, by 2^-4 at most, 2.6 % in the mean
+
+
+@pytest.mark.parametrize(
+    ("rounding", "low", "high"),
+    [(BF16, 1e-3, 1e-2), (fp8_rounding(Recipe()), 2e-2, 8e-2)],
+    ids=["bf16", "fp8"],
+)
+def test_an_emulation_errs_by_its_formats_precision_in_the_output_and_every_gradient(rounding, low, high):
+    inputs = case("ragged", hidden_size=128, intermediate_size=128)
+    truth = results(reference.experts, inputs.to(torch.float64))
+    emulated = results(lambda *tensors: cpu.experts(*tensors, rounding=rounding), inputs)
+    found = errors(emulated, truth)
+    assert all(low < error < high for error in found.values()), found
+
+
+def test_torch_compile_takes_the_cpu_operators_without_a_break():
+    inputs = case("ragged")
+    compiled = torch.compile(cpu.experts, fullgraph=True, backend="aot_eager")
+    assert max(errors(results(compiled, inputs), results(cpu.experts, inputs)).values()) == 0
+
+
+@pytest.mark.parametrize("rounding", ["exact", "fp8"])
+def test_the_cpu_operators_pass_opcheck(rounding):
+    fp8_rounding(Recipe())
+    inputs = case("empty experts")
+    arguments = [inputs.hidden, inputs.index, inputs.weight, inputs.gate_up, inputs.down]
+    tensors = [x.requires_grad_() if x.is_floating_point() else x for x in arguments]
+    torch.library.opcheck(torch.ops.dsv3.experts_cpu, (*tensors, rounding))

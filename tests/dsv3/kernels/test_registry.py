@@ -1,0 +1,90 @@
+import pytest
+import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from dsv3.errors import UserError
+from dsv3.fp8.recipe import Recipe
+from dsv3.kernels import registry
+from dsv3.kernels.registry import AUTO, BACKENDS, auto_backend, experts_backend
+from tests.dsv3.kernels.cases import case
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+def test_a_chosen_backend_is_registered_with_transformers_under_a_name_that_says_what_runs():
+    assert experts_backend("cpu", CPU, FP32, use_fp8=False) == "dsv3_cpu_fp32"
+    assert experts_backend("auto", CPU, FP32, use_fp8=True) == "dsv3_fp8_emulated"
+    weights_only = Recipe(quantises_activations=False)
+    assert experts_backend("auto", CPU, FP32, True, weights_only) == "dsv3_fp8_emulated_high_activations"
+    assert {"dsv3_cpu_fp32", "dsv3_fp8_emulated", "dsv3_fp8_emulated_high_activations"} <= set(ALL_EXPERTS_FUNCTIONS)
+
+
+@pytest.mark.parametrize(
+    ("device", "native", "dtype", "use_fp8", "backend"),
+    [
+        (CPU, False, FP32, False, "cpu"),
+        (CPU, True, BF16, False, "cpu"),
+        (CPU, False, BF16, False, "bf16_emulated"),
+        (CPU, True, FP32, True, "fp8_emulated"),
+        (CUDA, True, BF16, False, "grouped_mm"),
+        (CUDA, True, FP32, False, "grouped_mm"),
+        (CUDA, True, BF16, True, "triton_fp8"),
+        (CUDA, False, BF16, True, "fp8_emulated"),
+    ],
+)
+def test_auto_takes_the_fastest_backend_that_the_device_runs_natively(
+    monkeypatch, device, native, dtype, use_fp8, backend
+):
+    monkeypatch.setattr(registry, "multiplies_bf16", lambda _: native)
+    monkeypatch.setattr(registry, "multiplies_fp8", lambda device: native and device.type == "cuda")
+    assert auto_backend(device, dtype, use_fp8) == backend
+
+
+def test_auto_names_only_backends_that_exist():
+    assert {backend for _, backend in AUTO} <= set(BACKENDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "use_fp8", "message"),
+    [
+        ("gpu", CPU, FP32, False, "train.experts is gpu; must be one of auto, reference"),
+        ("cpu", CUDA, FP32, False, "train.experts is cpu; runs on cpu, not on cuda, take auto"),
+        ("grouped_mm", CPU, torch.float64, False, "computes in fp32 and bf16, not in fp64"),
+        ("triton_fp8", CPU, FP32, True, "runs on cuda, not on cpu"),
+        ("cpu", CPU, FP32, True, "is no FP8 backend while train.use_fp8 is true"),
+        ("fp8_emulated", CPU, FP32, False, "is the FP8 backend while train.use_fp8 is false"),
+    ],
+)
+def test_a_backend_that_cannot_run_says_why_in_one_line(name, device, dtype, use_fp8, message):
+    with pytest.raises(UserError) as refused:
+        experts_backend(name, device, dtype, use_fp8)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("hidden_dtype", [FP32, BF16])
+@pytest.mark.parametrize(("name", "dtype"), [("cpu", BF16), ("grouped_mm", BF16), ("bf16_emulated", BF16)])
+def test_bf16_backends_cast_fp32_master_weights_and_give_back_the_dtype_they_got(name, dtype, hidden_dtype):
+    from types import SimpleNamespace
+
+    inputs = case("random")
+    module = SimpleNamespace(gate_up_proj=inputs.gate_up.requires_grad_(), down_proj=inputs.down.requires_grad_())
+    function = ALL_EXPERTS_FUNCTIONS[experts_backend(name, CPU, dtype, use_fp8=False)]
+    with torch.autocast("cpu", BF16):
+        output = function(module, inputs.hidden.to(hidden_dtype), inputs.index, inputs.weight)
+    output.float().sum().backward()
+    assert output.dtype == hidden_dtype
+    assert module.gate_up_proj.grad.dtype == FP32
+    assert module.down_proj.grad.abs().sum() > 0
+
+
+def test_autocast_does_not_reach_into_an_fp32_backend():
+    inputs = case("random")
+    from types import SimpleNamespace
+
+    module = SimpleNamespace(gate_up_proj=inputs.gate_up, down_proj=inputs.down)
+    function = ALL_EXPERTS_FUNCTIONS[experts_backend("cpu", CPU, FP32, use_fp8=False)]
+    plain = function(module, inputs.hidden, inputs.index, inputs.weight)
+    with torch.autocast("cpu", BF16):
+        assert torch.equal(function(module, inputs.hidden, inputs.index, inputs.weight), plain)

@@ -1,0 +1,163 @@
+"""Small inputs for tests of training: an architecture, token data and parameters, made in a second."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from ruamel.yaml import YAML
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dsv3.data.shards import write_shards
+
+ROOT = Path(__file__).parent.parent
+WORDS = ["the", "king", "is", "dead", "long", "live", "lord", "queen", "of", "night", "what", "light", "breaks"]
+
+MICRO = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_nextn_predict_layers": 1,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 64,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "rope_interleave": True,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+
+TRAIN = {
+    "max_steps": 12,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "per_device_eval_batch_size": 4,
+    "block_size": 32,
+    "eval_steps": 5,
+    "learning_rate": 0.01,
+    "precision": "fp32",
+}
+RUNTIME = {"device": "cpu", "logging_steps": 2, "save_steps": 5, "trackers": []}
+
+
+def write_inputs(folder: Path, seed: int = 0, **sections: dict) -> Path:
+    """Write everything that the train stage reads into `folder`; return the path of its params.yaml.
+
+    `sections` overlay params.yaml: `train={"max_steps": 3}`; `architecture` overlays the micro architecture.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**MICRO, **sections.pop("architecture", {})}))
+    write_tokens(folder / "tokens", seed)
+    write_json(folder / "corpus" / "manifest.json", {"source": "made up", "sha256": "0" * 64})
+    write_json(folder / "sizes.json", {"training_cpu_peak_gib": 0.1, "training_cuda_peak_gib": 0.1})
+    yaml = YAML()
+    params = yaml.load((ROOT / "params.yaml").read_text())
+    params["model"]["config"] = str(folder / "config.json")
+    params["tokenize"]["vocab_size"] = 257
+    params["evaluate"].update(block_size=32, stride=16)
+    for section, values in {"train": TRAIN, "runtime": RUNTIME}.items():
+        params[section].update({**values, **sections.pop(section, {})})
+    for section, values in sections.items():
+        params[section].update(values)
+    with (folder / "params.yaml").open("w") as file:
+        yaml.dump(params, file)
+    return folder / "params.yaml"
+
+
+def write_json(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def write_tokens(folder: Path, seed: int) -> None:
+    """Write token data of a made-up text, a byte a token, as the tokenize stage would."""
+    byte_names = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<|endoftext|>": 0, **{name: index + 1 for index, name in enumerate(byte_names)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    fast.save_pretrained(folder / "tokenizer")
+    generator, splits = random.Random(seed), {}
+    for split, num_words in {"train": 2000, "validation": 100, "test": 100}.items():
+        text = " ".join(generator.choice(WORDS) for _ in range(num_words))
+        tokens = np.array([0, *fast.encode(text)], np.uint16)
+        paths = write_shards(folder, split, [tokens], np.dtype("<u2"), 10**6)
+        splits[split] = {
+            "tokens": len(tokens),
+            "characters": len(text),
+            "bytes": len(text),
+            "documents": 1,
+            "shards": [path.name for path in paths],
+        }
+    meta = {
+        "vocab_size": len(vocabulary),
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "dtype": "uint16",
+        "sha256": f"{seed:064d}",
+        "corpus": {"source": "made up", "sha256": "0" * 64},
+        "splits": splits,
+    }
+    write_json(folder / "meta.json", meta)
+
+
+def stage_command(folder: Path, *options: str) -> list[str]:
+    """Return the command line of the train stage on what `write_inputs` wrote into `folder`."""
+    paths = {
+        "tokens": "tokens",
+        "corpus": "corpus",
+        "sizes": "sizes.json",
+        "model": "final_model",
+        "results": "results",
+        "params": "params.yaml",
+    }
+    arguments = [word for option, path in paths.items() for word in (f"--{option}", str(folder / path))]
+    return [sys.executable, "-m", "stages.train", *arguments, *options]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Return the environment of a stage whose checkpoints lie in `folder`, with one thread for equal rounding."""
+    return {**os.environ, "DVC_ROOT": str(folder), "OMP_NUM_THREADS": "1"}
+
+
+def run_stage(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run the train stage to its end."""
+    return subprocess.run(
+        stage_command(folder, *options),
+        cwd=ROOT,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
