@@ -1,61 +1,66 @@
-# One word per need. Everything runs in .venv, which the first target that needs it makes; `make help` lists the targets.
-SHELL := /bin/bash
-.SHELLFLAGS := -eu -o pipefail -c
+# One word per need; `make help` lists them. Everything runs in .venv, which the first one that needs it makes.
 .DEFAULT_GOAL := help
-.PHONY: help repro test check format ui bench clean setup
+.PHONY: help setup repro test check format ui bench clean
 
-VENV := .venv
-BIN := $(VENV)/bin
-# The newest Python that every dependency has wheels for (Aim has none for 3.13).
-PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3 python; do command -v $$p >/dev/null 2>&1 && \
-	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
-# DVC starts the stages by the name `python`, so the environment has to come first on the path.
+BIN := .venv/bin
+# The first that runs and can make an environment: a name on the PATH may be a shim without a Python behind it.
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3 python; do \
+	$$name -c 'import sys, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null \
+	&& { echo $$name; break; }; done)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Where there is an NVIDIA GPU, a CPU build that pip may know besides is refused; elsewhere pip prefers one that it can
+# find (PIP_FIND_LINKS and PIP_EXTRA_INDEX_URL may say where) to the default build, which on Linux is the CUDA one.
+TORCH = $$(nvidia-smi >/dev/null 2>&1 && echo 'torch!=$(shell sed -n s/^torch==//p constraints.txt)+cpu' || echo torch)
+
+# DVC starts the stages, and its queue starts DVC, by bare names: the environment has to come first on the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
-setup: $(VENV)/.pipeline ## make .venv with the pinned dependencies
+setup: .venv/.pipeline ## make .venv with the pinned dependencies
 
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+repro: setup ## run the pipeline, from the text to the samples; then print the results
+	$(BIN)/dvc repro
+	$(BIN)/python -m dsv3.report
 
-$(VENV)/.pipeline: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "make: no Python 3.10, 3.11 or 3.12 on the PATH; install one, or name it: make PYTHON=/path/to/python3.11"; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing the pinned dependencies into $(VENV) (some minutes, once)"
-	@$(INSTALL) 'pip>=25.1' # reads dependency groups
-	@$(INSTALL) torch # first and alone: what follows finds it there and pulls no other build
+test: .venv/.dev ## run all tests, a real pipeline among them (those marked gpu need a GPU: pytest -m gpu)
+	$(BIN)/python -m pytest --numprocesses auto
+
+check: .venv/.dev ## check format, lint, types, import rules and contracts, as pre-commit does
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/contracts
+
+format: .venv/.dev ## format the code and mend what can be mended
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+ui: setup ## compare runs in Aim, on this machine only: it asks for no password
+	@test -d .aim || { echo "no run has been tracked yet; make repro makes one" >&2; exit 2; }
+	$(BIN)/aim up --host 127.0.0.1
+
+bench: .venv/.dev ## measure what the README claims, on this machine
+	@set -e; for script in benchmarks/[a-z]*.py; do \
+		name=benchmarks.$$(basename "$$script" .py); echo "python -m $$name"; $(BIN)/python -m "$$name"; done
+
+clean: ## remove caches and the checkpoints of unfinished trainings; data, results, runs and .venv stay
+	rm -rf .checkpoints .pytest_cache .ruff_cache .hypothesis .import_linter_cache .triton_cache
+	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.pipeline: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.10, 3.11 or 3.12 (with venv) on the PATH; install one, or name it:" \
+		"make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@echo "installing the pinned dependencies into .venv (minutes, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(INSTALL) pip setuptools # a pip that reads dependency groups
+	@$(INSTALL) "$(TORCH)" # first and alone: what follows finds it there and pulls no other build
 	@$(INSTALL) --group pipeline
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.pipeline
+.venv/.dev: .venv/.pipeline
+	@echo "installing what tests and checks need (a minute, once)"
 	@$(INSTALL) --group dev
 	@touch $@
-
-repro: setup ## run the pipeline: download, tokenize, estimate_size, train, evaluate, sample; then print the results
-	dvc repro
-	python -m dsv3.report
-
-test: $(VENV)/.dev ## run all tests (GPU tests skip without a GPU)
-	python -m pytest
-
-check: $(VENV)/.dev ## formatting, lint, types, import rules, contracts
-	ruff format --check .
-	ruff check .
-	basedpyright
-	lint-imports
-	python -m pytest tests/contracts
-
-format: $(VENV)/.dev ## format the code and mend what can be mended
-	ruff format .
-	ruff check --fix .
-
-ui: setup ## compare runs in Aim, on this machine only
-	aim up --host 127.0.0.1
-
-bench: $(VENV)/.dev ## run the benchmarks behind the README's numbers
-	for script in benchmarks/*.py; do python -m "$$(basename "$${script%.py}" | sed 's/^/benchmarks./')"; done
-
-clean: ## remove what runs leave behind; data, results, .aim and the environment stay
-	rm -rf .checkpoints .pytest_cache .ruff_cache .hypothesis .import_linter_cache .triton_cache
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -25,6 +25,11 @@ def command(main: Callable[..., None]) -> None:
     """Run `main` as a command line; a `UserError` is printed as one line and ends the process with status 2."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(main)
+    run_app(app)
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command line; a `UserError` is printed as one line and ends the process with status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         app()

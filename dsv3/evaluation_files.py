@@ -1,4 +1,4 @@
-"""Where an evaluation goes: metrics, tables and figures in a folder (the truth), and the same in the trackers (a view)."""
+"""Where an evaluation goes: files in a folder (the truth), and the same in the trackers (a view)."""
 
 from pathlib import Path
 

@@ -58,13 +58,22 @@ class Params(Section):
 
 def read_params(path: Path) -> Params:
     """Return the validated parameters at `path`; raise `UserError` in one line for the first thing that is wrong."""
+    return validated(read_yaml(path), path)
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the values in `path` as DVC reads them; raise `UserError` in one line for a file that is none."""
     try:
-        values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror})") from None
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: not YAML ({error.problem})") from None
+
+
+def validated(values: Any, path: Path) -> Params:
+    """Return `values` as parameters; raise `UserError` in one line, with `path` in it, for the first thing wrong."""
     try:
         params = Params.model_validate(values)
     except ValidationError as error:
@@ -87,7 +96,8 @@ def one_line(error: ErrorDetails) -> str:
         return f"{where} is missing; every parameter must be stated"
     if error["type"] in BOUNDS:
         key, words = BOUNDS[error["type"]]
-        return f"{where} is {_shown(error['input'])}; {words} {error.get('ctx', {})[key]}"
+        bound = error.get("ctx", {})[key]
+        return f"{where} is {_shown(error['input'])}; {words} {f'{bound:g}' if isinstance(bound, float) else bound}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{where}: {message}"

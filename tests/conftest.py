@@ -1,18 +1,25 @@
-"""Every test starts from the same state: fixed seeds, deterministic algorithms, no network, one thread."""
+"""Every test starts from the same state: fixed seeds, deterministic algorithms, no network, one thread, no home."""
 
 import os
 import socket
-
-# Read when torch, tokenizers and huggingface_hub are imported, so set before any of them.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["DVC_NO_ANALYTICS"] = "1"
-
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+# Read when torch, tokenizers, huggingface_hub and matplotlib are imported, so set before any of them.
+HOME = tempfile.TemporaryDirectory(prefix="dsv3-tests-")
+os.environ |= {
+    "OMP_NUM_THREADS": "1",  # the workers of pytest share the cores
+    "TOKENIZERS_PARALLELISM": "false",  # or tokenizers warns about every fork that follows
+    "HF_HUB_OFFLINE": "1",
+    "HF_HOME": HOME.name,  # remote code is copied there; yours stays as it is
+    "MPLBACKEND": "Agg",
+    "DVC_NO_ANALYTICS": "1",
+}
+for name in [name for name in os.environ if name in {"DVC_ROOT", "DVC_STAGE"} or name.startswith("DVC_EXP_")]:
+    del os.environ[name]  # a test run started by DVC must not write into that run
 
 LOOPBACK = ("127.", "::1", "localhost")
 
@@ -43,3 +50,13 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
     yield
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Few workers: each one imports torch and holds its own models."""
+    return min(4, os.cpu_count() or 1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest file first, so that no worker waits for it at the end."""
+    items.sort(key=lambda item: "pipeline" not in item.keywords)

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ruamel.yaml import YAML
@@ -161,3 +162,25 @@ def run_stage(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
         timeout=120,
         check=False,
     )
+
+
+def started_run(folder: Path, **sections: dict) -> Any:
+    """Return a training at step 0 in this process, as the stage would start it."""
+    from accelerate.state import AcceleratorState
+
+    from dsv3.training.interruption import Interruption
+    from dsv3.training.setup import prepared_model, prepared_run, start_accelerator
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision, unless told to forget it
+    plan = plan_of(folder, **sections)
+    accelerator = start_accelerator(plan)
+    model, _ = prepared_model(plan, accelerator.device)
+    return prepared_run(plan, accelerator, model, Interruption())
+
+
+def plan_of(folder: Path, **sections: dict) -> Any:
+    """Write the inputs into `folder` and return the plan that the stage makes of them."""
+    from dsv3.params import read_params
+    from dsv3.training.plan import read_plan
+
+    return read_plan(read_params(write_inputs(folder, **sections)), folder / "tokens", folder / "sizes.json")

@@ -40,7 +40,8 @@ def corpus_files(path: str) -> list[Path]:
         inside = [file for file in Path(path).rglob("*") if not _is_hidden(file.relative_to(path))]
         found = [file for file in inside if file.is_file() and file.suffix and file.suffix.lower() in KINDS]
     else:
-        found = [Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file()]
+        # Path.glob takes no absolute pattern
+        found = [Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file()]  # noqa: PTH207
     if not found:
         raise UserError(f"data.path is {path}; no such file, or no text, jsonl, parquet or csv in it")
     for file in found:

@@ -31,7 +31,7 @@ def write_hub(params: DataParams, directory: Path) -> tuple[Measure, Origin]:
 
 def hub_commit(hub_id: str, revision: str | None, timeout_s: float) -> str | None:
     """Return the commit of a data set's revision; raise `UserError` where the Hub or the data set can't be reached."""
-    import httpx
+    import httpx2
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -39,7 +39,7 @@ def hub_commit(hub_id: str, revision: str | None, timeout_s: float) -> str | Non
         return HfApi().dataset_info(hub_id, revision=revision, timeout=timeout_s).sha
     except HfHubHTTPError as error:
         reason = _first_line(error)
-    except (httpx.HTTPError, OSError, ValueError) as error:
+    except (httpx2.HTTPError, OSError, ValueError) as error:
         reason = f"the Hub can't be reached: {_first_line(error)}"
     at = f" at revision {revision}" if revision else ""
     raise UserError(f"data.hub_id is {hub_id}{at}; it can't be read ({reason})")
@@ -47,7 +47,7 @@ def hub_commit(hub_id: str, revision: str | None, timeout_s: float) -> str | Non
 
 def _documents(params: DataParams, hub_id: str, commit: str | None) -> Iterator[str]:
     """Yield the texts of the split, row by row."""
-    import httpx
+    import httpx2
     from datasets import load_dataset
 
     try:
@@ -56,7 +56,7 @@ def _documents(params: DataParams, hub_id: str, commit: str | None) -> Iterator[
         )
         for number, row in enumerate(rows):
             yield field_text(row, params.text_field, f"{hub_id} ({params.hub_split}), row {number}")
-    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
+    except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"data.hub_id is {hub_id}; reading it failed ({_first_line(error)})") from None
 
 

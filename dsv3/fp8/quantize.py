@@ -43,9 +43,10 @@ class Quantised(NamedTuple):
 def scale_and_inverse(amax: Tensor, has_power_of_two_scales: bool = False) -> tuple[Tensor, Tensor]:
     """Return the scales of blocks with largest magnitudes `amax`, and what their numbers are multiplied by."""
     amax = amax.clamp_min(AMAX_FLOOR)
-    scale = amax / E4M3_MAX
+    largest = torch.full_like(amax, E4M3_MAX)  # with a Python number torch multiplies by a reciprocal: rounded twice
+    scale = amax / largest
     if not has_power_of_two_scales:
-        return scale, E4M3_MAX / amax
+        return scale, largest / amax
     is_finite = scale.isfinite()
     next_power = ((scale.view(torch.int32) + 0x7FFFFF) & EXPONENT_BITS).view(torch.float32)
     scale = torch.where(is_finite, next_power, scale)

@@ -16,6 +16,11 @@ class Recipe:
     quantises_wgrad: bool = True
     """Whether the weight gradient's GEMM takes FP8 operands, too."""
 
+    @property
+    def quantises_both_sides(self) -> bool:
+        """Whether both operands of forward and dgrad are FP8; with one side only, no FP8 instruction fits."""
+        return self.quantises_weights and self.quantises_activations
+
     def deviations(self) -> list[str]:
         """Return a word for each choice that is not DeepSeek's, for the name under which a run is recorded."""
         words = {

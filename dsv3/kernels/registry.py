@@ -90,9 +90,12 @@ AUTO = (
 """What `train.experts: auto` stands for."""
 
 
-def auto_backend(device: torch.device, compute_dtype: torch.dtype, use_fp8: bool) -> str:
+def auto_backend(
+    device: torch.device, compute_dtype: torch.dtype, use_fp8: bool, recipe: Recipe = DEEPSEEK_RECIPE
+) -> str:
     """Return the backend that `auto` stands for."""
-    is_native = multiplies_fp8(device) if use_fp8 else compute_dtype != BF16_DTYPE or multiplies_bf16(device)
+    is_fp8_native = multiplies_fp8(device) and recipe.quantises_both_sides
+    is_native = is_fp8_native if use_fp8 else compute_dtype != BF16_DTYPE or multiplies_bf16(device)
     return dict(AUTO)[device.type, use_fp8, is_native]
 
 
@@ -103,12 +106,14 @@ def experts_backend(
 
     `name` is `train.experts`. Raises `UserError` for an unknown name and for a backend that can't run here.
     """
-    name = auto_backend(device, compute_dtype, use_fp8) if name == "auto" else name
+    name = auto_backend(device, compute_dtype, use_fp8, recipe) if name == "auto" else name
     if name not in BACKENDS:
         raise UserError(f"train.experts is {name}; must be one of auto, {', '.join(BACKENDS)}")
     reason = refusal(BACKENDS[name], device, compute_dtype, use_fp8)
     if reason:
         raise UserError(f"train.experts is {name}; {reason}, take auto")
+    if name == "triton_fp8" and not recipe.quantises_both_sides:
+        raise UserError(f"train.experts is {name}; quantises weights and activations, not one of them, take auto")
     return _register(name, compute_dtype, recipe)
 
 

@@ -1,3 +1,7 @@
+# ruff: noqa: ANN001, ANN201, ANN202, PLR0913
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportMissingParameterType=false, reportGeneralTypeIssues=false
+# (Triton's language only looks like Python: arguments are pointers, and constants are types.)
 """Block-scaled FP8 in Triton: three quantisers and two grouped GEMMs (report, section 3.3).
 
 Rows come sorted by expert. One `Schedule` cuts each expert's rows into tiles of 128 and is shared by everything that a
@@ -6,15 +10,15 @@ block number b of the column quantiser, whose output leaves a gap at the end of 
 Grids have an upper bound (rows / 128 + experts), so nothing waits for the device; programs past the last tile return.
 
 Both GEMMs take one product of 128 inner elements at a time from the tensor cores and add it, scaled, to an fp32
-accumulator in registers: Hopper's FP8 tensor cores add with about 14 bits, too few for a long sum. FP8 instructions want
-both operands contiguous along the inner dimension, which is why the weight quantiser writes the transpose, too (for
-dgrad), and the column quantiser writes tokens contiguously (for wgrad).
+accumulator in registers: Hopper's FP8 tensor cores add with about 14 bits, too few for a long sum. FP8 instructions
+want both operands contiguous along the inner dimension, which is why the weight quantiser writes the transpose, too
+(for dgrad), and the column quantiser writes tokens contiguously (for wgrad).
 
-The permutation is fused: GEMM and column quantiser read row `index[r]` where they are given an index, so activations are
-never copied into expert order.
+The permutation is fused: GEMM and column quantiser read row `index[r]` where they are given an index, so activations
+are never copied into expert order.
 
-Largest magnitudes are compared as integers: for the bit patterns of non-negative floats that order is the same, and a NaN
-is larger than anything, so it reaches the scale (numbers as in `dsv3.fp8.definition`).
+Largest magnitudes are compared as integers: for the bit patterns of non-negative floats that order is the same, and a
+NaN is larger than anything, so it reaches the scale (numbers as in `dsv3.fp8.definition`).
 
 Letters in names: S rows sorted by expert, E experts, N outputs, K inputs, M tiles.
 """
@@ -134,7 +138,7 @@ def grouped_gemm_kernel(
 
 @triton.jit
 def grouped_wgrad_kernel(g_ptr, g_scale_ptr, x_ptr, x_scale_ptr, w_ptr, tile_end_ptr, N, K, M):
-    """w[e] = g[rows of e].T @ x[rows of e], from what the column quantiser wrote; zeros for an expert without rows."""
+    """w[e] = g[rows of e].T @ x[rows of e], of what the column quantiser wrote; zeros for an expert without rows."""
     k_block, n_block, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first = tl.load(tile_end_ptr + expert - 1, mask=expert > 0, other=0)
     last = tl.load(tile_end_ptr + expert)
@@ -143,12 +147,14 @@ def grouped_wgrad_kernel(g_ptr, g_scale_ptr, x_ptr, x_scale_ptr, w_ptr, tile_end
     token = tl.arange(0, BLOCK)
     g_at = g_ptr + (n.to(tl.int64) * M * BLOCK)[:, None] + token[None, :]
     x_at = x_ptr + (k.to(tl.int64) * M * BLOCK)[:, None] + token[None, :]
+    g_scale_at = g_scale_ptr + first.to(tl.int64) * N + n
+    x_scale_at = x_scale_ptr + first.to(tl.int64) * K + k
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
     for tile in range(first, last):
         g = tl.load(g_at + tile * BLOCK)
         x = tl.load(x_at + tile * BLOCK)
-        g_scale = tl.load(g_scale_ptr + tile.to(tl.int64) * N + n)
-        x_scale = tl.load(x_scale_ptr + tile.to(tl.int64) * K + k)
-        total += tl.dot(g, tl.trans(x)) * g_scale[:, None] * x_scale[None, :]
+        total += tl.dot(g, tl.trans(x)) * tl.load(g_scale_at)[:, None] * tl.load(x_scale_at)[None, :]
+        g_scale_at += N
+        x_scale_at += K
     w_at = w_ptr + expert.to(tl.int64) * N * K + n[:, None] * K + k[None, :]
     tl.store(w_at, total.to(w_ptr.dtype.element_ty))

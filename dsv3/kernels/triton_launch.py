@@ -4,7 +4,7 @@ Letters: R rows, S rows sorted by expert, T tokens, E experts, N outputs, K inpu
 holds rows of two experts.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from dsv3.fp8.definition import BLOCK
 from dsv3.fp8.quantize import Quantised
-from dsv3.kernels import triton_fp8 as kernels
+from dsv3.kernels import triton_fp8
 
+kernels: Any = triton_fp8
+"""Triton's launch syntax says nothing to a type checker."""
 ROWS_PER_PROGRAM = 32
 COLUMNS_PER_PROGRAM = 32
 GEMM_WARPS = 8
@@ -44,7 +46,7 @@ class QuantisedWeight(NamedTuple):
 
 
 def schedule(end_E: Tensor, num_rows: int) -> Schedule:
-    """Return the tiles of rows that end at `end_E` (int32); their number is an upper bound, known without the device."""
+    """Return the tiles of rows that end at `end_E` (int32); their number is a bound that needs no answer of a GPU."""
     count_E = torch.diff(end_E, prepend=end_E.new_zeros(1))
     tile_end_E = ((count_E + BLOCK - 1) // BLOCK).cumsum(0, dtype=torch.int32)
     num_experts, num_tiles = len(end_E), num_rows // BLOCK + len(end_E)
@@ -63,9 +65,7 @@ def quantise_rows(x_RK: Tensor, pow2: bool) -> Quantised:
     scales = x_RK.new_empty(num_rows, num_inputs // BLOCK, dtype=torch.float32)
     grid = triton.cdiv(num_rows, ROWS_PER_PROGRAM), num_inputs // BLOCK
     if num_rows:
-        kernels.quantise_rows_kernel[grid](
-            x_RK, values, scales, num_rows, num_inputs, ROWS=ROWS_PER_PROGRAM, POW2=pow2
-        )
+        kernels.quantise_rows_kernel[grid](x_RK, values, scales, num_rows, num_inputs, ROWS=ROWS_PER_PROGRAM, POW2=pow2)
     return Quantised(values, scales)
 
 

@@ -37,7 +37,7 @@ class Workload:
     sequence_tokens: int
     device: Literal["cpu", "cuda"]
     precision: Literal["fp32", "bf16"]
-    """fp32, or bf16 under autocast with fp32 master weights."""
+    """fp32 (emulations included), or bf16 under autocast with fp32 master weights."""
     experts: str
     """Name of the expert backend."""
     gradient_checkpointing: bool = False
@@ -130,14 +130,20 @@ PAIR_BYTES: dict[str, Callable[[Architecture, Workload], int]] = {
     "reference": _reference_pair,
     "grouped_mm": _grouped_mm_pair,
     "cpu": _cpu_pair,
+    "bf16_emulated": _cpu_pair,
+    "fp8_emulated": _cpu_pair,
+    "triton_fp8": _grouped_mm_pair,
 }
-"""What each expert backend keeps per pair of a token and one of its experts."""
+"""What each expert backend keeps per pair of a token and one of its experts.
+
+Emulations round in fp32, and keep what the `cpu` backend keeps in fp32. For `triton_fp8` this is an upper bound.
+"""
 
 
 def experts_bytes(a: Architecture, w: Workload) -> int:
     """Return the bytes per token that the routed experts keep, beside the fp32 input and the casts of their weights."""
     # The other backends gather rows from the cast input and keep those.
-    keeps_cast_input = w.experts == "cpu" and w.precision == "bf16"
+    keeps_cast_input = PAIR_BYTES[w.experts] is _cpu_pair and w.precision == "bf16"
     cast_input = BF16 * a.hidden_size if keeps_cast_input else 0
     return cast_input + a.num_experts_per_tok * PAIR_BYTES[w.experts](a, w)
 

@@ -17,11 +17,13 @@ of keys and values per head.
 from dataclasses import dataclass
 from typing import Literal
 
+from dsv3.errors import UserError
 from dsv3.sizing.activations import (
     BF16,
     DTYPE_BYTES,
     FP32,
     INT64,
+    PAIR_BYTES,
     Workload,
     activation_bytes,
     all_layers,
@@ -55,8 +57,16 @@ MUON_BATCH_NUMBERS = 1 << 26
 
 Device = Literal["cpu", "cuda"]
 
-AUTO_EXPERTS = {"cpu": "cpu", "cuda": "grouped_mm"}
-"""What `train.experts: auto` stands for without FP8; dsv3/kernels/registry.py decides, a test compares."""
+AUTO_EXPERTS = {
+    ("cpu", False): "cpu",
+    ("cpu", True): "fp8_emulated",
+    ("cuda", False): "grouped_mm",
+    ("cuda", True): "triton_fp8",
+}
+"""What `train.experts: auto` stands for by device and `use_fp8`, on a device that multiplies the type natively.
+
+dsv3/kernels/registry.py decides; a test compares.
+"""
 
 
 @dataclass(frozen=True)
@@ -84,19 +94,27 @@ class TrainingMemory:
         """The larger of a pass and an optimizer step, on top of weights and moments."""
         in_pass = self.activations_bytes + self.weight_casts_bytes + max(self.logits_bytes, self.recomputed_bytes)
         in_pass += self.gradients_bytes if self.holds_gradients else 0
-        in_step = self.gradients_bytes + self.optimizer_workspace_bytes
+        # The first layer is computed again when all others have their gradients.
+        in_step = self.gradients_bytes + max(self.optimizer_workspace_bytes, self.recomputed_bytes)
         return self.weights_bytes + self.optimizer_states_bytes + max(in_pass, in_step)
 
 
 def workload(train: TrainParams, device: Device) -> Workload:
-    """Return the forward pass that `train` asks of one process on `device`; auto is bf16 on CUDA and fp32 on a CPU."""
+    """Return the forward pass that `train` asks of one process on `device`; auto is bf16 on CUDA and fp32 on a CPU.
+
+    Raises `UserError` for an expert backend that is unknown.
+    """
+    experts = AUTO_EXPERTS[device, train.use_fp8] if train.experts == "auto" else train.experts
+    if experts not in PAIR_BYTES:
+        raise UserError(f"train.experts is {experts}; must be one of auto, {', '.join(PAIR_BYTES)}")
     native = "bf16" if device == "cuda" else "fp32"
+    precision = native if train.precision == "auto" else train.precision
     return Workload(
         num_sequences=train.per_device_train_batch_size,
         sequence_tokens=train.block_size,
         device=device,
-        precision=native if train.precision == "auto" else train.precision,
-        experts=AUTO_EXPERTS[device] if train.experts == "auto" else train.experts,
+        precision="fp32" if experts.endswith("_emulated") else precision,
+        experts=experts,
         gradient_checkpointing=train.gradient_checkpointing,
     )
 

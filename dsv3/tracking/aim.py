@@ -18,7 +18,7 @@ from aim.sdk.errors import MissingRunError
 from filelock import FileLock
 
 from dsv3.tracking.identity import RunIdentity, project_root
-from dsv3.tracking.metrics import METRICS, SUBSETS, TABLES
+from dsv3.tracking.metrics import TABLES, scores
 
 SYSTEM_TRACKING_INTERVAL_S = 10
 INITIALISATION_S = 120
@@ -82,10 +82,8 @@ class AimSink:
     def result(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
         """Store the metrics as run[stage], for queries, and the scores of splits as metrics, for charts."""
         self._run[stage] = dict(metrics)
-        for section, subset in SUBSETS.items():
-            for name, value in metrics.get(section, {}).items():
-                if name in METRICS and METRICS[name].unit not in ("tokens", "characters", "bytes"):
-                    self._track(float(value), name, step, {"subset": subset})
+        for subset, name, value in scores(stage, metrics):
+            self._track(float(value), name, step, {"subset": subset, "stage": stage})
 
     def text(self, name: str, text: str, step: int, context: Mapping[str, Any]) -> None:
         """Track a text."""

@@ -5,8 +5,10 @@ number of the training split from one of the validation split is not its name bu
 `subset`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,25 @@ TABLES = MappingProxyType(
 SUBSETS = MappingProxyType({"validation": "val", "test": "test", "heldout": "heldout"})
 """Sections of results/evaluate/metrics.json, and the `subset` under which trackers show them."""
 
+SCORES = ("nats_per_token", "perplexity", "nats_per_char", "bits_per_byte")
+"""What of each section trackers show in charts."""
 
-def unknown_names(row: dict[str, float] | MappingProxyType[str, float]) -> list[str]:
+
+def scores(stage: str, metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """Return (subset, name, value) of each score in a stage's metrics.json; none but `evaluate` has any.
+
+    The validation during training scores separate blocks, evaluate a sliding window: they must not share a curve.
+    """
+    if stage != "evaluate":
+        return []
+    return [
+        (subset, name, metrics[section][name])
+        for section, subset in SUBSETS.items()
+        for name in SCORES
+        if section in metrics
+    ]
+
+
+def unknown_names(row: Mapping[str, float]) -> list[str]:
     """Return the names in `row` that are not in the vocabulary, sorted."""
     return sorted(set(row) - set(METRICS))

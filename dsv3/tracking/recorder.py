@@ -50,7 +50,7 @@ class Recorder:
     def log(self, table: str, row: Mapping[str, int | float]) -> None:
         """Append `row` to `<table>.tsv` and show it in the trackers. Numbers of any kind are stored as Python's."""
         assert table in TABLES, f"{table} is no table; known: {', '.join(TABLES)}"
-        assert not unknown_names(dict(row)), f"not in dsv3/tracking/metrics.py: {', '.join(unknown_names(dict(row)))}"
+        assert not unknown_names(row), f"not in dsv3/tracking/metrics.py: {', '.join(unknown_names(row))}"
         assert all(name in row for name in TABLES[table].index), f"{table} needs {', '.join(TABLES[table].index)}"
         stored: Row = native(dict(row))
         self._rows[table].append(stored)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from dsv3.tracking.identity import RunIdentity, project_root
-from dsv3.tracking.metrics import METRICS, SUBSETS, TABLES
+from dsv3.tracking.metrics import TABLES, scores
 
 
 class TensorBoardSink:
@@ -38,10 +38,8 @@ class TensorBoardSink:
 
     def result(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
         """Write the scores of splits."""
-        for section, subset in SUBSETS.items():
-            for name, value in metrics.get(section, {}).items():
-                if name in METRICS:
-                    self._writer.add_scalar(f"{subset}/{name}", value, step)
+        for subset, name, value in scores(stage, metrics):
+            self._writer.add_scalar(f"{stage}/{subset}/{name}", value, step)
 
     def text(self, name: str, text: str, step: int, context: Mapping[str, Any]) -> None:
         """Write a text, its line breaks kept."""

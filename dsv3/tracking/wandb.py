@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dsv3.tracking.identity import RunIdentity, project_root
-from dsv3.tracking.metrics import SUBSETS, TABLES
+from dsv3.tracking.metrics import TABLES
 
 wandb: Any = importlib.import_module("wandb")  # an extra, which type checkers need not find
 
@@ -48,9 +48,9 @@ class WandbSink:
         self._run.log({"step": int(row["step"]), **values})
 
     def result(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
-        """Put the metrics into the run's summary, splits under their subset's name."""
+        """Put the metrics into the run's summary."""
         for name, value in metrics.items():
-            self._run.summary[f"{stage}/{SUBSETS.get(name, name)}"] = value
+            self._run.summary[f"{stage}/{name}"] = value
 
     def text(self, name: str, text: str, step: int, context: Mapping[str, Any]) -> None:
         """Log a text."""

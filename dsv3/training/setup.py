@@ -81,7 +81,7 @@ def prepared_model(plan: Plan, device: torch.device) -> tuple[DeepseekV3ForCausa
     if is_chunked:
         model.cross_entropy = chunked_cross_entropy
     if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
     if train.torch_compile:
         model.compile()
     return model, Choices(

@@ -4,10 +4,11 @@ Imports inside functions count: they run too. The walk stops at `dsv3/params.py`
 every section's class, but it alters no value (no class has a default): a change there can refuse a run, and never
 change a result. A stage that is shaped by a section imports that section's module itself.
 
-Run `python -m tests.contracts.import_closure` to print every stage's code dependencies for dvc.yaml.
+Run `python -m tests.contracts.import_closure` to bring every stage's code dependencies in dvc.yaml up to date.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,18 @@ def import_closure(path: Path) -> set[str]:
     return {file.relative_to(ROOT).as_posix() for file in seen}
 
 
+def refreshed(pipeline: str) -> str:
+    """Return the text of dvc.yaml with each stage's Python dependencies replaced by its import closure."""
+
+    def refresh(match: re.Match[str]) -> str:
+        others = [line for line in match["deps"].splitlines(keepends=True) if not line.endswith(".py\n")]
+        code = [f"      - {name}\n" for name in sorted(import_closure(ROOT / f"stages/{match['stage']}.py"))]
+        return "".join([match["head"], *code, *others])
+
+    stage = r"(?P<head>^  (?P<stage>[a-z_]+):\n(?:    .*\n)*?    deps:\n)(?P<deps>(?:      - .*\n)+)"
+    return re.sub(stage, refresh, pipeline, flags=re.MULTILINE)
+
+
 if __name__ == "__main__":
-    for stage in ("download", "tokenize", "estimate_size", "train", "evaluate", "sample"):
-        print(f"{stage}:", *(f"\n      - {name}" for name in sorted(import_closure(ROOT / f"stages/{stage}.py"))))
+    file = ROOT / "dvc.yaml"
+    file.write_text(refreshed(file.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The tree keeps its own rules: budgets, layers, words."""
+"""The code keeps its own rules: budgets, notation, imports, words."""
 
 import ast
 import re
@@ -18,6 +18,11 @@ TRACKED = subprocess.run(
     text=True,
     check=True,
 ).stdout.splitlines()
+TEXTS = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in TRACKED
+    if (ROOT / name).suffix in {"", ".py", ".md", ".yaml", ".toml", ".json", ".txt"} and (ROOT / name).is_file()
+}
 STAGE_NAMES = ["download", "tokenize", "estimate_size", "train", "evaluate", "sample"]
 MODEL_FILES = ["configuration_deepseek.py", "modeling_deepseek.py"]
 
@@ -101,32 +106,25 @@ def test_help_imports_nothing_heavy(name: str):
 
 def test_nothing_is_left_unfinished():
     marker = re.compile("TO" + "DO|FIX" + "ME|X" + "XX|NotImplemented" + "Error")
-    assert [
-        name for name in TRACKED if name.endswith(".py") and marker.search((ROOT / name).read_text(encoding="utf-8"))
-    ] == []
+    assert [name for name, text in TEXTS.items() if name.endswith(".py") and marker.search(text)] == []
 
 
 def test_no_large_file_is_tracked():
     assert [name for name in TRACKED if (ROOT / name).is_file() and (ROOT / name).stat().st_size > 1 << 20] == []
 
 
-@pytest.mark.parametrize("page", [name for name in TRACKED if name.endswith(".md")])
-def test_links_lead_to_files_that_exist(page: str):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-        if not re.match(r"[a-z]+:", target):
-            assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+def test_no_path_of_a_machine_is_named():
+    # Whoever reads it has another one.
+    path = re.compile(r"(^|[^\w.~])/(root|home|Users|work)/")
+    assert [name for name in TEXTS if path.search(TEXTS[name])] == []
 
 
-def test_the_commands_of_the_readme_exist():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^\s*make ([a-z]+)", readme, flags=re.MULTILINE))
-    assert {"repro", "test"} <= targets
-    assert {target for target in targets if not re.search(rf"^{target}:", makefile, flags=re.MULTILINE)} == set()
-    for module in re.findall(r"python -m ((?:stages|dsv3|benchmarks)[a-z_.]+)", readme):
-        assert ROOT.joinpath(*module.split(".")).with_suffix(".py").is_file(), module
+def test_few_type_errors_are_excused():
+    excused = [line for path in SOURCES for line in path.read_text(encoding="utf-8").splitlines() if "ignore[" in line]
+    assert len(excused) <= 10, excused
 
 
-def test_the_changelog_has_a_place_for_the_next_change():
-    assert "## Unreleased" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+def test_the_tests_weigh_at_least_six_tenths_of_the_code():
+    lines = {name: text.count("\n") for name, text in TEXTS.items() if name.endswith(".py")}
+    code = sum(lines[named(path)] for path in SOURCES)
+    assert sum(count for name, count in lines.items() if name.startswith("tests/")) >= 0.6 * code

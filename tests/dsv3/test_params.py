@@ -86,6 +86,10 @@ def test_a_mistake_is_answered_with_where_it_is_and_what_would_be_right(changes,
     assert line in mistake(changed(changes))
 
 
+def test_a_bound_is_written_as_people_write_it():
+    assert mistake(changed({"train.learning_rate": -1})) == "params.yaml: train.learning_rate is -1; must be > 0"
+
+
 def test_a_missing_parameter_is_named():
     values = changed({})
     del values["sample"]["top_k"]

@@ -44,7 +44,7 @@ def micro_config():
 
 @pytest.fixture
 def micro_model(micro_config):
-    """A function of overrides that returns a model in training mode, its biases spread so that they change the choice."""
+    """A function of overrides that returns a model in training mode; its biases are spread, so they change choices."""
 
     def build(**overrides):
         torch.manual_seed(0)

@@ -113,6 +113,15 @@ def test_padding_changes_nothing_for_the_tokens_that_are_there(micro_model, toke
     torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, there], model(ids).logits, **TOLERANCE)
 
 
+@torch.no_grad()
+def test_a_padded_query_on_a_cache_that_sees_nothing_spoils_no_other(micro_model, token_ids):
+    model, ids = micro_model().eval(), token_ids(1, 6)
+    padded, mask = torch.cat([ids[:, :3] * 0, ids], dim=1), torch.tensor([[0] * 3 + [1] * 6])
+    prefix = model(padded[:, :2], attention_mask=mask[:, :2], use_cache=True)
+    rest = model(padded[:, 2:], attention_mask=mask, past_key_values=prefix.past_key_values)
+    torch.testing.assert_close(rest.logits[:, 1:], model(ids).logits, **TOLERANCE)
+
+
 def test_documents_whose_positions_restart_do_not_see_each_other(micro_model, token_ids):
     model, ids = micro_model(num_nextn_predict_layers=1), token_ids(1, 11)
     position_ids = torch.cat([torch.arange(6), torch.arange(5)])[None]

@@ -52,9 +52,9 @@ def test_its_gradient_pushes_an_overloaded_expert_down():
 
 
 def mtp_losses_by_hand(model, ids):
-    """Equations 21 to 25 position by position: the module is run anew on each prefix, and only its last state is used."""
+    """Equations 21 to 25, position by position: the module runs anew on each prefix, and only its last state counts."""
     trunk = model.model
-    num_sequences, length = ids.shape
+    length = ids.shape[1]
     losses = []
     states = trunk(ids).last_hidden_state
     for depth in range(1, model.config.num_nextn_predict_layers + 1):
@@ -85,6 +85,51 @@ def test_the_mtp_loss_equals_its_slow_twin(micro_model, token_ids, depth):
         expected = torch.stack(mtp_losses_by_hand(model, ids)).mean()
     torch.testing.assert_close(out.mtp_loss, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out.loss, out.cross_entropy_loss + 0.3 * out.mtp_loss)
+
+
+def test_the_mtp_loss_sees_no_padding(micro_model, token_ids):
+    model, ids = micro_model(num_nextn_predict_layers=1), token_ids(1, 9)
+    labels = ids.clone()
+    labels[:, :2] = -100  # targets of the padding's last position
+    padding = torch.zeros(1, 3, dtype=torch.long)
+    padded, mask = torch.cat([padding, ids], dim=1), torch.cat([padding, ids * 0 + 1], dim=1)
+    padded_labels = torch.cat([padding - 100, labels], dim=1)
+    alone = model(ids, labels=labels, mtp_loss_weight=1.0)
+    together = model(padded, attention_mask=mask, labels=padded_labels, mtp_loss_weight=1.0)
+    torch.testing.assert_close(together.mtp_loss, alone.mtp_loss, rtol=1e-5, atol=1e-6)
+
+
+def test_prediction_modules_keep_packed_documents_apart(micro_model, token_ids):
+    model, ids = micro_model(num_nextn_predict_layers=1), token_ids(1, 11)
+
+    def states(tokens, position_ids=None):
+        hidden = model.model(tokens, position_ids=position_ids).last_hidden_state
+        return next(model.model.predictions_ahead(hidden, model.model.embed_tokens(tokens), None, position_ids))
+
+    packed = states(ids, torch.cat([torch.arange(6), torch.arange(5)])[None])
+    torch.testing.assert_close(packed[:, :5], states(ids[:, :6]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(packed[:, 6:], states(ids[:, 6:]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_prediction_module_is_a_mixture_of_experts_even_behind_a_dense_trunk(micro_model, token_ids):
+    model, ids = micro_model(num_nextn_predict_layers=1, first_k_dense_replace=9), token_ids()
+    assert [layer for layer, _ in model.routers()] == [3]
+    assert model(ids, labels=ids, sequence_loss_weight=1.0).sequence_loss is None
+    assert model(ids, labels=ids, mtp_loss_weight=0.3, sequence_loss_weight=1.0).sequence_loss is not None
+
+
+def test_training_under_bf16_autocast_stays_close_to_fp32(micro_model, token_ids):
+    model, ids = micro_model(num_nextn_predict_layers=1, initializer_range=0.02), token_ids()
+    model.set_experts_implementation("eager")
+    settings = {"labels": ids, "mtp_loss_weight": 0.3, "sequence_loss_weight": 1e-4}
+    expected = model(ids, **settings).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(ids, **settings).loss
+    assert loss.dtype == torch.float32
+    # bf16 keeps 8 bits: logits of size 0.1 err by 1e-3, their mean by less
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
+    loss.backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
 
 def test_the_mtp_loss_trains_the_trunk_the_embedding_and_the_head(micro_model, token_ids):

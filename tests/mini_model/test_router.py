@@ -176,3 +176,10 @@ def test_data_parallel_training_leaves_each_ranks_counts_alone(micro_model):
     assert len(counters) == 3
     assert set(model._ddp_params_and_buffers_to_ignore) == counters
     assert not counters & set(model.state_dict())
+
+
+def test_a_token_that_no_expert_likes_at_all_gets_no_nan(micro_model):
+    router = micro_model().routers()[0][1]
+    router.weight.data.fill_(-1e4)
+    _, gates, _ = router(torch.ones(1, 24))
+    assert torch.equal(gates, torch.zeros(1, 2))

@@ -1,4 +1,4 @@
-"""The exported folder as strangers meet it: stock transformers, remote code in another folder, other servers' loaders."""
+"""The exported folder as strangers meet it: stock transformers, remote code elsewhere, other servers' loaders."""
 
 import ast
 import json

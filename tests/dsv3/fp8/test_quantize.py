@@ -61,6 +61,14 @@ def test_a_block_of_hostile_numbers_is_stored_as_the_definition_says(values, pow
     assert quantize.rounded_rows(block[None], pow2).tolist() == [meant]
 
 
+@pytest.mark.parametrize("pow2", [False, True])
+def test_scale_and_inverse_are_each_rounded_once(pow2):
+    amax = torch.randn(2000, generator=torch.Generator().manual_seed(0)).exp()
+    scales, inverses = quantize.scale_and_inverse(amax, pow2)
+    truth = [definition.scale_and_inverse(value, pow2) for value in amax.tolist()]
+    assert list(zip(scales.tolist(), inverses.tolist(), strict=True)) == truth
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("pow2", [False, True])
 def test_a_nan_or_an_infinity_makes_its_whole_block_nan_and_no_other(poison, pow2):

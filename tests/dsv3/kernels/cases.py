@@ -70,10 +70,14 @@ def results(experts: Callable[..., Tensor], inputs: Case) -> dict[str, Tensor]:
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
-    """Return the norm of the difference as a share of the norm of the truth (absolute where that is zero)."""
+    """Return the norm of the difference as a share of the norm of the truth (absolute where that is zero).
+
+    Infinite where it is not a number, because comparisons and max() let NaN pass.
+    """
     difference = (value.double() - truth.double()).norm().item()
     size = truth.double().norm().item()
-    return difference / size if size else difference
+    error = difference / size if size else difference
+    return error if error == error else float("inf")
 
 
 def errors(value: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3.kernels.registry import AUTO, experts_backend
+from dsv3.errors import UserError
+from dsv3.kernels.registry import AUTO, BACKENDS, experts_backend
 from dsv3.params import read_params
 from dsv3.sizing import memory
 from dsv3.sizing.activations import PAIR_BYTES, Workload, activation_bytes, weight_cast_bytes
@@ -112,7 +113,7 @@ def test_an_moe_layer_keeps_what_the_estimate_says_with_every_backend_to_two_per
 
     # The input is the norm's output, which belongs to the layer.
     measured = saved_bytes(run, everything(model))
-    w = Workload(2, 64, "cpu", precision, experts)
+    w = Workload(2, 64, "cpu", "fp32" if "emulated" in experts else precision, experts)
     assert moe_layer_bytes(Architecture(**NANO), w) == pytest.approx(measured, rel=0.02)
 
 
@@ -166,8 +167,15 @@ def test_the_constants_that_are_repeated_here_to_keep_torch_out_are_the_training
     assert memory.CHUNKED_LOSS_FROM_BYTES == loss.MIN_LOGITS_BYTES
     assert memory.LOSS_CHUNK_BYTES == loss.CHUNK_BYTES
     assert memory.MUON_BATCH_NUMBERS == optimizer.MAX_BATCH_NUMBERS
-    for device, experts in AUTO_EXPERTS.items():
-        assert dict(AUTO)[device, False, True] == experts
+    assert set(PAIR_BYTES) == set(BACKENDS)
+    for (device, use_fp8), experts in AUTO_EXPERTS.items():
+        is_native = (device, use_fp8) != ("cpu", True)
+        assert dict(AUTO)[device, use_fp8, is_native] == experts
+
+
+def test_an_unknown_expert_backend_is_a_users_mistake():
+    with pytest.raises(UserError, match=r"^train.experts is fast; must be one of auto, reference, "):
+        training_memory(Architecture(**NANO), TRAIN.model_copy(update={"experts": "fast"}), "cpu")
 
 
 def test_a_large_vocabulary_costs_a_chunk_of_logits_instead_of_all_of_them():

@@ -34,7 +34,7 @@ def project(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def indexed(tmp_path):
-    """A function that returns an Aim repository as a reader sees it: a copy without the index, which only `aim up` fills."""
+    """Return a function that opens a copy of an Aim repository without the index, which only `aim up` would fill."""
 
     def read(root: Path):
         from aim import Repo

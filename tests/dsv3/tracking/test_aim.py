@@ -7,6 +7,8 @@ from PIL import Image
 from dsv3.tracking.aim import AimSink
 from dsv3.tracking.recorder import open_recorder, reopen_recorder
 
+SCORES = {"nats_per_token": 4.0, "perplexity": 54.6, "nats_per_char": 1.5, "bits_per_byte": 2.2, "tokens": 7}
+
 
 @pytest.fixture
 def runtime(params):
@@ -78,7 +80,7 @@ def test_later_stages_add_their_results_to_the_same_run(project, identity, runti
     training.close("finished")
     Image.new("RGB", (4, 3), "red").save(tmp_path / "load.png")
     recorder = reopen_recorder(record, runtime)
-    recorder.result("evaluate", {"test": {"nats_per_char": 1.5, "tokens": 7}, "heldout": {"nats_per_char": 1.6}}, 30)
+    recorder.result("evaluate", {"test": SCORES, "heldout": {**SCORES, "nats_per_char": 1.6}}, 30)
     recorder.text("sample", "To be\nor not", 30, prompt="To be")
     recorder.figure("expert_load", tmp_path / "load.png", 30)
     recorder.distribution("load", [3, 1, 2], 30, layer=1)
@@ -86,9 +88,9 @@ def test_later_stages_add_their_results_to_the_same_run(project, identity, runti
     (run,) = indexed(project).iter_runs()
     assert run["evaluate", "test", "tokens"] == 7
     assert run["params", "seed"] == 1337
-    assert curve(run, "nats_per_char", {"subset": "test"}) == {30: 1.5}
-    assert curve(run, "nats_per_char", {"subset": "heldout"}) == {30: 1.6}
-    assert run.get_metric("tokens", Context({"subset": "test"})) is None
+    assert curve(run, "nats_per_char", {"subset": "test", "stage": "evaluate"}) == {30: 1.5}
+    assert curve(run, "nats_per_char", {"subset": "heldout", "stage": "evaluate"}) == {30: 1.6}
+    assert run.get_metric("tokens", Context({"subset": "test", "stage": "evaluate"})) is None
     text = run.get_text_sequence("sample", Context({"prompt": "To be"}))
     assert text.values.sparse_list()[1][0].data == "To be\nor not"
     image = run.get_image_sequence("expert_load", Context({}))
@@ -123,9 +125,13 @@ def test_terminal_and_machine_are_recorded_only_for_a_training_under_dvc(project
     assert sys.stdout.write == out
     sink.close("finished")
     monkeypatch.setenv("DVC_STAGE", "train")
-    sink.open(identity, run_hash, False)
+    sink.open(identity, run_hash, is_owner=False)
     assert sys.stdout.write == out
     sink.close("finished")
+    sink.open(identity, run_hash, is_owner=True)
+    assert sys.stdout.write != out
+    sink.close("finished")
+    assert sys.stdout.write == out
 
 
 def test_processes_that_start_together_initialise_one_repository(project):

@@ -6,6 +6,9 @@ from dsv3.tracking.recorder import open_recorder, reopen_recorder
 pytest.importorskip("tensorboard", reason="an extra: pip install '.[tensorboard]'")
 
 
+SCORES = {"nats_per_token": 4.0, "perplexity": 54.6, "nats_per_char": 1.5, "bits_per_byte": 2.2, "tokens": 7}
+
+
 @pytest.fixture
 def runtime(params):
     return params.runtime.model_copy(update={"trackers": ["tensorboard"]})
@@ -48,13 +51,13 @@ def test_later_stages_add_to_the_same_folder(project, identity, runtime, tmp_pat
     training.close("finished")
     Image.new("RGB", (4, 3), "red").save(tmp_path / "load.png")
     recorder = reopen_recorder(training.run_record(), runtime)
-    recorder.result("evaluate", {"test": {"nats_per_char": 1.5}}, 10)
+    recorder.result("evaluate", {"test": SCORES}, 10)
     recorder.text("sample", "To be", 10, prompt="To")
     recorder.figure("expert_load", tmp_path / "load.png", 10)
     recorder.distribution("load", [3, 1], 10, layer=1)
     recorder.close("finished")
     found = events(project)
-    assert [event.value for event in found.Scalars("test/nats_per_char")] == [1.5]
+    assert [event.value for event in found.Scalars("evaluate/test/nats_per_char")] == [1.5]
     assert [event.value for event in found.Scalars("train/loss")] == [4.0]
     assert found.Images("expert_load")[0].width == 4
     assert list(found.Histograms("load/1")[0].histogram_value.bucket) == [3.0, 1.0]

@@ -1,0 +1,150 @@
+"""Text of any length to tokens, in pieces of bounded size and on all cores.
+
+A long document is cut into pieces that are encoded one by one. A byte-level BPE first splits a text into words, and no
+token crosses a word's border, so a cut there changes nothing; the place that is a border for sure is before a
+space or line end with no white space behind it (the splitting rule sets the last white space before a word apart). With a
+tokenizer of another kind, tokens near a cut may be others than without it. Every piece is decoded again and compared
+with its text, so whether the tokens spell the text exactly is known and not assumed.
+
+A task is a group of pieces. Small corpora are encoded in this process, where the library itself uses several threads;
+large ones by several processes, with a bounded number of groups on the way.
+"""
+
+import multiprocessing
+import os
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from dsv3.data.corpus import Chunk
+from dsv3.data.tokenizer import SpecialTokens, load_tokenizer, special_tokens
+
+PIECE_CHARACTERS = 1 << 16
+GROUP_CHARACTERS = 1 << 20
+WORD_BORDER = re.compile(r"[ \n](?=\S)")
+
+
+class Piece(NamedTuple):
+    """A part of a document that is encoded at once."""
+
+    text: str
+    opens: bool
+    """Whether a document begins here."""
+    closes: bool
+    """Whether a document ends here."""
+
+
+class Encoded(NamedTuple):
+    """The tokens of a group of pieces, and what they spell."""
+
+    tokens: npt.NDArray[np.unsignedinteger]
+    characters: int
+    bytes: int
+    documents: int
+    round_trip_exact: bool
+
+
+def pieces(chunks: Iterable[Chunk]) -> Iterator[Piece]:
+    """Yield the documents in pieces of about PIECE_CHARACTERS, cut at a word's border where there is one."""
+    text, document, opens = "", -1, True
+    for chunk in chunks:
+        if chunk.document != document and text:
+            yield Piece(text, opens, closes=True)
+        if chunk.document != document:
+            text, document, opens = "", chunk.document, True
+        text += chunk.text
+        start = 0
+        while len(text) - start > 2 * PIECE_CHARACTERS:  # so what is left is never empty
+            end = _cut(text, start + PIECE_CHARACTERS)
+            yield Piece(text[start:end], opens, closes=False)
+            start, opens = end, False
+        text = text[start:]
+    if text:
+        yield Piece(text, opens, closes=True)
+
+
+def _cut(text: str, position: int) -> int:
+    """Return the first border of a word at or after `position`, or `position` itself if none is near."""
+    match = WORD_BORDER.search(text, position, position + PIECE_CHARACTERS // 2)
+    return match.start() if match else position
+
+
+def groups(all_pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Yield the pieces in lists of about GROUP_CHARACTERS together."""
+    group, characters = [], 0
+    for piece in all_pieces:
+        group.append(piece)
+        characters += len(piece.text)
+        if characters >= GROUP_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+class Encoder:
+    """Encodes groups of pieces with the tokenizer in a folder."""
+
+    def __init__(self, directory: Path, dtype: np.dtype) -> None:
+        self.tokenizer: Tokenizer = load_tokenizer(directory)
+        self.special: SpecialTokens = special_tokens(self.tokenizer, directory)
+        self.dtype = dtype
+
+    def encode(self, group: list[Piece]) -> Encoded:
+        """Return the tokens of `group`: bos before each document, and eos behind it where that is another token."""
+        texts = [piece.text for piece in group]
+        ids = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        decoded = self.tokenizer.decode_batch(ids, skip_special_tokens=False)
+        bos, eos = [self.special.bos_token_id], [self.special.eos_token_id]
+        ends = eos if eos != bos else []
+        parts = [
+            np.array((bos if piece.opens else []) + piece_ids + (ends if piece.closes else []), self.dtype)
+            for piece, piece_ids in zip(group, ids, strict=True)
+        ]
+        return Encoded(
+            np.concatenate(parts),
+            characters=sum(map(len, texts)),
+            bytes=sum(len(text.encode()) for text in texts),
+            documents=sum(piece.opens for piece in group),
+            round_trip_exact=decoded == texts,
+        )
+
+
+def encoded_groups(
+    all_groups: Iterable[list[Piece]], directory: Path, dtype: np.dtype, num_processes: int
+) -> Iterator[Encoded]:
+    """Yield the groups encoded, in order; the result does not depend on `num_processes`."""
+    if num_processes == 1:
+        yield from map(Encoder(directory, dtype).encode, all_groups)
+        return
+    # Started afresh rather than forked: the tokenizers library runs threads, which a fork would not copy.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_processes, context, _start_worker, (directory, dtype)) as pool:
+        pending: deque[Future[Encoded]] = deque()
+        for group in all_groups:
+            pending.append(pool.submit(_encode_in_worker, group))
+            if len(pending) >= 2 * num_processes:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+_worker: list[Encoder] = []
+"""The encoder of a worker process."""
+
+
+def _start_worker(directory: Path, dtype: np.dtype) -> None:
+    """Load the tokenizer once in a worker, which keeps to one thread: the processes are as many as the cores."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker.append(Encoder(directory, dtype))
+
+
+def _encode_in_worker(group: list[Piece]) -> Encoded:
+    return _worker[0].encode(group)

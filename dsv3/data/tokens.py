@@ -1,0 +1,178 @@
+"""From a corpus folder to a folder of token shards, with the numbers that describe it."""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from dsv3.artifacts import replacing_directory, sha256_file, sha256_tree, write_json
+from dsv3.data.corpus import Chunk, Measure, read_chunks, read_measure
+from dsv3.data.encoding import Encoded, encoded_groups, groups, pieces
+from dsv3.data.params import TokenizeParams
+from dsv3.data.shards import token_dtype, write_shards
+from dsv3.data.splits import Selection, selections
+from dsv3.data.tokenizer import (
+    TOKENIZER_FILE,
+    copy_pretrained,
+    load_tokenizer,
+    num_ids,
+    save_trained,
+    special_tokens,
+    train_tokenizer,
+)
+from dsv3.errors import UserError
+
+TRAINED = "byte_level_bpe"
+ONE_PROCESS_CHARACTERS = 64_000_000
+"""Up to here one process with threads is faster than starting others."""
+PROGRESS_DELAY_S = 1.0
+
+
+@dataclass
+class SplitCount:
+    """What was written of one split, counted while it was."""
+
+    vocab_size: int
+    corpus_characters: int
+    tokens: int = 0
+    characters: int = 0
+    bytes: int = 0
+    documents: int = 0
+    round_trip_exact: bool = True
+    frequencies: npt.NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.frequencies = np.zeros(self.vocab_size, np.int64)
+
+    def counted(self, encoded_parts: Iterable[Encoded]) -> Iterator[npt.NDArray[np.unsignedinteger]]:
+        """Yield the tokens of the parts and count them."""
+        for part in encoded_parts:
+            self.tokens += len(part.tokens)
+            self.characters += part.characters
+            self.bytes += part.bytes
+            self.documents += part.documents
+            self.round_trip_exact &= part.round_trip_exact
+            self.frequencies += np.bincount(part.tokens, minlength=self.vocab_size)
+            yield part.tokens
+
+
+def plan(corpus: Path, params: TokenizeParams) -> str:
+    """Return in one line what `write_tokens` would do; raise `UserError` where the corpus does not allow it."""
+    source, measure = read_measure(corpus)
+    selections(measure, params)
+    trained = f"a byte-level BPE of {params.vocab_size} tokens, trained on the training split"
+    name = trained if params.tokenizer == TRAINED else params.tokenizer
+    return f"{measure.characters:,} characters of {source}, split by {params.split_by}, encoded by {name}"
+
+
+def write_tokens(corpus: Path, output: Path, params: TokenizeParams, vocabulary_limit: int) -> dict[str, Any]:
+    """Write the token folder `output` whole and return its metrics.
+
+    `vocabulary_limit` is the model's vocabulary size. Raises `UserError`, and leaves nothing, for a tokenizer that
+    can't be read or is larger, and for a corpus that is damaged or gives an empty split.
+    """
+    source, measure = read_measure(corpus)
+    chosen = selections(measure, params)
+    with replacing_directory(output) as directory:
+        folder = directory / "tokenizer"
+        _write_tokenizer(folder, params, _chunks(corpus, measure, chosen["train"], "training the tokenizer"))
+        tokenizer = load_tokenizer(folder)
+        vocab_size, special = num_ids(tokenizer), special_tokens(tokenizer, folder)
+        if vocab_size > vocabulary_limit:
+            raise UserError(
+                f"tokenize.tokenizer is {params.tokenizer} with {vocab_size} tokens; must be <= {vocabulary_limit}, "
+                "the model's vocab_size"
+            )
+        counts, shards = {}, {}
+        for split, selection in chosen.items():
+            count = SplitCount(vocab_size, measure.characters)
+            chunks = _chunks(corpus, measure, selection, f"encoding {split}")
+            shards[split] = _write_split(directory, split, chunks, count, params.shard_tokens)
+            counts[split] = count
+            if not count.tokens:
+                raise UserError(f"the {split} split is empty: {measure.num_documents} documents are too few to deal")
+        meta = {
+            "vocab_size": vocab_size,
+            "bos_token_id": special.bos_token_id,
+            "eos_token_id": special.eos_token_id,
+            "dtype": token_dtype(vocab_size).name,
+            "tokenizer_sha256": sha256_file(folder / TOKENIZER_FILE),
+            "sha256": sha256_tree([path for paths in shards.values() for path in paths], directory),
+            "corpus": {"source": source, "sha256": measure.sha256},
+            "splits": {
+                split: _sizes(count) | {"shards": [path.name for path in shards[split]]}
+                for split, count in counts.items()
+            },
+        }
+        write_json(directory / "meta.json", meta)
+    return _metrics(counts, vocab_size)
+
+
+def _write_tokenizer(folder: Path, params: TokenizeParams, chunks: Iterable[Chunk]) -> None:
+    """Train a tokenizer on the training split or copy a pretrained one."""
+    if params.tokenizer == TRAINED:
+        # In the pieces that are encoded later, so the trainer sees the same words.
+        save_trained(train_tokenizer((piece.text for piece in pieces(chunks)), params.vocab_size), folder)
+    else:
+        copy_pretrained(params.tokenizer, folder)
+
+
+def _chunks(corpus: Path, measure: Measure, selection: Selection, description: str) -> Iterator[Chunk]:
+    """Yield the chunks of one split, with a progress bar over the characters of the corpus."""
+    with tqdm(
+        total=measure.characters, desc=description, unit="char", unit_scale=True, delay=PROGRESS_DELAY_S, leave=False
+    ) as bar:
+
+        def watched() -> Iterator[Chunk]:
+            for chunk in read_chunks(corpus, measure):
+                yield chunk
+                bar.update(len(chunk.text))
+
+        yield from selection(watched())
+
+
+def _write_split(
+    directory: Path, split: str, chunks: Iterable[Chunk], count: SplitCount, shard_tokens: int
+) -> list[Path]:
+    """Encode and write one split, fill in `count`, return the shards."""
+    dtype, num_processes = token_dtype(count.vocab_size), _num_processes(count.corpus_characters)
+    encoded = encoded_groups(groups(pieces(chunks)), directory / "tokenizer", dtype, num_processes)
+    return write_shards(directory, split, count.counted(encoded), dtype, shard_tokens)
+
+
+def _num_processes(characters: int) -> int:
+    """Return how many processes encode a corpus of this size."""
+    if characters <= ONE_PROCESS_CHARACTERS:
+        return 1
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _sizes(count: SplitCount) -> dict[str, int]:
+    """Return the size of one split."""
+    return {
+        "tokens": count.tokens,
+        "characters": count.characters,
+        "bytes": count.bytes,
+        "documents": count.documents,
+    }
+
+
+def _metrics(counts: dict[str, SplitCount], vocab_size: int) -> dict[str, Any]:
+    """Return the metrics of the stage."""
+    tokens, characters = (sum(getattr(count, name) for count in counts.values()) for name in ("tokens", "characters"))
+    return {
+        "vocab_size": vocab_size,
+        "vocabulary_used": float(np.count_nonzero(counts["train"].frequencies) / vocab_size),
+        "characters_per_token": characters / tokens,
+        "round_trip_exact": all(count.round_trip_exact for count in counts.values()),
+        **{
+            split: _sizes(count) | {"characters_per_token": count.characters / count.tokens}
+            for split, count in counts.items()
+        },
+    }

@@ -1,0 +1,243 @@
+"""Says in a line each whether this machine and this checkout can run the pipeline: `python -m dsv3.doctor`.
+
+Every check is a function without arguments that returns a `Finding`; one that fails names its remedy. Heavy imports stand
+inside the checks, so that a broken package is a finding and not the end of the examination.
+"""
+
+import fcntl
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsv3.artifacts import write_text
+from dsv3.cli import command
+from dsv3.errors import UserError
+from dsv3.params import Params, read_params, schema_text
+from dsv3.sizing.architecture import read_architecture
+from dsv3.sizing.devices import training_device
+from dsv3.sizing.memory import GIB, training_memory
+
+PARAMS = Path("params.yaml")
+SCHEMA = Path("docs/params.schema.json")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found; `remedy` says what to do where it is not ok."""
+
+    subject: str
+    is_ok: bool
+    message: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        """Return the line that is printed."""
+        line = f"{'ok' if self.is_ok else '!!'}  {self.subject:11} {self.message}"
+        return line if self.is_ok else f"{line}; {self.remedy}"
+
+
+def check_python() -> Finding:
+    """Check that Aim has wheels for this Python."""
+    is_ok = (3, 10) <= sys.version_info[:2] < (3, 13)
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding("python", is_ok, f"{version} in {sys.prefix}", "use Python 3.10, 3.11 or 3.12, as Aim does")
+
+
+def check_path() -> Finding:
+    """Check that the `dvc` on the PATH is this environment's: DVC starts stages, and its queue DVC, by bare names."""
+    found, expected = shutil.which("dvc"), Path(sys.executable).parent / "dvc"
+    is_ok = found is not None and Path(found).absolute() == expected.absolute()
+    return Finding("path", is_ok, f"dvc is {found or 'not found'}", f"run: source {expected.parent / 'activate'}")
+
+
+def check_repository() -> Finding:
+    """Check that Git and DVC know this folder, and tell how many files differ from the last commit."""
+    status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False)
+    if status.returncode:
+        return Finding("repository", False, "not a Git repository", "run: git init && dvc init, or clone the project")
+    if not Path(".dvc").is_dir():
+        return Finding("repository", False, "no .dvc here", "go to the project's root, or run: dvc init")
+    num_changed = len(status.stdout.splitlines())
+    changes = (
+        f"{num_changed} files differ from the last commit" if num_changed else "nothing differs from the last commit"
+    )
+    return Finding("repository", True, changes)
+
+
+def check_params() -> Finding:
+    """Check params.yaml as every stage does."""
+    params = read_params(PARAMS)
+    return Finding("parameters", True, f"{PARAMS} is valid, model {params.model.config}")
+
+
+def check_schema() -> Finding:
+    """Check that the schema that editors read is the one that the code defines."""
+    is_ok = SCHEMA.is_file() and SCHEMA.read_text(encoding="utf-8") == schema_text()
+    message = f"{SCHEMA} is {'current' if is_ok else 'out of date'}"
+    return Finding("schema", is_ok, message, "run: python -m dsv3.doctor --write-schema")
+
+
+def check_aim() -> Finding:
+    """Check that Aim can be imported and where its runs go; tell whether its interface is up."""
+    aim = importlib.import_module("aim")
+    location = read_params(PARAMS).runtime.aim_repo or os.environ.get("DVC_ROOT", ".")
+    if "://" in location:
+        return Finding("aim", True, f"{aim.__version__}, runs go to {location} (not contacted)")
+    folder = Path(location).expanduser()
+    repository = folder if folder.name == ".aim" else folder / ".aim"
+    if not repository.is_dir():
+        return Finding("aim", True, f"{aim.__version__}, {repository} will be made by the first run")
+    is_writable = os.access(repository, os.W_OK)
+    is_up = is_locked(repository / "meta" / "index" / "LOCK")
+    message = f"{aim.__version__}, {repository}{', its interface is up' if is_up else ''}"
+    return Finding("aim", is_writable, message, "it can't be written: set runtime.aim_repo to a folder of yours")
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether another process holds the lock file at `path`, as `aim up` holds its index."""
+    if not path.is_file():
+        return False
+    with path.open("rb+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def check_torch() -> Finding:
+    """Check that the device that params.yaml asks for is there, and tell what it multiplies natively."""
+    import torch
+
+    from dsv3.kernels.devices import multiplies_bf16, multiplies_fp8
+
+    asked = read_params(PARAMS).runtime.device
+    has_cuda = torch.cuda.is_available()
+    if asked == "cuda" and not has_cuda:
+        remedy = "install a CUDA build of torch, or set runtime.device to auto"
+        return Finding("torch", False, f"{torch.__version__} sees no CUDA device, runtime.device is cuda", remedy)
+    device = torch.device("cuda" if has_cuda and asked != "cpu" else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    bf16 = "native" if multiplies_bf16(device) else "emulated"
+    fp8 = "native" if multiplies_fp8(device) else "emulated"
+    return Finding("torch", True, f"{torch.__version__} on {name}; bf16 {bf16}, fp8 {fp8}")
+
+
+def check_driver() -> Finding:
+    """Check that a machine with an NVIDIA driver has a torch that uses it."""
+    import torch
+
+    has_driver, has_cuda = shutil.which("nvidia-smi") is not None, torch.cuda.is_available()
+    message = "an NVIDIA driver" if has_driver else "no NVIDIA driver"
+    is_ok = has_cuda or not has_driver
+    remedy = f"torch {torch.__version__} does not use it: install its CUDA build (make clean, then make setup)"
+    return Finding("driver", is_ok, message, remedy)
+
+
+def check_experts() -> Finding:
+    """Check that the expert backend that params.yaml names runs here, and list those that do."""
+    import torch
+
+    from dsv3.kernels.registry import BACKENDS, DTYPE_NAMES, experts_backend, refusal
+    from dsv3.training.precision import COMPUTE_DTYPES, resolved_precision
+
+    params = read_params(PARAMS)
+    device = torch.device(training_device(params.runtime.device) if torch.cuda.is_available() else "cpu")
+    dtype = COMPUTE_DTYPES[resolved_precision(params.train.precision, device)]
+    use_fp8 = params.train.use_fp8
+    chosen = experts_backend(params.train.experts, device, dtype, use_fp8)
+    runs = [name for name, backend in BACKENDS.items() if refusal(backend, device, dtype, use_fp8) is None]
+    asked = f"{DTYPE_NAMES[dtype]}{' with fp8' if use_fp8 else ''} on {device.type}"
+    return Finding("experts", True, f"{chosen}; for {asked} there are {', '.join(runs)}")
+
+
+def check_memory() -> Finding:
+    """Check that the training's estimated peak is less than the memory of this machine (on a GPU: of the GPU)."""
+    params = read_params(PARAMS)
+    device = training_device(params.runtime.device)
+    needed = training_memory(read_architecture(Path(params.model.config)), params.train, device).peak_bytes
+    available = device_memory_bytes(device)
+    message = f"training needs about {needed / GIB:.2f} GiB of {available / GIB:.0f} GiB ({device})"
+    remedy = "lower train.per_device_train_batch_size, or set train.gradient_checkpointing to true"
+    return Finding("memory", needed < available, message, remedy)
+
+
+def device_memory_bytes(device: str) -> int:
+    """Return the memory of the GPU, or of the machine."""
+    if device == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import torch
+
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
+
+
+def check_disk() -> Finding:
+    """Check that the checkpoints and the export fit the disk, with a gibibyte to spare."""
+    params = read_params(PARAMS)
+    needed = disk_bytes(params)
+    free = shutil.disk_usage(".").free
+    message = f"{free / GIB:.0f} GiB free, checkpoints and export take {needed / GIB:.2f} GiB"
+    remedy = "free some, or lower runtime.save_total_limit"
+    return Finding("disk", free > needed + GIB, message, remedy)
+
+
+def disk_bytes(params: Params) -> int:
+    """Return the size of `save_total_limit` checkpoints, the one that is being written, and the exported weights."""
+    memory = training_memory(read_architecture(Path(params.model.config)), params.train, "cpu")
+    checkpoint = memory.weights_bytes + memory.optimizer_states_bytes
+    return (params.runtime.save_total_limit + 1) * checkpoint + memory.weights_bytes
+
+
+CHECKS: tuple[Callable[[], Finding], ...] = (
+    check_python,
+    check_path,
+    check_repository,
+    check_params,
+    check_schema,
+    check_driver,
+    check_torch,
+    check_experts,
+    check_memory,
+    check_disk,
+    check_aim,
+)
+
+
+def finding(check: Callable[[], Finding]) -> Finding:
+    """Return what `check` found; a mistake of the user's or a package that can't be imported is a finding too."""
+    subject = check.__name__.removeprefix("check_")
+    try:
+        return check()
+    except UserError as error:
+        return Finding(subject, False, " ".join(str(error).split()), "mend params.yaml")
+    except (ImportError, OSError) as error:
+        return Finding(subject, False, f"{type(error).__name__}: {error}", "install the dependencies: make setup")
+
+
+def main(
+    write_schema: Annotated[
+        bool, typer.Option("--write-schema", help=f"Write {SCHEMA} from the code, and nothing else.")
+    ] = False,
+) -> None:
+    """Check this machine and this checkout, a line each; exit with status 1 if something is wrong."""
+    if write_schema:
+        write_text(SCHEMA, schema_text())
+        return
+    findings = []
+    for check in CHECKS:
+        findings.append(finding(check))
+        typer.echo(str(findings[-1]))
+    if not all(found.is_ok for found in findings):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    command(main)

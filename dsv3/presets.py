@@ -1,0 +1,129 @@
+"""Overlays on params.yaml for one machine or one purpose: `python -m dsv3.presets list | flags NAME | apply NAME`.
+
+A preset states only what it changes. `flags` prints that as arguments for one experiment, which leaves params.yaml
+alone:
+
+    dvc exp run $(python -m dsv3.presets flags tiny)
+
+`apply` writes it into params.yaml, whose comments stay.
+"""
+
+import shlex
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from ruamel.yaml import YAML
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
+
+from dsv3.artifacts import write_text
+from dsv3.cli import ParamsOption, run_app
+from dsv3.errors import UserError
+from dsv3.params import read_yaml, validated
+
+FOLDER = Path(__file__).resolve().parents[1] / "presets"
+
+Overlay = dict[str, Any]
+"""Values by `section.key`."""
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="List the presets, print one as flags of `dvc exp run`, or write one into params.yaml.",
+)
+PresetArgument = Annotated[str, typer.Argument(help="A name that `list` prints.")]
+
+
+def preset_names() -> list[str]:
+    """Return the names of all presets."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def read_preset(name: str) -> Overlay:
+    """Return what the preset changes; raise `UserError` where there is none of that name."""
+    if name not in preset_names():
+        raise UserError(f"{name} is no preset; known: {', '.join(preset_names())}")
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    sections: dict[str, dict[str, Any]] = round_trip().load(text)  # numbers remember how they are written
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+
+
+def purpose(name: str) -> str:
+    """Return the first sentence of the comment at the top of the preset."""
+    lines = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    return lines[0].removeprefix("# ")
+
+
+def flags(overlay: Overlay) -> list[str]:
+    """Return the overlay as arguments of `dvc exp run`: -S section.key=value."""
+    pairs = [f"{name}={_override(value)}" for name, value in overlay.items()]
+    return [argument for pair in pairs for argument in ("-S", pair)]
+
+
+def _override(value: Any) -> str:
+    """Return a scalar as the grammar of `-S` writes it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def merged(values: dict[str, Any], overlay: Overlay) -> dict[str, Any]:
+    """Return `values`, changed in place, with the overlay's values in it."""
+    for name, value in overlay.items():
+        section, key = name.split(".")
+        values[section][key] = value
+    return values
+
+
+def apply_preset(overlay: Overlay, params: Path) -> None:
+    """Write the overlay into the file `params`, whose comments and order stay; nothing if the result is not valid."""
+    validated(merged(read_yaml(params), overlay), params)
+    yaml = round_trip()
+    commented = yaml.load(params.read_text(encoding="utf-8"))
+    text = StringIO()
+    yaml.dump(merged(commented, overlay), text)
+    write_text(params, text.getvalue())
+
+
+def round_trip() -> YAML:
+    """Return a reader and writer of YAML that keeps comments, order, quotes and `null`."""
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096  # never break a line
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.representer.add_representer(type(None), _null)
+    return yaml
+
+
+def _null(representer: RoundTripRepresenter, _: None) -> ScalarNode:
+    """Return `null` as params.yaml writes it; ruamel would leave the place empty."""
+    return representer.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+@app.command("list")
+def list_presets() -> None:
+    """Print the names of the presets and what each is for."""
+    for name in preset_names():
+        typer.echo(f"{name:14} {purpose(name)}")
+
+
+@app.command("flags")
+def print_flags(name: PresetArgument) -> None:
+    """Print the preset as flags: dvc exp run $(python -m dsv3.presets flags NAME)."""
+    typer.echo(shlex.join(flags(read_preset(name))))
+
+
+@app.command("apply")
+def apply_by_name(name: PresetArgument, params: ParamsOption = Path("params.yaml")) -> None:
+    """Write the preset into params.yaml."""
+    overlay = read_preset(name)
+    apply_preset(overlay, params)
+    typer.echo(f"{params}: {len(overlay)} values of {name} written; `git diff {params}` shows them")
+
+
+if __name__ == "__main__":
+    run_app(app)

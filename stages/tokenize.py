@@ -1,0 +1,41 @@
+"""Train the tokenizer, split the text, write token shards."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsv3.cli import DryRunOption, ParamsOption, command
+
+
+def main(
+    corpus: Annotated[Path, typer.Option(help="Folder that the download stage wrote.")],
+    output: Annotated[Path, typer.Option(help="Folder for the token shards, the tokenizer and meta.json.")],
+    metrics: Annotated[Path, typer.Option(help="JSON file for the numbers that describe them.")],
+    params: ParamsOption = Path("params.yaml"),
+    dry_run: DryRunOption = False,
+) -> None:
+    """Split the corpus into train, validation and test, and write each as shards of token ids."""
+    from dsv3.artifacts import write_json
+    from dsv3.data.tokens import plan, write_tokens
+    from dsv3.params import read_params
+    from dsv3.sizing.architecture import read_architecture
+
+    parameters = read_params(params)
+    if dry_run:
+        print(f"would write {plan(corpus, parameters.tokenize)} into {output}")
+        return
+    vocabulary_limit = read_architecture(Path(parameters.model.config)).vocab_size
+    values = write_tokens(corpus, output, parameters.tokenize, vocabulary_limit)
+    write_json(metrics, values)
+
+    used = values["vocabulary_used"]
+    spelt = "exactly" if values["round_trip_exact"] else "NOT exactly"
+    print(f"{output}: {values['vocab_size']:,} tokens in the vocabulary, {used:.1%} of them used in training")
+    for split in ("train", "validation", "test"):
+        print(f"  {split:10} {values[split]['tokens']:>15,} tokens {values[split]['characters']:>15,} characters")
+    print(f"  {values['characters_per_token']:.3f} characters per token; decoded again {spelt}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,76 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsv3.artifacts import write_json
+from dsv3.report import report
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    folder = tmp_path / "results"
+    write_json(folder / "tokenize" / "metrics.json", {})
+    write_json(folder / "estimate_size" / "metrics.json", {"parameters_total": 4268800, "parameters_active": 2499328})
+    record = {
+        "aim_run_hash": "abc",
+        "name": "union-brig",
+        "params": {"model": {"config": "mini_model/config_nano.json"}},
+        "dvc": {"git_sha": "0123456789abcdef", "git_dirty": False, "data_source": "plays"},
+    }
+    write_json(folder / "train" / "run.json", record)
+    train = {"tokens_seen": 1500000, "step": 400, "epoch": 4.0, "device": "cpu", "num_processes": 1}
+    train |= {"precision": "fp32", "tokens_per_s": 8123.4, "train_s": 190.2}
+    write_json(folder / "train" / "metrics.json", train)
+    heldout = {"nats_per_char": 1.6123, "bits_per_byte": 2.3261, "nats_per_token": 4.7, "perplexity": 109.9}
+    router = {"max_vio_global_max": 0.12, "dead_experts": 0}
+    write_json(folder / "evaluate" / "metrics.json", {"heldout": heldout, "router": router})
+    (tmp_path / "samples.md").write_text("")
+    return folder
+
+
+def test_the_table_holds_what_a_newcomer_asks_for(results, tmp_path):
+    text = report(results, tmp_path / "samples.md")
+    for expected in (
+        "mini_model/config_nano.json",
+        "4,268,800 (2,499,328 active per token)",
+        "plays",
+        "union-brig (Aim abc)",
+        "0123456789ab\n",
+        "1,500,000 in 400 steps, 4.00 epochs",
+        "cpu x 1, fp32",
+        "8,123 tokens/s; 3 min 10 s in all",
+        "1.6123 nats/char, 2.3261 bits/byte",
+        "MaxVio 0.120 in the worst layer, 0 dead experts",
+        "make ui",
+        "dvc exp run -S",
+    ):
+        assert expected in text
+    assert "Not yet there" not in text
+
+
+def test_missing_results_name_the_stage_that_has_not_run(results, tmp_path):
+    (results / "evaluate" / "metrics.json").unlink()
+    text = report(results, tmp_path / "none.md")
+    assert "has not run" in text
+    assert "dvc repro evaluate" in text
+    assert "dvc repro sample" in text
+    assert "dvc repro train" not in text
+    assert "held-out" not in text
+
+
+def test_nothing_at_all_is_no_error(tmp_path):
+    text = report(tmp_path, tmp_path / "none.md")
+    assert not text.startswith("Results")
+    assert all(f"dvc repro {stage}" in text for stage in ("tokenize", "estimate_size", "train", "evaluate", "sample"))
+
+
+def test_the_command_needs_neither_torch_nor_results(tmp_path):
+    code = "import sys; import dsv3.report; assert not {'torch', 'transformers', 'aim'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "dsv3.report", "--results", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "Where to look next" in done.stdout

@@ -1,0 +1,69 @@
+import shutil
+
+import pytest
+
+from dsv3.artifacts import write_json
+from dsv3.errors import UserError
+from dsv3.tracking.rebuild import read_table, rebuild
+from dsv3.tracking.recorder import open_recorder
+
+SCORES = {"nats_per_token": 4.0, "perplexity": 54.6, "nats_per_char": 1.5, "bits_per_byte": 2.2}
+
+
+@pytest.fixture
+def results(project, identity, params):
+    """What a training and an evaluation leave behind, and their run in Aim."""
+    runtime = params.runtime.model_copy(update={"trackers": ["aim"]})
+    folder = project / "results"
+    recorder = open_recorder(folder / "train", runtime, identity)
+    recorder.log("history", {"step": 10, "loss": 4.0})
+    recorder.log("history", {"step": 20, "loss": 3.5, "grad_norm": 1.0})
+    recorder.log("router", {"step": 20, "layer": 1, "max_vio": 0.5})
+    write_json(folder / "train" / "run.json", recorder.run_record())
+    write_json(folder / "train" / "metrics.json", {"loss": 3.5})
+    recorder.close("finished")
+    write_json(folder / "evaluate" / "metrics.json", {"heldout": SCORES})
+    (folder / "evaluate" / "expert_load.tsv").write_text("layer\texpert\tload\n1\t0\t0.25\n1\t1\t0.75\n")
+    (project / "samples.md").write_text("# Samples\n")
+    return folder
+
+
+def test_a_lost_run_is_built_again_from_its_results(project, results, indexed):
+    from aim.storage.context import Context
+
+    (before,) = indexed(project).iter_runs()
+    shutil.rmtree(project / ".aim")
+    run_hash = rebuild(results, project / "samples.md", str(project))
+    (run,) = indexed(project).iter_runs()
+    assert run.hash == run_hash != before.hash
+    assert run["source_run"] == before.hash
+    assert (run.name, run.experiment) == (before.name, before.experiment)
+    assert run["params"] == before["params"]
+    assert run["train", "loss"] == 3.5
+    steps, (losses, *_) = run.get_metric("loss", Context({"subset": "train"})).data.numpy()
+    assert (steps.tolist(), losses.tolist()) == ([10, 20], [4.0, 3.5])
+    assert run.get_metric("max_vio", Context({"subset": "train", "layer": 1})) is not None
+    assert run.get_metric("nats_per_char", Context({"subset": "heldout", "stage": "evaluate"})) is not None
+    load = run.get_distribution_sequence("load", Context({"subset": "heldout", "layer": 1}))
+    assert load.values.sparse_list()[1][0].weights.tolist() == [0.25, 0.75]
+    assert run.get_text_sequence("samples", Context({})) is not None
+
+
+def test_a_run_that_aim_still_has_is_completed_not_doubled(project, results, indexed):
+    (before,) = indexed(project).iter_runs()
+    assert rebuild(results, project / "samples.md", str(project)) == before.hash
+    (run,) = indexed(project).iter_runs()
+    assert run["evaluate", "heldout", "nats_per_char"] == 1.5
+
+
+def test_empty_cells_are_left_out(results):
+    assert read_table(results / "train" / "history.tsv") == [
+        {"step": 10.0, "loss": 4.0},
+        {"step": 20.0, "loss": 3.5, "grad_norm": 1.0},
+    ]
+    assert read_table(results / "nothing.tsv") == []
+
+
+def test_without_a_training_there_is_nothing_to_build(tmp_path):
+    with pytest.raises(UserError, match="run.json: no such file; run dvc repro train"):
+        rebuild(tmp_path, tmp_path / "samples.md", str(tmp_path))

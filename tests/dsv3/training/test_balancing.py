@@ -1,0 +1,105 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv3.training.balancing import load_entropy, max_vio, router_rows, taken_loads, update_router_bias
+from mini_model.configuration_deepseek import DeepseekV3Config
+from mini_model.modeling_deepseek import DeepseekV3ForCausalLM, DeepseekV3TopkRouter
+from tests.training_inputs import MICRO
+
+
+def routers(loads: list[list[int]]) -> list[tuple[int, DeepseekV3TopkRouter]]:
+    config = DeepseekV3Config(**{**MICRO, "n_routed_experts": len(loads[0]), "n_group": 1, "topk_group": 1})
+    made = [(layer, DeepseekV3TopkRouter(config)) for layer in range(1, len(loads) + 1)]
+    for (_, router), load in zip(made, loads, strict=True):
+        router.expert_load.copy_(torch.tensor(load))
+    return made
+
+
+def test_loads_are_summed_over_processes_and_then_forgotten():
+    made = routers([[1, 2, 3, 4], [4, 3, 2, 1]])
+    load = taken_loads(made, lambda tensor: 3 * tensor)
+    assert load.tolist() == [[3, 6, 9, 12], [12, 9, 6, 3]]
+    assert all(router.expert_load.sum() == 0 for _, router in made)
+
+
+def test_the_busy_go_down_the_idle_up_and_those_at_the_mean_stay():
+    made = routers([[4, 0, 2, 2]])
+    update_router_bias(made, torch.tensor([[4, 0, 2, 2]]), 0.001)
+    expected = torch.tensor([-0.001, 0.001, 0.0, 0.0])
+    assert torch.equal(made[0][1].e_score_correction_bias, expected)
+
+
+def test_a_load_is_compared_with_the_mean_exactly_even_where_the_mean_is_no_integer():
+    made = routers([[0, 0, 0]])
+    update_router_bias(made, torch.tensor([[10**15, 10**15 + 1, 10**15]]), 1.0)
+    assert made[0][1].e_score_correction_bias.tolist() == [1.0, -1.0, 1.0]
+
+
+def test_a_rate_of_zero_freezes_the_bias():
+    made = routers([[4, 0, 2, 2]])
+    update_router_bias(made, torch.tensor([[4, 0, 2, 2]]), 0.0)
+    assert made[0][1].e_score_correction_bias.abs().max() == 0
+
+
+def test_the_bias_stays_fp32_in_a_bf16_model_and_moves_past_one_half():
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**MICRO)).to(torch.bfloat16)
+    made = model.routers()[:1]
+    for _ in range(600):
+        update_router_bias(made, torch.tensor([[0, 4, 4, 4]]), 0.001)
+    bias = made[0][1].e_score_correction_bias
+    assert bias.dtype == torch.float32
+    assert bias[0].item() == pytest.approx(0.6, rel=1e-4)  # 600 fp32 additions
+
+
+@given(st.lists(st.integers(0, 1000), min_size=2, max_size=16))
+def test_a_balanced_layer_has_no_violation_and_the_largest_entropy(load):
+    num_experts = len(load)
+    level, drawn = torch.full((1, num_experts), 7), torch.tensor([load])
+    assert max_vio(level).item() == 0
+    assert load_entropy(level).item() == pytest.approx(math.log(num_experts))
+    assert 0 <= max_vio(drawn).item() <= num_experts - 1
+    assert load_entropy(drawn).item() <= math.log(num_experts) + 1e-12
+
+
+def test_a_row_per_layer_says_what_its_experts_got():
+    made = routers([[6, 2, 0, 0], [2, 2, 2, 2]])
+    made[0][1].e_score_correction_bias.copy_(torch.tensor([-0.5, 0.25, 0.0, 0.0]))
+    first, second = router_rows(made, torch.tensor([[6, 2, 0, 0], [2, 2, 2, 2]]), step=5)
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert first == {
+        "step": 5,
+        "layer": 1,
+        "max_vio": 2.0,
+        "entropy": pytest.approx(entropy),
+        "dead_experts": 2,
+        "bias_min": -0.5,
+        "bias_max": 0.25,
+    }
+    assert second["dead_experts"] == 0
+    assert second["layer"] == 2
+
+
+def test_a_model_without_experts_has_nothing_to_balance():
+    dense = DeepseekV3ForCausalLM(DeepseekV3Config(**{**MICRO, "first_k_dense_replace": 2, "num_nextn_predict_layers": 0}))
+    load = taken_loads(dense.routers(), lambda tensor: tensor)
+    update_router_bias(dense.routers(), load, 0.001)
+    assert router_rows(dense.routers(), load, 1) == []
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_each_token_is_counted_once_with_and_without_activation_checkpointing(checkpointing):
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**MICRO)).train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    tokens = torch.randint(0, 272, (3, 17))
+    for _ in range(2):  # accumulation
+        output = model(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:], mtp_loss_weight=0.3)
+        output.loss.backward()
+    load = taken_loads(model.routers(), lambda tensor: tensor)
+    # Two experts per token; the prediction module has one position less.
+    assert load.sum(dim=1).tolist() == [2 * 2 * 3 * 16, 2 * 2 * 3 * 15]

@@ -1,0 +1,163 @@
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from dsv3.errors import Interrupted, UserError
+from dsv3.training import hooks, session
+from dsv3.training.loop import Run
+from dsv3.training.session import Outputs, run_training
+from dsv3.training.setup import prepared_model, run_fingerprint, start_accelerator
+from tests.training_inputs import plan_of
+
+
+@pytest.fixture(autouse=True)
+def own_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def trained(folder: Path, **sections: dict) -> dict[str, Any]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    outputs = Outputs(folder / "tokens", folder / "final_model", folder / "results", {"source": "made up"})
+    metrics = run_training(plan_of(folder, **sections), outputs)
+    assert metrics is not None
+    return metrics
+
+
+def interrupted_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Have every training told to stop after `step`, so that the next one is its last."""
+
+    def stopping(run: Run, *arguments: Any) -> None:
+        log_curves(run, *arguments)
+        if run.state.step == step:
+            run.interruption.remember(2, None)
+
+    log_curves = hooks.log_curves
+    monkeypatch.setattr(hooks, "log_curves", stopping)
+
+
+def fingerprint_of(folder: Path, **sections: dict) -> str:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    plan = plan_of(folder, **sections)
+    _, chosen = prepared_model(plan, start_accelerator(plan).device)
+    return run_fingerprint(plan, chosen)
+
+
+def test_the_best_weights_are_exported_when_they_are_wanted(tmp_path, monkeypatch):
+    def spoil(run: Run, *arguments: Any) -> None:
+        log_curves(run, *arguments)
+        if run.state.step == 8:
+            with torch.no_grad():
+                run.model.lm_head.weight.mul_(-20)
+
+    log_curves = hooks.log_curves
+    monkeypatch.setattr(hooks, "log_curves", spoil)
+    last = trained(tmp_path / "last", train={"max_steps": 10, "eval_steps": 2})
+    best = trained(tmp_path / "best", train={"max_steps": 10, "eval_steps": 2, "load_best_model_at_end": True})
+    assert last["validation"] == best["validation"]
+    assert (last["exported_step"], best["exported_step"], best["validation"]["best_step"]) == (10, 6, 6)
+    assert best["validation"]["best_loss"] < best["validation"]["loss"]
+    files = [tmp_path / name / "final_model" / "model.safetensors" for name in ("last", "best")]
+    heads = [load_file(file)["lm_head.weight"] for file in files]
+    assert heads[0].abs().max() > 5 * heads[1].abs().max()
+
+
+def test_what_ran_is_recorded(tmp_path):
+    metrics = trained(tmp_path, train={"max_steps": 2})
+    chosen = {name: metrics[name] for name in ("device", "num_processes", "precision", "experts", "cross_entropy")}
+    expected = {"precision": "fp32", "experts": "dsv3_cpu_fp32", "cross_entropy": "plain", "num_processes": 1}
+    assert chosen == {"device": "cpu", **expected}
+    record = json.loads((tmp_path / "results" / "run.json").read_text())
+    assert expected.items() <= record["env"].items()
+    assert record["fingerprint"] == fingerprint_of(tmp_path, train={"max_steps": 2})
+
+
+def test_it_must_go_on_only_where_there_is_something_to_go_on_from(tmp_path):
+    with pytest.raises(UserError, match="runtime.resume is must; no checkpoint in"):
+        trained(tmp_path, runtime={"resume": "must"})
+
+
+@pytest.mark.parametrize(("resume", "first_step"), [("auto", 8), ("must", 8), ("never", 1)])
+def test_resume_decides_whether_a_checkpoint_is_used(tmp_path, monkeypatch, resume, first_step):
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, step=6)
+        with pytest.raises(Interrupted):
+            trained(tmp_path)
+    steps: list[int] = []
+    original = session.train
+
+    def remembered(run: Run, *arguments: Any) -> None:
+        steps.append(run.state.step + 1)
+        original(run, *arguments)
+
+    monkeypatch.setattr(session, "train", remembered)
+    metrics = trained(tmp_path, runtime={"resume": resume})
+    assert steps == [first_step]
+    assert metrics["step"] == 12
+
+
+def test_no_more_checkpoints_are_kept_than_asked_for(tmp_path, monkeypatch):
+    interrupted_after(monkeypatch, step=6)
+    with pytest.raises(Interrupted):
+        trained(tmp_path, runtime={"save_steps": 1, "save_total_limit": 2})
+    (directory,) = (tmp_path / ".checkpoints").iterdir()
+    assert sorted(path.name for path in directory.iterdir()) == ["step_6", "step_7"]
+
+
+def test_a_diverged_training_saves_what_reproduces_it(tmp_path, monkeypatch):
+    def poison(run: Run, *_: Any) -> None:
+        if run.state.step == 4:
+            with torch.no_grad():
+                run.model.lm_head.weight[0, 0] = math.inf
+
+    monkeypatch.setattr(hooks, "log_curves", poison)
+    with pytest.raises(UserError, match="step 4: loss is"):
+        trained(tmp_path)
+    (directory,) = (tmp_path / ".checkpoints").iterdir()
+    assert [path.name for path in directory.iterdir()] == ["step_4"]
+    assert not (tmp_path / "final_model").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train": {"learning_rate": 0.011}},
+        {"train": {"max_steps": 13}},
+        {"train": {"precision": "bf16"}},
+        {"train": {"experts": "reference"}},
+        {"architecture": {"initializer_range": 0.01}},
+        {"seed": 5},
+    ],
+)
+def test_whatever_shapes_the_weights_is_in_the_fingerprint(tmp_path, change):
+    assert fingerprint_of(tmp_path, **change) != fingerprint_of(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"save_steps": 7}, {"logging_steps": 3}, {"dataloader_num_workers": 1}])
+def test_what_only_the_machine_is_concerned_with_is_not_in_the_fingerprint(tmp_path, change):
+    assert fingerprint_of(tmp_path, runtime=change) == fingerprint_of(tmp_path)
+
+
+def test_a_large_vocabulary_gets_the_chunked_loss_and_trains_to_the_same_loss(tmp_path, monkeypatch):
+    plain = trained(tmp_path / "plain", train={"max_steps": 3})
+    monkeypatch.setattr("dsv3.training.loss.MIN_LOGITS_BYTES", 1000)
+    chunked = trained(tmp_path / "chunked", train={"max_steps": 3})
+    assert (plain["cross_entropy"], chunked["cross_entropy"]) == ("plain", "chunked")
+    # The same sums in another order, three steps long.
+    assert chunked["validation"]["loss"] == pytest.approx(plain["validation"]["loss"], rel=1e-5)
+
+
+def test_bf16_trains_to_nearly_the_same_loss(tmp_path):
+    losses = [
+        trained(tmp_path / precision, train={"precision": precision, "max_steps": 8})["validation"]["loss"]
+        for precision in ("fp32", "bf16")
+    ]
+    assert losses[0] != losses[1]
+    # bf16 keeps 8 bits: 0.4 % per number, averaging out over some thousands of them.
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)

@@ -1,0 +1,64 @@
+"""A small exported model with random weights and all that `evaluate` and `sample` read, made in a second."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from dsv3.artifacts import read_json, write_json
+from dsv3.assembly import build_model, export
+from dsv3.params import Params
+from dsv3.tracking.identity import run_identity
+from dsv3.tracking.recorder import Recorder
+from tests.training_inputs import ROOT, write_inputs
+
+EXPERIMENT = {"DVC_EXP_NAME": "union-brig"}
+
+
+def write_exported(folder: Path, **sections: dict) -> Path:
+    """Write tokens, an exported model and run.json into `folder`; return its params.yaml, overlaid with `sections`."""
+    params = write_inputs(folder, **{"sample": {"max_new_tokens": 8, "prompts": ["To be", "the king\n"]}, **sections})
+    model = build_model(folder / "config.json", seed=0)
+    export(model, model.state_dict(), folder / "tokens", folder / "final_model", "A card\n")
+    values = Params.model_validate(YAML(typ="safe").load(params.read_text()))
+    identity = run_identity(values, "f" * 64, read_json(folder / "tokens" / "meta.json"), {}, {"device": "cpu"})
+    record = Recorder(None, identity, [], None, is_owner=True, aim_repo=".aim").run_record()
+    write_json(folder / "run.json", {**record, "step": 12})
+    return params
+
+
+def run_stage(name: str, folder: Path, *options: str, **paths: str) -> subprocess.CompletedProcess[str]:
+    """Run a stage on what `write_exported` wrote; `paths` replace the defaults of its options."""
+    defaults = {"model": "final_model", "run": "run.json", "params": "params.yaml"}
+    own = {"evaluate": {"tokens": "tokens", "output": "evaluate"}, "sample": {"output": "samples.md"}}[name]
+    arguments = []
+    for option, path in {**defaults, **own, **paths}.items():
+        arguments += [f"--{option}", str(folder / path)]
+    environment = {**os.environ, "DVC_ROOT": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", f"stages.{name}", *arguments, *options],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def set_params(folder: Path, **sections: dict) -> None:
+    """Overlay the params.yaml in `folder`."""
+    yaml = YAML()
+    params = yaml.load((folder / "params.yaml").read_text())
+    for section, values in sections.items():
+        params[section].update(values)
+    with (folder / "params.yaml").open("w") as file:
+        yaml.dump(params, file)
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    """Overlay a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -1,0 +1,153 @@
+"""The pipeline as it is published, run by DVC for real; the tests of this file share one laboratory, in their order."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.pipeline.laboratory import Laboratory
+
+pytestmark = pytest.mark.pipeline
+
+ARTEFACTS = [
+    "data/corpus/manifest.json",
+    "data/tokens/meta.json",
+    "results/estimate_size/metrics.json",
+    "results/estimate_size/table.md",
+    "outputs/final_model/model.safetensors",
+    "outputs/final_model/config.json",
+    "outputs/final_model/modeling_deepseek.py",
+    "outputs/final_model/tokenizer.json",
+    "outputs/final_model/README.md",
+    "results/train/metrics.json",
+    "results/train/history.tsv",
+    "results/train/run.json",
+    "results/evaluate/metrics.json",
+    "outputs/samples.md",
+]
+
+
+@pytest.fixture(scope="module")
+def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
+    lab = Laboratory.at(tmp_path_factory.mktemp("laboratory"))
+    lab.run("dvc", "repro")
+    return lab
+
+
+def test_the_pipeline_runs_from_nothing_to_a_model_that_was_scored(laboratory):
+    assert [name for name in ARTEFACTS if not (laboratory.root / name).is_file()] == []
+    metrics = laboratory.json("results/evaluate/metrics.json")
+    assert 0 < metrics["heldout"]["nats_per_char"] < math.log(256)
+    assert metrics["heldout"]["characters"] == metrics["validation"]["characters"] + metrics["test"]["characters"]
+    history = laboratory.rows("results/train/history.tsv")
+    loss = history[0].index("loss")
+    assert float(history[-1][loss]) < float(history[1][loss])
+    assert not (laboratory.root / ".checkpoints").exists() or not any((laboratory.root / ".checkpoints").iterdir())
+
+
+def test_nothing_runs_a_second_time(laboratory):
+    laboratory.commit("Results")
+    assert "up to date" in laboratory.run("dvc", "repro").stdout
+    assert laboratory.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_an_experiment_is_a_run_of_its_own_beside_the_first(laboratory, tmp_path):
+    laboratory.run("dvc", "exp", "run", "--name", "slower", "-S", "train.learning_rate=0.001")
+    runs = laboratory.aim_runs(tmp_path)
+    assert "slower" in runs and len(runs) == 2
+    assert runs["slower"]["params"]["train"]["learning_rate"] == 0.001
+    assert laboratory.json("results/train/run.json")["name"] == "slower"
+    table = laboratory.run("dvc", "exp", "show", "--csv", "--only-changed").stdout
+    assert "slower" in table
+    assert "0.001" in table
+    laboratory.run("git", "checkout", "--quiet", "--force", "HEAD")
+    laboratory.run("dvc", "checkout", "--force")
+
+
+def test_a_temporary_experiment_reports_into_the_same_aim_repository(laboratory, tmp_path):
+    laboratory.run("dvc", "exp", "run", "--temp", "--name", "aside", "-S", "train.optim=adamw")
+    assert {"aside", "slower"} <= set(laboratory.aim_runs(tmp_path))
+    assert laboratory.run("git", "status", "--porcelain").stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"train": {"learning_rate": -1}}, "params.yaml: train.learning_rate is -1; must be > 0"),
+        (
+            {"train": {"learning_rte": 0.1}},
+            "params.yaml: train.learning_rte is no parameter; did you mean learning_rate?",
+        ),
+        ({"train": {"block_size": "long"}}, "params.yaml: train.block_size is 'long'; input should be a valid integer"),
+        ({"tokenize": {"vocab_size": 5000}}, "params.yaml: tokenize.vocab_size is 5000; must be <= 272"),
+        ({"model": {"config": "nowhere.json"}}, "model.config: nowhere.json can't be read"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2_in_every_stage(laboratory, change, told):
+    before = (laboratory.root / "params.yaml").read_text()
+    laboratory.set_params(change)
+    try:
+        result = laboratory.run(sys.executable, "-m", "stages.download", "--output", "data/elsewhere", status=2)
+        assert result.stderr.startswith(told)
+        assert result.stderr.count("\n") == 1
+        assert not (laboratory.root / "data/elsewhere").exists()
+    finally:
+        (laboratory.root / "params.yaml").write_text(before)
+
+
+def test_ctrl_c_saves_and_the_next_repro_goes_on_to_the_same_weights(laboratory, tmp_path):
+    longer = {"train": {"max_steps": 120}}
+    laboratory.set_params(longer)
+    process = laboratory.start("dvc", "repro", "train")
+    checkpoints = laboratory.root / ".checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("*/step_*/complete")):
+        assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not (laboratory.root / "outputs/final_model").exists()
+    resumed = laboratory.run("dvc", "repro", "train")
+    steps = [int(row[0]) for row in laboratory.rows("results/train/history.tsv")[1:]]
+    assert steps == sorted(set(steps)) and steps[-1] == 120, resumed.stderr
+
+    straight = Laboratory.at(tmp_path / "straight")
+    straight.set_params(longer)
+    straight.run("dvc", "repro", "train")
+    weights = "outputs/final_model/model.safetensors"
+    assert (laboratory.root / weights).read_bytes() == (straight.root / weights).read_bytes()
+
+
+LOAD = """
+import sys, warnings
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, trust = sys.argv[1], sys.argv[2] == "ours"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+assert type(model).__module__.startswith("transformers_modules") == trust, type(model)
+batch = tokenizer("ROMEO:", return_tensors="pt")
+print(repr(tokenizer.decode(model.generate(**batch, max_new_tokens=8, do_sample=False)[0])))
+"""
+
+
+def test_a_stranger_loads_the_export_with_and_without_its_code_and_reads_the_same(laboratory, tmp_path):
+    said = []
+    for whose in ("ours", "stock"):
+        result = subprocess.run(
+            [sys.executable, "-I", "-c", LOAD, str(laboratory.root / "outputs/final_model"), whose],
+            cwd=tmp_path,
+            env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        said.append(result.stdout)
+    assert said[0] == said[1]
+    assert "ROMEO:" in said[0]
