@@ -4,6 +4,7 @@ Kept free of heavy imports: `python -m stages.<name> --help` must answer at once
 """
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,9 @@ DryRunOption = Annotated[
 
 def command(main: Callable[..., None]) -> None:
     """Run `main` as a command line; a `UserError` is printed as one line and ends the process with status 2."""
+    # Read when torch loads OpenMP, which is later. By default its threads spin while they wait for each other: with one
+    # other busy program on a 2-core machine a small matrix product then took 5 to 10 times as long (docs/log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(main)
     run_app(app)

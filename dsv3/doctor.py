@@ -1,11 +1,12 @@
 """Says in a line each whether this machine and this checkout can run the pipeline: `python -m dsv3.doctor`.
 
-Every check is a function without arguments that returns a `Finding`; one that fails names its remedy. Heavy imports stand
-inside the checks, so that a broken package is a finding and not the end of the examination.
+Every check is a function without arguments that returns a `Finding`; one that fails names its remedy. Heavy imports
+stand inside the checks, so that a broken package is a finding and not the end of the examination.
 """
 
 import fcntl
 import importlib
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -87,17 +88,20 @@ def check_schema() -> Finding:
 
 def check_aim() -> Finding:
     """Check that Aim can be imported and where its runs go; tell whether its interface is up."""
-    aim = importlib.import_module("aim")
-    location = read_params(PARAMS).runtime.aim_repo or os.environ.get("DVC_ROOT", ".")
+    from dsv3.tracking.identity import project_root
+
+    importlib.import_module("aim")
+    version = importlib.metadata.version("aim")
+    location = read_params(PARAMS).runtime.aim_repo or str(project_root())
     if "://" in location:
-        return Finding("aim", True, f"{aim.__version__}, runs go to {location} (not contacted)")
+        return Finding("aim", True, f"{version}, runs go to {location} (not contacted)")
     folder = Path(location).expanduser()
     repository = folder if folder.name == ".aim" else folder / ".aim"
     if not repository.is_dir():
-        return Finding("aim", True, f"{aim.__version__}, {repository} will be made by the first run")
+        return Finding("aim", True, f"{version}, {repository} will be made by the first run")
     is_writable = os.access(repository, os.W_OK)
     is_up = is_locked(repository / "meta" / "index" / "LOCK")
-    message = f"{aim.__version__}, {repository}{', its interface is up' if is_up else ''}"
+    message = f"{version}, {repository}{', its interface is up' if is_up else ''}"
     return Finding("aim", is_writable, message, "it can't be written: set runtime.aim_repo to a folder of yours")
 
 
@@ -138,7 +142,7 @@ def check_driver() -> Finding:
     has_driver, has_cuda = shutil.which("nvidia-smi") is not None, torch.cuda.is_available()
     message = "an NVIDIA driver" if has_driver else "no NVIDIA driver"
     is_ok = has_cuda or not has_driver
-    remedy = f"torch {torch.__version__} does not use it: install its CUDA build (make clean, then make setup)"
+    remedy = f"torch {torch.__version__} does not use it: remove .venv and run: make setup"
     return Finding("driver", is_ok, message, remedy)
 
 

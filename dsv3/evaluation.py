@@ -9,7 +9,7 @@ padded, so no padding is ever computed, scored or routed.
 
 Nats per token depend on the tokenizer; per character and per byte they do not, which is what runs are compared by.
 
-Letters: B windows in a batch, T positions in a window.
+Letters: B windows in a batch, T positions in a window, V vocab_size, E n_routed_experts.
 """
 
 import math

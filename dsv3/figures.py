@@ -1,6 +1,8 @@
 """The figures of `evaluate`: PNG files whose bytes depend on the numbers (and matplotlib's version) alone.
 
 Colours are Okabe and Ito's and the PuOr map, which keep apart under every common colour blindness.
+
+Letters: L layers with experts, E n_routed_experts, T positions.
 """
 
 from itertools import pairwise

@@ -21,7 +21,7 @@ class Sample:
     """Over all continuations."""
 
 
-def generation_config(params: SampleParams, end_of_text: int) -> GenerationConfig:
+def generation_config(params: SampleParams, end_of_text: Any) -> GenerationConfig:
     """Return how tokens are chosen. Settings of sampling are left out when the most probable token is taken."""
     sampling = {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
     return GenerationConfig(
@@ -35,22 +35,28 @@ def generation_config(params: SampleParams, end_of_text: int) -> GenerationConfi
     )
 
 
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Return the prompt's ids behind the end-of-text token, which precedes every document in training too."""
+    assert isinstance(tokenizer.eos_token_id, int)
+    return [tokenizer.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
+
+
+def check_lengths(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: SampleParams) -> None:
+    """Raise `UserError` where the longest prompt leaves no room for `max_new_tokens` in the model's positions."""
+    limit = model.config.max_position_embeddings
+    room = limit - max(len(prompt_tokens(tokenizer, prompt)) for prompt in params.prompts)
+    if params.max_new_tokens > room:
+        raise UserError(
+            f"params.yaml: sample.max_new_tokens is {params.max_new_tokens}; must be <= {room}, so that the longest "
+            f"prompt and what follows fit the model's {limit} positions"
+        )
+
+
 def sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, params: SampleParams, seed: int
 ) -> Sample:
-    """Return the continuations of `prompt`; the same arguments give the same text on the same machine.
-
-    The prompt follows the end-of-text token, as every document does in training.
-    """
-    end_of_text = tokenizer.eos_token_id
-    assert isinstance(end_of_text, int)
-    ids = [end_of_text, *tokenizer.encode(prompt, add_special_tokens=False)]
-    limit = model.config.max_position_embeddings
-    if len(ids) + params.max_new_tokens > limit:
-        raise UserError(
-            f"params.yaml: sample.max_new_tokens is {params.max_new_tokens}; must be <= {limit - len(ids)}, so that it "
-            f"fits the model's {limit} positions behind prompt {prompt!r}"
-        )
+    """Return the continuations of `prompt`; the same arguments give the same text on the same machine."""
+    ids, end_of_text = prompt_tokens(tokenizer, prompt), tokenizer.eos_token_id
     torch.manual_seed(seed)
     prompt_ids = torch.tensor([ids], device=model.device)
     generate = cast(Callable[..., torch.Tensor], model.generate)  # torch annotates a module's attributes as tensors

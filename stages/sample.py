@@ -27,7 +27,7 @@ def main(
 
     from dsv3.artifacts import write_text
     from dsv3.loading import check_model, chosen_device, device_name, load_model, load_tokenizer
-    from dsv3.sampling import markdown, sample
+    from dsv3.sampling import check_lengths, markdown, sample
     from dsv3.tracking.recorder import read_record, reopen_recorder
 
     check_model(model)
@@ -41,6 +41,7 @@ def main(
         return
 
     loaded, tokenizer = load_model(model, device), load_tokenizer(model)
+    check_lengths(loaded, tokenizer, settings)
     start = time.perf_counter()
     samples = [
         # a seed per prompt: another prompt in the list does not change what follows this one

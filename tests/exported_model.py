@@ -1,9 +1,6 @@
 """A small exported model with random weights and all that `evaluate` and `sample` read, made in a second."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -13,9 +10,7 @@ from dsv3.assembly import build_model, export
 from dsv3.params import Params
 from dsv3.tracking.identity import run_identity
 from dsv3.tracking.recorder import Recorder
-from tests.training_inputs import ROOT, write_inputs
-
-EXPERIMENT = {"DVC_EXP_NAME": "union-brig"}
+from tests.training_inputs import write_inputs
 
 
 def write_exported(folder: Path, **sections: dict) -> Path:
@@ -28,25 +23,6 @@ def write_exported(folder: Path, **sections: dict) -> Path:
     record = Recorder(None, identity, [], None, is_owner=True, aim_repo=".aim").run_record()
     write_json(folder / "run.json", {**record, "step": 12})
     return params
-
-
-def run_stage(name: str, folder: Path, *options: str, **paths: str) -> subprocess.CompletedProcess[str]:
-    """Run a stage on what `write_exported` wrote; `paths` replace the defaults of its options."""
-    defaults = {"model": "final_model", "run": "run.json", "params": "params.yaml"}
-    own = {"evaluate": {"tokens": "tokens", "output": "evaluate"}, "sample": {"output": "samples.md"}}[name]
-    arguments = []
-    for option, path in {**defaults, **own, **paths}.items():
-        arguments += [f"--{option}", str(folder / path)]
-    environment = {**os.environ, "DVC_ROOT": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", f"stages.{name}", *arguments, *options],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 def set_params(folder: Path, **sections: dict) -> None:

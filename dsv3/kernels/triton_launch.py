@@ -18,9 +18,11 @@ kernels: Any = triton_fp8
 """Triton's launch syntax says nothing to a type checker."""
 ROWS_PER_PROGRAM = 32
 COLUMNS_PER_PROGRAM = 32
-GEMM_WARPS = 8
-"""With four, the compiler spills the accumulator of wgrad to memory."""
-GEMM_STAGES = 3
+EXACT: dict[str, Any] = {"enable_fp_fusion": False}
+"""The quantisers' products must be rounded before the addition that follows them."""
+HOPPER: dict[str, Any] = {"num_warps": 8, "num_stages": 4}
+ADA: dict[str, Any] = {"num_warps": 16, "num_stages": 3}
+"""With fewer warps the compiler spills the accumulator to memory (tests compile for both)."""
 
 
 class Schedule(NamedTuple):
@@ -45,6 +47,12 @@ class QuantisedWeight(NamedTuple):
     """(E, K, N) and (E, K / 128, N / 128)."""
 
 
+def gemm_options(device: torch.device) -> dict[str, Any]:
+    """Return how a GEMM is compiled for `device`."""
+    is_ada = device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+    return ADA if is_ada else HOPPER
+
+
 def schedule(end_E: Tensor, num_rows: int) -> Schedule:
     """Return the tiles of rows that end at `end_E` (int32); their number is a bound that needs no answer of a GPU."""
     count_E = torch.diff(end_E, prepend=end_E.new_zeros(1))
@@ -65,7 +73,9 @@ def quantise_rows(x_RK: Tensor, pow2: bool) -> Quantised:
     scales = x_RK.new_empty(num_rows, num_inputs // BLOCK, dtype=torch.float32)
     grid = triton.cdiv(num_rows, ROWS_PER_PROGRAM), num_inputs // BLOCK
     if num_rows:
-        kernels.quantise_rows_kernel[grid](x_RK, values, scales, num_rows, num_inputs, ROWS=ROWS_PER_PROGRAM, POW2=pow2)
+        kernels.quantise_rows_kernel[grid](
+            x_RK, values, scales, num_rows, num_inputs, ROWS=ROWS_PER_PROGRAM, POW2=pow2, **EXACT
+        )
     return Quantised(values, scales)
 
 
@@ -82,7 +92,7 @@ def quantise_weight(w_ENK: Tensor, pow2: bool) -> QuantisedWeight:
         torch.empty(num_experts, k_blocks, n_blocks, device=w_ENK.device),
     )
     kernels.quantise_weight_kernel[num_experts, n_blocks, k_blocks](
-        w_ENK, *forward, *transposed, num_outputs, num_inputs, POW2=pow2, num_warps=8
+        w_ENK, *forward, *transposed, num_outputs, num_inputs, POW2=pow2, num_warps=8, **EXACT
     )
     return QuantisedWeight(forward, transposed)
 
@@ -110,6 +120,7 @@ def quantise_columns(x_RK: Tensor, tiles: Schedule, index_S: Tensor | None, pow2
         COLUMNS=COLUMNS_PER_PROGRAM,
         GATHERS=index_S is not None,
         POW2=pow2,
+        **EXACT,
     )
     return Quantised(values, scales)
 
@@ -132,8 +143,7 @@ def grouped_gemm(
         num_outputs,
         num_inputs,
         GATHERS=index_S is not None,
-        num_warps=GEMM_WARPS,
-        num_stages=GEMM_STAGES,
+        **gemm_options(b_ENK.values.device),
     )
     return y_SN
 
@@ -151,7 +161,6 @@ def grouped_wgrad(grad_NS: Quantised, x_KS: Quantised, tiles: Schedule, dtype: t
         num_outputs,
         num_inputs,
         num_tiles,
-        num_warps=GEMM_WARPS,
-        num_stages=GEMM_STAGES,
+        **gemm_options(w_ENK.device),
     )
     return w_ENK

@@ -52,9 +52,14 @@ class Workload:
         """Bytes per number of what linear layers multiply."""
         return DTYPE_BYTES[self.precision]
 
+    @property
+    def has_bf16_linears(self) -> bool:
+        """Whether linear layers multiply bf16 copies of their operands; FP8 ones quantise the fp32 tensors."""
+        return self.precision == "bf16" and self.experts != "triton_fp8"
+
     def linear_inputs(self, width: int, num_linears: int) -> int:
         """Return the bytes per token of the inputs that `num_linears` layers keep of one fp32 tensor."""
-        return FP32 * width if self.precision == "fp32" else BF16 * width * num_linears
+        return BF16 * width * num_linears if self.has_bf16_linears else FP32 * width
 
     def norm(self, width: int) -> int:
         """Return the bytes per token that an RMSNorm keeps: input, 1 / rms and, where it is not fused, input / rms."""
@@ -65,13 +70,13 @@ def query_bytes(a: Architecture, w: Workload) -> int:
     """Return the bytes per token that the query bottleneck keeps, without the input of the layer."""
     if a.q_lora_rank is None:
         return 0
-    return w.norm(a.q_lora_rank) + w.compute_bytes * a.q_lora_rank
+    return w.norm(a.q_lora_rank) + w.linear_inputs(a.q_lora_rank, num_linears=1)
 
 
 def latent_bytes(a: Architecture, w: Workload) -> int:
     """Return the bytes per token of the latent before and after its norm; in fp32 it is a part of a wider tensor."""
     beside = FP32 * a.qk_rope_head_dim if w.precision == "fp32" else 0
-    return w.norm(a.kv_lora_rank) + beside + w.compute_bytes * a.kv_lora_rank
+    return w.norm(a.kv_lora_rank) + beside + w.linear_inputs(a.kv_lora_rank, num_linears=1)
 
 
 def softmax_bytes(a: Architecture, w: Workload) -> int:
@@ -132,11 +137,11 @@ PAIR_BYTES: dict[str, Callable[[Architecture, Workload], int]] = {
     "cpu": _cpu_pair,
     "bf16_emulated": _cpu_pair,
     "fp8_emulated": _cpu_pair,
-    "triton_fp8": _grouped_mm_pair,
+    "triton_fp8": _cpu_pair,
 }
 """What each expert backend keeps per pair of a token and one of its experts.
 
-Emulations round in fp32, and keep what the `cpu` backend keeps in fp32. For `triton_fp8` this is an upper bound.
+Emulations round in fp32, and keep what the `cpu` backend keeps in fp32.
 """
 
 
@@ -151,7 +156,7 @@ def experts_bytes(a: Architecture, w: Workload) -> int:
 def moe_bytes(a: Architecture, w: Workload) -> int:
     """Return the bytes per token that an MoE layer's second half keeps: norm, router, routed and shared experts."""
     shared_width = a.n_shared_experts * a.moe_intermediate_size
-    shared_inputs = 2 * BF16 * a.hidden_size if shared_width and w.precision == "bf16" else 0
+    shared_inputs = 2 * BF16 * a.hidden_size if shared_width and w.has_bf16_linears else 0
     shared = shared_inputs + mlp_bytes(shared_width, w)
     inputs = FP32 * a.hidden_size  # the router's, and in fp32 everybody's
     return w.norm(a.hidden_size) + inputs + router_bytes(a, w) + experts_bytes(a, w) + shared
@@ -165,7 +170,7 @@ def mtp_bytes(a: Architecture, w: Workload) -> int:
     """
     halves = 2 * FP32 * (1 if w.device == "cuda" else a.hidden_size + 1)
     state = 0 if w.precision == "fp32" else FP32 * a.hidden_size
-    joined = 2 * a.hidden_size * w.compute_bytes
+    joined = w.linear_inputs(2 * a.hidden_size, num_linears=1)
     return halves + state + joined + w.norm(a.hidden_size)
 
 
@@ -204,9 +209,14 @@ def recomputed_bytes(a: Architecture, w: Workload) -> int:
 
 def expert_cast_bytes(a: Architecture, w: Workload, layer: int) -> int:
     """Return the bf16 copies of one layer's routed experts, which its backward pass needs."""
-    if w.precision == "fp32" or not a.is_moe(layer):
-        return 0
-    return BF16 * a.n_routed_experts * expert_weights(a)
+    return BF16 * a.n_routed_experts * expert_weights(a) if w.has_bf16_linears and a.is_moe(layer) else 0
+
+
+def linear_weights(a: Architecture, layer: int) -> int:
+    """Return the weights in the linear layers of layer number `layer`, routed experts left out."""
+    mlp = a.n_shared_experts * expert_weights(a) if a.is_moe(layer) else 3 * a.hidden_size * a.intermediate_size
+    joining = 2 * a.hidden_size**2 if layer >= a.num_hidden_layers else 0
+    return attention_weights(a) + mlp + joining
 
 
 def weight_cast_bytes(a: Architecture, w: Workload) -> int:
@@ -217,9 +227,20 @@ def weight_cast_bytes(a: Architecture, w: Workload) -> int:
     """
     if w.precision == "fp32":
         return 0
-    linears = a.vocab_size * a.hidden_size + a.num_nextn_predict_layers * 2 * a.hidden_size**2
-    for layer in all_layers(a):
-        shared, dense = a.n_shared_experts * expert_weights(a), 3 * a.hidden_size * a.intermediate_size
-        linears += attention_weights(a) + (shared if a.is_moe(layer) else dense)
+    head = BF16 * a.vocab_size * a.hidden_size
+    linears = BF16 * sum(linear_weights(a, layer) for layer in all_layers(a)) if w.has_bf16_linears else 0
     experts = 0 if w.gradient_checkpointing else sum(expert_cast_bytes(a, w, layer) for layer in all_layers(a))
-    return BF16 * linears + experts
+    return head + linears + experts
+
+
+def derived_weight_bytes(a: Architecture, w: Workload) -> int:
+    """Return the quantised or rounded copies of weights, which are made once and live until the optimizer has stepped.
+
+    FP8 keeps each weight twice, as it is and transposed, with a scale per 128x128 block each; an emulation keeps it
+    once in fp32.
+    """
+    routed = sum(a.n_routed_experts * expert_weights(a) for layer in all_layers(a) if a.is_moe(layer))
+    weights = routed + sum(linear_weights(a, layer) for layer in all_layers(a))
+    if w.experts == "triton_fp8":
+        return 2 * (weights + FP32 * weights // (128 * 128))
+    return FP32 * weights if w.experts.endswith("_emulated") else 0

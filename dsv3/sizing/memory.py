@@ -27,6 +27,7 @@ from dsv3.sizing.activations import (
     Workload,
     activation_bytes,
     all_layers,
+    derived_weight_bytes,
     expert_cast_bytes,
     moe_bytes,
     recomputed_bytes,
@@ -82,7 +83,9 @@ class TrainingMemory:
     recomputed_bytes: int
     """With gradient checkpointing: the layer that is computed again, when the logits are gone."""
     weight_casts_bytes: int
-    """bf16 copies of weights."""
+    """bf16 copies of weights, made in each pass."""
+    derived_weights_bytes: int
+    """Quantised or rounded copies of weights, which live until the optimizer has stepped."""
     logits_bytes: int
     """Output head, loss and its gradient."""
     optimizer_workspace_bytes: int
@@ -91,17 +94,20 @@ class TrainingMemory:
 
     @property
     def peak_bytes(self) -> int:
-        """The larger of a pass and an optimizer step, on top of weights and moments."""
+        """The larger of a pass and an optimizer step, on top of weights, their derived copies and moments."""
         in_pass = self.activations_bytes + self.weight_casts_bytes + max(self.logits_bytes, self.recomputed_bytes)
         in_pass += self.gradients_bytes if self.holds_gradients else 0
         # The first layer is computed again when all others have their gradients.
         in_step = self.gradients_bytes + max(self.optimizer_workspace_bytes, self.recomputed_bytes)
-        return self.weights_bytes + self.optimizer_states_bytes + max(in_pass, in_step)
+        always = self.weights_bytes + self.optimizer_states_bytes + self.derived_weights_bytes
+        return always + max(in_pass, in_step)
 
 
 def workload(train: TrainParams, device: Device) -> Workload:
     """Return the forward pass that `train` asks of one process on `device`; auto is bf16 on CUDA and fp32 on a CPU.
 
+    A CPU that multiplies bf16 natively takes bf16 for auto as well; it keeps less than is counted for fp32, and copies
+    of the weights.
     Raises `UserError` for an expert backend that is unknown.
     """
     experts = AUTO_EXPERTS[device, train.use_fp8] if train.experts == "auto" else train.experts
@@ -122,6 +128,7 @@ def workload(train: TrainParams, device: Device) -> Workload:
 def training_memory(a: Architecture, train: TrainParams, device: Device) -> TrainingMemory:
     """Return what training `a` as `train` says takes on one device."""
     w = workload(train, device)
+    has_rounded_weights = train.fp8_weight_quant or not train.use_fp8
     total = num_parameters(a) + num_mtp_parameters(a)
     moment_bytes = DTYPE_BYTES[train.adam_moments_dtype]
     muon = muon_parameters(a) if train.optim == "muon" else 0
@@ -132,6 +139,7 @@ def training_memory(a: Architecture, train: TrainParams, device: Device) -> Trai
         activations_bytes=activation_bytes(a, w),
         recomputed_bytes=recomputed_bytes(a, w),
         weight_casts_bytes=weight_cast_bytes(a, w),
+        derived_weights_bytes=derived_weight_bytes(a, w) if has_rounded_weights else 0,
         logits_bytes=logits_bytes(a, w),
         optimizer_workspace_bytes=optimizer_workspace_bytes(a, train, w.compute_bytes),
         holds_gradients=train.gradient_accumulation_steps > 1,
@@ -198,7 +206,7 @@ def moe_layer_bytes(a: Architecture, w: Workload) -> int:
     """
     layer = a.num_hidden_layers - 1
     assert a.is_moe(layer), "the architecture has no MoE layer"
-    shared_casts = BF16 * a.n_shared_experts * expert_weights(a) if w.precision == "bf16" else 0
+    shared_casts = BF16 * a.n_shared_experts * expert_weights(a) if w.has_bf16_linears else 0
     return w.num_tokens * (moe_bytes(a, w) - w.norm(a.hidden_size)) + expert_cast_bytes(a, w, layer) + shared_casts
 
 

@@ -52,6 +52,7 @@ def training_metrics(a: Architecture, train: TrainParams) -> dict[str, int | flo
         result[f"training_{device}_activations_bytes"] = memory.activations_bytes
         result[f"training_{device}_recomputed_bytes"] = memory.recomputed_bytes
         result[f"training_{device}_weight_casts_bytes"] = memory.weight_casts_bytes
+        result[f"training_{device}_derived_weights_bytes"] = memory.derived_weights_bytes
         result[f"training_{device}_logits_bytes"] = memory.logits_bytes
         result[f"training_{device}_optimizer_workspace_bytes"] = memory.optimizer_workspace_bytes
         result[f"training_{device}_peak_gib"] = round(memory.peak_bytes / GIB, 4)

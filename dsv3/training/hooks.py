@@ -1,4 +1,7 @@
-"""What happens between steps and is not learning: curves, validation, checkpoints."""
+"""What happens between steps and is not learning: curves, validation, checkpoints.
+
+Letters: L layers with experts, E n_routed_experts.
+"""
 
 import math
 import resource

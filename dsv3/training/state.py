@@ -1,4 +1,7 @@
-"""What a training knows between two steps, beside the weights and the optimizer: small, explicit, JSON."""
+"""What a training knows between two steps, beside the weights and the optimizer: small, explicit, JSON.
+
+Letters: L layers with experts, E n_routed_experts.
+"""
 
 import math
 from dataclasses import asdict, dataclass, field

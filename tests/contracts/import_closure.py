@@ -1,8 +1,8 @@
 """Which files a stage executes: the closure of its local imports, read from the source without running it.
 
-Imports inside functions count: they run too. The walk stops at `dsv3/params.py`: it validates the whole file and so imports
-every section's class, but it alters no value (no class has a default): a change there can refuse a run, and never
-change a result. A stage that is shaped by a section imports that section's module itself.
+Imports inside functions count: they run too. The walk stops at `dsv3/params.py`: it validates the whole file and so
+imports every section's class, but it alters no value (no class has a default): a change there can refuse a run, and
+never change a result. A stage that is shaped by a section imports that section's module itself.
 
 Run `python -m tests.contracts.import_closure` to bring every stage's code dependencies in dvc.yaml up to date.
 """

@@ -1,11 +1,15 @@
 """What the documents promise exists: links, commands, parameters, files."""
 
+import ast
 import re
 import shlex
+from itertools import pairwise
 
 import pytest
 from ruamel.yaml import YAML
 
+from dsv3.sizing.architecture import read_architecture
+from dsv3.sizing.parameters import num_active_parameters, num_parameters
 from tests.contracts.import_closure import ROOT
 from tests.contracts.test_tree import TEXTS
 
@@ -60,7 +64,7 @@ def test_modules_that_are_run_exist(page: str):
 def test_parameters_that_are_set_exist(page: str):
     for command in commands(page):
         words = shlex.split(command, posix=True) if " -S " in command else []
-        for flag, assignment in zip(words, words[1:], strict=False):
+        for flag, assignment in pairwise(words):
             if flag != "-S":
                 continue
             key = assignment.split("=")[0]
@@ -80,6 +84,40 @@ def test_stages_that_are_run_exist(page: str):
             assert stage in STAGES, f"{page}: {command}"
 
 
+def defined(names: list[str]) -> bool:
+    """Whether a dotted name leads to a package, a module, or a definition within one."""
+    for length in range(len(names), 0, -1):
+        path = ROOT.joinpath(*names[:length])
+        if path.is_dir():
+            return length == len(names)
+        if path.with_suffix(".py").is_file():
+            body = ast.parse(path.with_suffix(".py").read_text(encoding="utf-8")).body
+            for name in names[length:]:
+                found = [node for node in body if name in _names(node)]
+                if not found:
+                    return False
+                body = getattr(found[0], "body", [])
+            return True
+    return False
+
+
+def _names(node: ast.stmt) -> list[str]:
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [getattr(node, "name", ""), *(target.id for target in targets if isinstance(target, ast.Name))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_that_is_named_exists(page: str):
+    named = re.findall(r"`((?:dsv3|mini_model|stages)\.[\w.]+)`", TEXTS[page])
+    assert [name for name in named if not defined(name.split("."))] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page: str):
+    named = re.findall(r"`((?:dsv3|mini_model|stages|tests|configs|presets|docs|benchmarks)/[\w./]+)`", TEXTS[page])
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_the_readme_starts_with_two_commands():
     first_block = re.search(r"```bash\n(.*?)```", TEXTS["README.md"], flags=re.DOTALL)
     assert first_block
@@ -88,3 +126,15 @@ def test_the_readme_starts_with_two_commands():
 
 def test_the_changelog_has_a_place_for_the_next_change():
     assert "## Unreleased" in TEXTS["CHANGELOG.md"]
+
+
+@pytest.mark.parametrize("name", ["config_nano.json", "config_tiny.json", "config.json"])
+def test_the_readme_states_the_models_true_sizes(name: str):
+    architecture = read_architecture(ROOT / "mini_model" / name)
+    rows = [line.split("|")[1:-1] for line in TEXTS["README.md"].splitlines() if line.startswith("|")]
+    table = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows if len(row) == 4}
+    column = [cell.startswith(f"[{name}]") for cell in table[""]].index(True)
+    assert table["parameters"][column] == f"{num_parameters(architecture):,}"
+    assert table["active per token"][column] == f"{num_active_parameters(architecture):,}"
+    assert table["vocabulary"][column] == f"{architecture.vocab_size:,}"
+    assert table["longest context"][column] == f"{architecture.max_position_embeddings:,}"

@@ -4,7 +4,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dsv3.errors import UserError
 from dsv3.evaluation_params import SampleParams
-from dsv3.sampling import Sample, generation_config, markdown, sample
+from dsv3.sampling import Sample, check_lengths, generation_config, markdown, sample
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 from tests.training_inputs import MICRO, write_tokens
@@ -69,7 +69,8 @@ def test_sampling_settings_are_absent_from_greedy_decoding():
 
 def test_a_text_longer_than_the_model_can_hold_is_refused(model, tokenizer):
     with pytest.raises(UserError, match=r"sample\.max_new_tokens is 60; must be <= 58"):
-        sample(model, tokenizer, "To be", settings(max_new_tokens=60), seed=1)
+        check_lengths(model, tokenizer, settings(max_new_tokens=60))
+    check_lengths(model, tokenizer, settings(max_new_tokens=58))
 
 
 def test_the_page_names_model_settings_and_quotes_the_text_unchanged():

@@ -75,10 +75,10 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(project):
 
 
 def test_a_training_over_the_budget_stops_the_pipeline_here_in_one_line(project):
-    edit(project, "memory_budget_gib: null", "memory_budget_gib: 0.1")
+    edit(project, "memory_budget_gib: null", "memory_budget_gib: 0.001")
     result = run(project, "--output", "out")
     assert result.returncode == 2
-    assert result.stderr.startswith("estimate_size.memory_budget_gib is 0.1; training needs ")
+    assert result.stderr.startswith("estimate_size.memory_budget_gib is 0.001; training needs ")
     assert result.stderr.count("\n") == 1
     assert not (project / "out").exists()
 

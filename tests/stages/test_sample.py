@@ -3,7 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.exported_model import run_stage, set_params, write_exported
+from dsv3.errors import UserError
+from stages import sample
+from tests.exported_model import set_params, write_exported
+
+
+def run(folder: Path, output: Path, dry_run: bool = False) -> None:
+    inputs = {"model": folder / "final_model", "run": folder / "run.json", "params": folder / "params.yaml"}
+    sample.main(**inputs, output=output, dry_run=dry_run)
 
 
 @pytest.fixture(scope="module")
@@ -15,8 +22,7 @@ def prepared(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(prepared) -> str:
-    done = run_stage("sample", prepared)
-    assert done.returncode == 0, done.stderr
+    run(prepared, prepared / "samples.md")
     return (prepared / "samples.md").read_text()
 
 
@@ -29,22 +35,26 @@ def test_the_page_continues_every_prompt_and_names_its_origin(page):
 
 
 def test_the_same_seed_writes_the_same_page(prepared, page, tmp_path):
-    assert run_stage("sample", prepared, output=str(tmp_path / "again.md")).returncode == 0
+    run(prepared, tmp_path / "again.md")
     assert (tmp_path / "again.md").read_text() == page
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(prepared, tmp_path):
-    done = run_stage("sample", prepared, "--dry-run", output=str(tmp_path / "none.md"))
-    assert done.returncode == 0, done.stderr
-    assert "2 prompts, 1 continuations each, at most 8 tokens, on cpu" in done.stdout
+def test_a_prompt_more_does_not_change_what_follows_the_others(prepared, page, tmp_path):
+    shutil.copytree(prepared, tmp_path / "copy")
+    set_params(tmp_path / "copy", sample={"prompts": ["To be", "the king\n", "light"]})
+    run(tmp_path / "copy", tmp_path / "more.md")
+    assert (tmp_path / "more.md").read_text().startswith(page.rstrip("\n"))
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(prepared, tmp_path, capsys):
+    run(prepared, tmp_path / "none.md", dry_run=True)
+    assert "2 prompts, 1 continuations each, at most 8 tokens, on cpu" in capsys.readouterr().out
     assert not (tmp_path / "none.md").exists()
 
 
-def test_a_text_that_does_not_fit_the_model_is_told_in_one_line(prepared, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(prepared, folder)
-    set_params(folder, sample={"max_new_tokens": 100})
-    done = run_stage("sample", folder, output=str(tmp_path / "none.md"))
-    assert done.returncode == 2
-    assert "sample.max_new_tokens is 100; must be <= 58" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+def test_a_text_that_does_not_fit_the_model_is_told(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "copy")
+    set_params(tmp_path / "copy", sample={"max_new_tokens": 100})
+    with pytest.raises(UserError, match=r"sample\.max_new_tokens is 100; must be <= 54"):
+        run(tmp_path / "copy", tmp_path / "none.md")
+    assert not (tmp_path / "none.md").exists()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests.training_inputs import ROOT, environment, run_stage, stage_command, write_inputs
 
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")

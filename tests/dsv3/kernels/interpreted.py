@@ -1,7 +1,7 @@
 """Runs the Triton kernels in Triton's interpreter and prints their distance from the emulation as JSON.
 
-A process of its own, because Triton reads TRITON_INTERPRET when its own library is imported. Each kernel program costs 10
-to 30 ms here, so shapes are small; they still have several blocks in every direction.
+A process of its own, because Triton reads TRITON_INTERPRET when its own library is imported. Each kernel program
+costs 10 to 30 ms here, so shapes are small; they still have several blocks in every direction.
 """
 
 import importlib.util

@@ -1,9 +1,10 @@
 """Makes Triton's interpreter round as a GPU does; for tests only.
 
-Interpreted, a cast from fp32 to a narrower float loses the carry of the mantissa (31.05 becomes 16 instead of 32 in e4m3),
-breaks ties upwards, and does not saturate (triton 3.7.1; triton-lang/triton#11584 is about a neighbouring fault). Here
-every cast between floats goes through torch, whose rounding is to nearest, ties to even. For e4m3 values are clamped first,
-which is what the GPU's saturating conversion does. It replaces a private function: the version of triton is pinned.
+Interpreted, a cast from fp32 to a narrower float loses the carry of the mantissa (31.05 becomes 16 instead of 32 in
+e4m3), breaks ties upwards, and does not saturate (triton 3.7.1; triton-lang/triton#11584 is about a neighbouring
+fault). Here every cast between floats goes through torch, whose rounding is to nearest, ties to even. For e4m3 values
+are clamped first, which is what the GPU's saturating conversion does. It replaces a private function: the version of
+triton is pinned.
 """
 
 import numpy as np

@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from dsv3.errors import UserError
+from dsv3.fp8 import rounding
+from dsv3.fp8.convert import convert, emulate_bf16
 from dsv3.kernels.registry import AUTO, BACKENDS, experts_backend
 from dsv3.params import read_params
 from dsv3.sizing import memory
-from dsv3.sizing.activations import PAIR_BYTES, Workload, activation_bytes, weight_cast_bytes
+from dsv3.sizing.activations import PAIR_BYTES, Workload, activation_bytes, derived_weight_bytes, weight_cast_bytes
 from dsv3.sizing.architecture import Architecture, read_architecture
 from dsv3.sizing.memory import (
     AUTO_EXPERTS,
@@ -54,7 +56,16 @@ def model_of(sizes, precision, experts):
     model = DeepseekV3ForCausalLM(config).train()
     use_fp8 = experts.startswith("fp8")
     model.set_experts_implementation(experts_backend(experts, CPU, DTYPES[precision], use_fp8))
+    if use_fp8:
+        convert(model, weight_quant=True, activation_quant=True, device=CPU)
+    elif experts == "bf16_emulated":
+        emulate_bf16(model)
     return model
+
+
+def passed_precision(precision, experts):
+    """An emulation runs in fp32, without autocast."""
+    return "fp32" if experts.endswith("_emulated") else precision
 
 
 def everything(model):
@@ -107,13 +118,13 @@ def test_an_moe_layer_keeps_what_the_estimate_says_with_every_backend_to_two_per
     hidden = torch.randn(2, 64, NANO["hidden_size"], requires_grad=True)
 
     def run():
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16" and "emulated" not in experts):
+        with torch.autocast("cpu", torch.bfloat16, enabled=passed_precision(precision, experts) == "bf16"):
             output, logits, _ = moe(hidden)
             return output, (logits.sigmoid() * 2).exp()  # the sequence-wise loss keeps the scores once more
 
     # The input is the norm's output, which belongs to the layer.
     measured = saved_bytes(run, everything(model))
-    w = Workload(2, 64, "cpu", "fp32" if "emulated" in experts else precision, experts)
+    w = Workload(2, 64, "cpu", passed_precision(precision, experts), experts)
     assert moe_layer_bytes(Architecture(**NANO), w) == pytest.approx(measured, rel=0.02)
 
 
@@ -137,19 +148,34 @@ def test_the_peak_of_two_real_optimizer_steps_is_the_estimate_to_a_tenth(changes
     model = model_of(NANO, train.precision, train.experts)
     if train.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    stepper = Optimizer(parameter_groups(model, train), train, DTYPES[train.precision])
+    precision = passed_precision(train.precision, train.experts)
+    stepper = Optimizer(parameter_groups(model, train), train, DTYPES[precision])
     shape = (train.per_device_train_batch_size, train.block_size)
     tokens = torch.randint(0, NANO["vocab_size"], shape)
     with LiveBytes([*everything(model), tokens]) as memory_in_use:
         for _ in range(2):
             for _ in range(train.gradient_accumulation_steps):
-                passed(model, tokens, train.precision).backward()
+                passed(model, tokens, precision).backward()
             stepper.step()
             stepper.zero_grad(set_to_none=True)
     estimate = training_memory(Architecture(**NANO), train, "cpu")
     assert estimate.peak_bytes == pytest.approx(memory_in_use.peak, rel=0.1)
     at_rest = estimate.weights_bytes + estimate.optimizer_states_bytes
     assert at_rest == pytest.approx(memory_in_use.live, rel=0.001)
+
+
+@pytest.mark.parametrize(("experts", "precision"), [("fp8_emulated", "fp32"), ("bf16_emulated", "bf16")])
+def test_an_emulation_holds_a_rounded_copy_of_every_weight_until_the_optimizer_steps(experts, precision):
+    """Made inside operators, where the probe of the peak can't see them."""
+    model = model_of(NANO, precision, experts)
+    tokens = torch.randint(0, NANO["vocab_size"], (1, 16))
+    passed(model, tokens, "fp32").backward()
+    ours = [rounding._derived[weight] for weight in model.parameters() if weight in rounding._derived]
+    held = sum(tensor.nbytes for entries in ours for _, tensor in entries.values())
+    w = Workload(1, 16, "cpu", "fp32", experts)
+    assert held == derived_weight_bytes(Architecture(**NANO), w)
+    torch.optim.SGD(model.parameters(), lr=0.0).step()
+    assert not [weight for weight in model.parameters() if weight in rounding._derived]
 
 
 @pytest.mark.parametrize("optim", ["adamw", "muon"])

@@ -17,6 +17,8 @@ from dsv3.sizing.parameters import (
     num_router_biases,
     parameters_by_part,
 )
+from mini_model.configuration_deepseek import DeepseekV3Config as OurConfig
+from mini_model.modeling_deepseek import DeepseekV3ForCausalLM as OurModel
 
 CONFIGS = Path(__file__).parents[3] / "mini_model"
 
@@ -90,6 +92,19 @@ def test_every_part_of_any_topology_has_as_many_parameters_as_stock_transformers
 
 
 @settings(max_examples=40, deadline=None)
+@given(sizes=topologies(), num_mtp=st.integers(0, 2))
+def test_our_model_of_any_topology_has_as_many_parameters_prediction_modules_included(sizes, num_mtp):
+    sizes = sizes | {"num_nextn_predict_layers": num_mtp}
+    with torch.device("meta"):
+        model = OurModel(OurConfig(**sizes))
+    architecture = Architecture(**sizes)
+    built = sum(parameter.numel() for parameter in model.parameters())
+    assert num_parameters(architecture) + num_mtp_parameters(architecture) == built
+    biases = [router.e_score_correction_bias.numel() for _, router in model.routers()]
+    assert num_router_biases(architecture) == sum(biases)
+
+
+@settings(max_examples=40, deadline=None)
 @given(sizes=topologies())
 def test_active_parameters_are_those_of_a_network_that_has_only_the_visited_experts(sizes):
     active = num_active_parameters(Architecture(**sizes, num_nextn_predict_layers=0))
@@ -103,9 +118,12 @@ def test_active_parameters_are_those_of_a_network_that_has_only_the_visited_expe
     ("config", "total", "active"),
     [("config.json", 5_691_664_384, 1_350_559_744), ("config_tiny.json", 142_435_584, 103_507_200)],
 )
-def test_mini_and_tiny_have_their_published_sizes(config, total, active):
+def test_mini_and_tiny_have_their_published_sizes_by_the_formula_and_on_the_meta_device(config, total, active):
     architecture = read_architecture(CONFIGS / config)
     assert (num_parameters(architecture), num_active_parameters(architecture)) == (total, active)
+    with torch.device("meta"):
+        model = OurModel(OurConfig.from_json_file(CONFIGS / config))
+    assert sum(parameter.numel() for parameter in model.parameters()) == total
 
 
 def test_nano_has_between_two_and_five_million_parameters():

@@ -22,8 +22,25 @@ def identity(params, monkeypatch) -> RunIdentity:
     return run_identity(params, "f" * 64, data, {"parameters": 5}, {"device": "cpu", "world_size": 1}, ("fp32",))
 
 
+@pytest.fixture(scope="session")
+def empty_repository(tmp_path_factory) -> Path:
+    """An Aim repository without runs; making one takes a second, copying one does not."""
+    from dsv3.tracking.aim import initialise
+
+    root = tmp_path_factory.mktemp("aim")
+    initialise(str(root))
+    return root
+
+
 @pytest.fixture
-def project(tmp_path, monkeypatch) -> Path:
+def project(bare_project, empty_repository) -> Path:
+    """A DVC root with an Aim repository that holds no runs."""
+    shutil.copytree(empty_repository / ".aim", bare_project / ".aim")
+    return bare_project
+
+
+@pytest.fixture
+def bare_project(tmp_path, monkeypatch) -> Path:
     """An empty DVC root, which is where .aim and runs/ go."""
     root = tmp_path / "project"
     root.mkdir()

@@ -65,5 +65,5 @@ def test_empty_cells_are_left_out(results):
 
 
 def test_without_a_training_there_is_nothing_to_build(tmp_path):
-    with pytest.raises(UserError, match="run.json: no such file; run dvc repro train"):
+    with pytest.raises(UserError, match=r"run\.json: no such file; run dvc repro train"):
         rebuild(tmp_path, tmp_path / "samples.md", str(tmp_path))

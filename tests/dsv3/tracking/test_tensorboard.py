@@ -23,30 +23,33 @@ def events(project):
     return accumulator
 
 
-def test_curves_are_named_by_subset_and_layer(project, identity, runtime):
-    recorder = open_recorder(project / "results", runtime, identity)
+def test_curves_are_named_by_subset_and_layer(bare_project, identity, runtime):
+    recorder = open_recorder(bare_project / "results", runtime, identity)
     recorder.log("history", {"step": 10, "loss": 4.0})
     recorder.log("router", {"step": 10, "layer": 1, "max_vio": 0.5})
     recorder.close("finished")
-    assert [(event.step, event.value) for event in events(project).Scalars("train/loss")] == [(10, 4.0)]
-    assert [event.value for event in events(project).Scalars("train/max_vio/layer_1")] == [0.5]
+    assert [(event.step, event.value) for event in events(bare_project).Scalars("train/loss")] == [(10, 4.0)]
+    assert [event.value for event in events(bare_project).Scalars("train/max_vio/layer_1")] == [0.5]
 
 
-def test_a_resumed_training_draws_no_point_twice(project, identity, runtime):
-    first = open_recorder(project / "results", runtime, identity)
+def test_a_resumed_training_draws_no_point_twice(bare_project, identity, runtime):
+    first = open_recorder(bare_project / "results", runtime, identity)
     first.log("history", {"step": 10, "loss": 4.0})
     state = first.state()
     first.log("history", {"step": 20, "loss": 3.5})
     first.close("interrupted")
-    second = open_recorder(project / "results", runtime, identity)
+    second = open_recorder(bare_project / "results", runtime, identity)
     second.restore(state)
     second.log("history", {"step": 20, "loss": 3.25})
     second.close("finished")
-    assert [(event.step, event.value) for event in events(project).Scalars("train/loss")] == [(10, 4.0), (20, 3.25)]
+    assert [(event.step, event.value) for event in events(bare_project).Scalars("train/loss")] == [
+        (10, 4.0),
+        (20, 3.25),
+    ]
 
 
-def test_later_stages_add_to_the_same_folder(project, identity, runtime, tmp_path):
-    training = open_recorder(project / "results", runtime, identity)
+def test_later_stages_add_to_the_same_folder(bare_project, identity, runtime, tmp_path):
+    training = open_recorder(bare_project / "results", runtime, identity)
     training.log("history", {"step": 10, "loss": 4.0})
     training.close("finished")
     Image.new("RGB", (4, 3), "red").save(tmp_path / "load.png")
@@ -56,7 +59,7 @@ def test_later_stages_add_to_the_same_folder(project, identity, runtime, tmp_pat
     recorder.figure("expert_load", tmp_path / "load.png", 10)
     recorder.distribution("load", [3, 1], 10, layer=1)
     recorder.close("finished")
-    found = events(project)
+    found = events(bare_project)
     assert [event.value for event in found.Scalars("evaluate/test/nats_per_char")] == [1.5]
     assert [event.value for event in found.Scalars("train/loss")] == [4.0]
     assert found.Images("expert_load")[0].width == 4

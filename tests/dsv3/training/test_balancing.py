@@ -84,7 +84,9 @@ def test_a_row_per_layer_says_what_its_experts_got():
 
 
 def test_a_model_without_experts_has_nothing_to_balance():
-    dense = DeepseekV3ForCausalLM(DeepseekV3Config(**{**MICRO, "first_k_dense_replace": 2, "num_nextn_predict_layers": 0}))
+    dense = DeepseekV3ForCausalLM(
+        DeepseekV3Config(**{**MICRO, "first_k_dense_replace": 2, "num_nextn_predict_layers": 0})
+    )
     load = taken_loads(dense.routers(), lambda tensor: tensor)
     update_router_bias(dense.routers(), load, 0.001)
     assert router_rows(dense.routers(), load, 1) == []

@@ -1,5 +1,6 @@
 import math
 import signal
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -109,7 +110,7 @@ def test_the_bias_stands_still_when_gamma_is_frozen(tmp_path):
     run = started_run(tmp_path, train={"bias_freeze_ratio": 0.5, "warmup_ratio": 0.0})
     biases: list[torch.Tensor] = []
     train(run, [Hook(1, lambda run: biases.append(run.model.routers()[0][1].e_score_correction_bias.clone()))], no_save)
-    moved = [not torch.equal(earlier, later) for earlier, later in zip(biases, biases[1:], strict=False)]
+    moved = [not torch.equal(earlier, later) for earlier, later in pairwise(biases)]
     assert moved == [True] * 5 + [False] * 6
 
 

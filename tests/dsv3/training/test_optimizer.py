@@ -168,7 +168,9 @@ def test_a_tall_matrix_is_updated_as_its_transpose():
 
 
 def test_matrices_of_one_shape_share_a_call_unless_that_takes_too_much_memory(monkeypatch):
-    made = [Matrices.of(nn.Parameter(torch.zeros(shape)), torch.zeros(shape), 1) for shape in [(4, 6), (6, 4), (2, 4, 6)]]
+    made = [
+        Matrices.of(nn.Parameter(torch.zeros(shape)), torch.zeros(shape), 1) for shape in [(4, 6), (6, 4), (2, 4, 6)]
+    ]
     assert [len(batch) for batch in same_shape_batches(made)] == [3]
     monkeypatch.setattr(module, "MAX_BATCH_NUMBERS", 48)
     assert [len(batch) for batch in same_shape_batches(made)] == [2, 1]

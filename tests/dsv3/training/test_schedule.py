@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_the_bias_stands_still_for_the_last_share_of_the_budget():
     report = params(bias_update_rate=0.001, bias_freeze_ratio=0.034)
     rates = [bias_update_rate(step, report, 1000) for step in range(1000)]
     assert rates == [0.001] * 966 + [0.0] * 34
-    assert COSINE_UNTIL == pytest.approx(1 - 0.034, abs=3e-4)  # the decay's end and the freeze are the same moment
+    assert pytest.approx(1 - 0.034, abs=3e-4) == COSINE_UNTIL  # the decay's end and the freeze are the same moment
 
 
 def test_the_weight_of_multi_token_prediction_falls_where_the_rate_does():
@@ -74,4 +75,4 @@ def test_a_rate_is_positive_never_above_the_peak_and_never_rises_after_the_warm_
     drawn_rates = [learning_rate(step, drawn, total_steps) for step in range(total_steps)]
     assert all(0 < rate <= 1.0 for rate in drawn_rates)
     after = drawn_rates[warmup_steps(drawn, total_steps) :]
-    assert all(later <= earlier for earlier, later in zip(after, after[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(after))

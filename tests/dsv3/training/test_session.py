@@ -79,7 +79,7 @@ def test_what_ran_is_recorded(tmp_path):
 
 
 def test_it_must_go_on_only_where_there_is_something_to_go_on_from(tmp_path):
-    with pytest.raises(UserError, match="runtime.resume is must; no checkpoint in"):
+    with pytest.raises(UserError, match=r"runtime\.resume is must; no checkpoint in"):
         trained(tmp_path, runtime={"resume": "must"})
 
 

@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv3.data import encoding
+from dsv3.data.corpus import Chunk
+from dsv3.data.encoding import Encoder, Piece, encoded_groups, groups, pieces
+from dsv3.data.tokenizer import load_tokenizer, save_trained, train_tokenizer
+
+TEXT = "Now is the winter of our discontent\nMade glorious summer by this sun of York;\n\nAnd all the clouds " * 20
+U2 = np.dtype("<u2")
+WORDS = st.text("ab'1,.\n \t\r\x1c\u2003é雪") | st.sampled_from(["the ", "  \n\n", "summer", "'s", "\n"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("trained") / "tokenizer"
+    save_trained(train_tokenizer([TEXT], 320), directory)
+    return directory
+
+
+@settings(max_examples=60, deadline=None)
+@given(documents=st.lists(st.text(min_size=1, max_size=40), max_size=5), size=st.integers(1, 7), part=st.integers(1, 5))
+def test_pieces_joined_are_the_documents_whatever_the_sizes(documents, size, part):
+    chunks = [Chunk(n, text[i : i + part]) for n, text in enumerate(documents) for i in range(0, len(text), part)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "PIECE_CHARACTERS", size)
+        result = list(pieces(chunks))
+    rebuilt, open_text = [], None
+    for piece in result:
+        assert 0 < len(piece.text) <= 2 * size
+        assert piece.opens == (open_text is None)
+        open_text = (open_text or "") + piece.text
+        if piece.closes:
+            rebuilt.append(open_text)
+            open_text = None
+    assert rebuilt == documents
+    assert open_text is None
+
+
+@settings(max_examples=150, deadline=None)
+@given(words=st.lists(WORDS, min_size=1, max_size=30))
+def test_cutting_at_a_words_border_changes_no_token(folder, words):
+    tokenizer, text = load_tokenizer(folder), "".join(words)
+    whole = tokenizer.encode(text, add_special_tokens=False).ids
+    for match in encoding.WORD_BORDER.finditer(text):
+        head, tail = tokenizer.encode(text[: match.start()]), tokenizer.encode(text[match.start() :])
+        assert head.ids + tail.ids == whole
+
+
+def test_a_text_without_borders_is_cut_all_the_same(folder, monkeypatch):
+    monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 10)
+    assert [len(piece.text) for piece in pieces([Chunk(0, "雪" * 45)])] == [10, 10, 10, 15]
+
+
+def test_a_long_text_in_pieces_and_groups_gives_the_tokens_of_the_whole(folder, monkeypatch):
+    whole = load_tokenizer(folder).encode(TEXT, add_special_tokens=False).ids
+    monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 50)
+    monkeypatch.setattr(encoding, "GROUP_CHARACTERS", 300)
+    parts = list(encoded_groups(groups(pieces([Chunk(0, TEXT[:333]), Chunk(0, TEXT[333:])])), folder, U2, 1))
+    assert len(parts) > 4
+    assert np.concatenate([part.tokens for part in parts]).tolist() == [0, *whole]
+    assert sum(part.characters for part in parts) == sum(part.bytes for part in parts) == len(TEXT)
+    assert sum(part.documents for part in parts) == 1
+    assert all(part.round_trip_exact for part in parts)
+
+
+def test_the_number_of_processes_changes_nothing(folder, monkeypatch):
+    monkeypatch.setattr(encoding, "GROUP_CHARACTERS", 100)
+    documents = [Chunk(number, f"{number} {TEXT[: 10 * number + 1]}") for number in range(20)]
+    alone = list(encoded_groups(groups(pieces(documents)), folder, U2, 1))
+    together = list(encoded_groups(groups(pieces(documents)), folder, U2, 2))
+    assert len(alone) == len(together) > 5
+    for one, other in zip(alone, together, strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        assert one[1:] == other[1:]
+
+
+def test_only_a_bounded_number_of_groups_is_read_ahead(folder):
+    read = []
+
+    def watched():
+        for number in range(20):
+            read.append(number)
+            yield [Piece("text", opens=True, closes=True)]
+
+    results = encoded_groups(watched(), folder, U2, 2)
+    next(results)
+    assert len(read) <= 5
+    assert len(list(results)) == 19
+
+
+def test_documents_stand_between_bos_and_eos_where_these_differ(folder):
+    encoder = Encoder(folder, U2)
+    group = [Piece("a", True, True), Piece("b", True, False), Piece("c", False, True)]
+    a, b, c = (encoder.tokenizer.encode(letter).ids for letter in "abc")
+    assert encoder.encode(group).tokens.tolist() == [0, *a, 0, *b, *c]
+    encoder.special = encoding.SpecialTokens(bos_token_id=7, eos_token_id=8)
+    assert encoder.encode(group).tokens.tolist() == [7, *a, 8, 7, *b, *c, 8]
+
+
+def test_a_tokenizer_that_alters_the_text_is_found_out(folder):
+    from tokenizers.normalizers import Lowercase
+
+    encoder = Encoder(folder, U2)
+    encoder.tokenizer.normalizer = Lowercase()
+    assert encoder.encode([Piece("york", True, True)]).round_trip_exact
+    assert not encoder.encode([Piece("York", True, True)]).round_trip_exact

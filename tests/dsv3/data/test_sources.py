@@ -1,0 +1,99 @@
+import json
+
+import pytest
+
+from dsv3.data import sources
+from dsv3.data.corpus import Origin
+from dsv3.data.params import DataParams
+from dsv3.data.remote import Unreachable
+from dsv3.data.sources import plan, write_corpus
+from dsv3.errors import UserError
+
+EXACT = (b"exact", Origin("tiny_shakespeare", {"url": "https://example.org/input.txt"}))
+NINE_PLAYS = (b"nine plays", Origin("plays", {"package": "p==1"}, "MIT"))
+
+
+def params(source, path=None):
+    return DataParams(
+        source=source,
+        path=path,
+        text_field="text",
+        hub_id="a/b",
+        hub_config_name=None,
+        hub_revision=None,
+        hub_split="train",
+        timeout_s=0.5,
+    )
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Writes a corpus of stand-in sources; returns its text, its manifest and what was told."""
+    monkeypatch.setattr(sources, "tiny_shakespeare_within", lambda limit_s: EXACT)
+    monkeypatch.setattr(sources, "required_tiny_shakespeare", lambda timeout_s: EXACT)
+    monkeypatch.setattr(sources, "plays", lambda timeout_s: NINE_PLAYS)
+
+    def write(source):
+        notes = []
+        write_corpus(params(source), tmp_path / "corpus", notes.append)
+        manifest = json.loads((tmp_path / "corpus" / "manifest.json").read_text())
+        return (tmp_path / "corpus" / "text.txt").read_bytes(), manifest, notes
+
+    return write
+
+
+def test_auto_takes_the_exact_text_where_it_can_be_reached_and_says_so(written):
+    text, manifest, notes = written("auto")
+    assert text == b"exact"
+    assert (manifest["source"], manifest["requested_source"]) == ("tiny_shakespeare", "auto")
+    assert notes == ["auto: the exact tiny Shakespeare, from https://example.org/input.txt"]
+
+
+def test_auto_takes_the_plays_elsewhere_and_says_why(written, monkeypatch):
+    def unreachable(limit_s):
+        raise Unreachable("GitHub: no network")
+
+    monkeypatch.setattr(sources, "tiny_shakespeare_within", unreachable)
+    text, manifest, notes = written("auto")
+    assert text == b"nine plays"
+    assert (manifest["source"], manifest["requested_source"]) == ("plays", "auto")
+    assert len(notes) == 1
+    assert "GitHub: no network" in notes[0]
+
+
+@pytest.mark.parametrize(("source", "expected"), [("tiny_shakespeare", b"exact"), ("plays", b"nine plays")])
+def test_a_named_source_is_the_only_one_asked(written, source, expected):
+    text, manifest, notes = written(source)
+    assert (text, manifest["source"], notes) == (expected, source, [])
+
+
+def test_a_file_is_recorded_by_its_path(tmp_path):
+    (tmp_path / "a.txt").write_text("my text", encoding="utf-8")
+    write_corpus(params("file", str(tmp_path / "a.txt")), tmp_path / "corpus", print)
+    manifest = json.loads((tmp_path / "corpus" / "manifest.json").read_text())
+    assert manifest["origin"] == {"path": str(tmp_path / "a.txt"), "num_files": 1, "text_field": "text"}
+    assert manifest["characters"] == 7
+
+
+def test_a_failure_leaves_the_last_corpus_and_nothing_half_written(written, tmp_path, monkeypatch):
+    def failing(timeout_s):
+        raise UserError("no source gives it")
+
+    written("plays")
+    monkeypatch.setattr(sources, "required_tiny_shakespeare", failing)
+    with pytest.raises(UserError, match="no source gives it"):
+        written("tiny_shakespeare")
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+    assert (tmp_path / "corpus" / "text.txt").read_bytes() == b"nine plays"
+
+
+@pytest.mark.parametrize("source", ["auto", "tiny_shakespeare", "plays", "hub"])
+def test_the_plan_is_one_line_and_asks_nobody(source):
+    assert "\n" not in plan(params(source))
+
+
+def test_the_plan_of_a_file_counts_it_or_says_that_it_is_missing(tmp_path):
+    (tmp_path / "a.txt").write_text("my text", encoding="utf-8")
+    assert plan(params("file", str(tmp_path))).startswith("1 file(s), 7 bytes")
+    with pytest.raises(UserError, match="no such file"):
+        plan(params("file", str(tmp_path / "b.txt")))

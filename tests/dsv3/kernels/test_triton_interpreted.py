@@ -1,0 +1,63 @@
+"""The Triton kernels without a GPU, first way: what they compute, in Triton's interpreter, against the emulation."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is installed with CUDA builds of torch, and by the dev extra")
+
+TOLERANCE = 1e-6
+"""fp32 sums of at most 256 products, in another order; an operand rounded differently would show as 1e-4 or more."""
+ROUTINGS = [
+    "ragged",
+    "empty experts",
+    "one token",
+    "no tokens",
+    "two tiles, fp32 scales",
+    "two tiles, power-of-two scales",
+]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    """What tests/dsv3/kernels/interpreted.py found, in a process in which Triton interprets."""
+    here = Path(__file__).parent
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{Path.cwd()}{os.pathsep}{here}"}
+    command = [sys.executable, "-W", "ignore::RuntimeWarning", str(here / "interpreted.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_quantisers_give_torchs_bits_for_hostile_numbers(found):
+    """Zeros, denormals, outliers, NaN and infinities; fp32 and bf16; both kinds of scales; gathered, ragged columns."""
+    assert len(found["quantisers"]) == 14
+    assert set(found["quantisers"].values()) == {0}, found["quantisers"]
+
+
+def test_all_three_gemms_agree_with_float64_products_of_the_same_quantised_operands(found):
+    assert max(found["gemms"].values()) < TOLERANCE, found["gemms"]
+
+
+def test_the_weight_gradient_of_an_expert_without_tokens_is_exactly_zero(found):
+    assert found["gemms"]["wgrad of the empty expert"] == 0
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_the_experts_agree_with_the_emulation_in_their_output_and_every_gradient(found, routing):
+    assert max(found["experts"][routing].values()) < TOLERANCE, found["experts"][routing]
+
+
+def test_a_linear_layer_of_odd_dimensions_agrees_with_the_emulation(found):
+    assert max(found["linear"].values()) < TOLERANCE, found["linear"]
+
+
+def test_every_mutation_of_the_kernels_is_noticed(found):
+    """The checks above can fail: each of these one-line mistakes moves one of them far past its tolerance."""
+    assert len(found["mutations"]) == 10
+    missed = {name: effect for name, effect in found["mutations"].items() if effect < 100 * TOLERANCE}
+    assert not missed

@@ -1,0 +1,201 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsv3 import doctor
+from dsv3.doctor import (
+    CHECKS,
+    Finding,
+    check_aim,
+    check_disk,
+    check_driver,
+    check_experts,
+    check_memory,
+    check_params,
+    check_path,
+    check_python,
+    check_repository,
+    check_schema,
+    check_torch,
+    disk_bytes,
+    finding,
+    is_locked,
+)
+from dsv3.params import read_params, schema_text
+from dsv3.sizing.architecture import read_architecture
+from dsv3.sizing.parameters import num_parameters
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    """A project as it is cloned: parameters, models, schema, a Git and a DVC repository."""
+    for name in ("mini_model", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".gitignore").write_text("*\n", encoding="utf-8")
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    return tmp_path
+
+
+def edit(old, new):
+    text = Path("params.yaml").read_text(encoding="utf-8")
+    assert old in text
+    Path("params.yaml").write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_a_finding_is_one_line_and_a_bad_one_names_its_remedy():
+    assert str(Finding("disk", True, "9 GiB free", "free some")) == "ok  disk        9 GiB free"
+    assert str(Finding("disk", False, "0 GiB free", "free some")) == "!!  disk        0 GiB free; free some"
+
+
+@pytest.mark.parametrize(
+    "check",
+    [check_python, check_repository, check_params, check_torch, check_experts, check_memory, check_disk, check_aim],
+)
+def test_a_sound_project_on_this_machine_passes(check):
+    found = check()
+    assert found.is_ok, found
+
+
+def test_the_wrong_python_is_found(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
+    assert str(check_python()).startswith("!!  python      3.13.0 in ")
+
+
+def test_a_dvc_of_another_environment_is_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: str(Path(sys.executable).parent / name))
+    assert check_path().is_ok
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/dvc")
+    assert "dvc is /usr/bin/dvc; run: source " in str(check_path())
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert "dvc is not found; run: source " in str(check_path())
+
+
+def test_changes_are_counted_and_a_missing_repository_is_found(monkeypatch, tmp_path_factory):
+    assert check_repository().message == "nothing differs from the last commit"
+    Path(".gitignore").unlink()
+    assert check_repository().message.endswith("files differ from the last commit")
+    shutil.rmtree(".dvc")
+    assert "no .dvc here; go to the project's root" in str(check_repository())
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert "not a Git repository; run: git init" in str(check_repository())
+
+
+def test_a_mistake_in_params_yaml_is_found_by_every_check_that_reads_it():
+    edit("top_p: 0.95", "top_p: 2")
+    assert str(finding(check_params)) == (
+        "!!  params      params.yaml: sample.top_p is 2; must be <= 1; mend params.yaml"
+    )
+    assert not finding(check_disk).is_ok
+
+
+def test_a_schema_that_is_out_of_date_is_found_and_written_anew(project):
+    (project / "docs").unlink()
+    assert "out of date; run: python -m dsv3.doctor --write-schema" in str(check_schema())
+    doctor.main(write_schema=True)
+    assert Path("docs/params.schema.json").read_text(encoding="utf-8") == schema_text()
+    assert check_schema().is_ok
+
+
+def test_a_driver_that_torch_does_not_use_is_found(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert check_driver().is_ok
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    assert "does not use it" in str(check_driver())
+
+
+def test_a_cuda_device_that_is_asked_for_and_missing_is_found(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    edit("device: auto", "device: cuda")
+    assert "sees no CUDA device, runtime.device is cuda; install a CUDA build" in str(check_torch())
+
+
+def test_an_expert_backend_that_cannot_run_here_is_found():
+    edit("experts: auto", "experts: nothing")
+    assert "train.experts is nothing; must be one of auto" in str(finding(check_experts))
+
+
+def test_a_training_that_does_not_fit_is_found(monkeypatch):
+    monkeypatch.setattr(doctor, "device_memory_bytes", lambda device: 1 << 20)
+    assert "lower train.per_device_train_batch_size" in str(check_memory())
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+    assert "free some, or lower runtime.save_total_limit" in str(check_disk())
+
+
+def test_the_disk_holds_one_checkpoint_more_than_are_kept_and_the_export():
+    """AdamW: weights and two moments, 12 bytes per parameter; the export: 4."""
+    edit("optim: muon", "optim: adamw")
+    params = read_params(Path("params.yaml"))
+    checkpoints = params.runtime.save_total_limit + 1
+    expected = (12 * checkpoints + 4) * num_parameters(read_architecture(Path(params.model.config)))
+    assert disk_bytes(params) == pytest.approx(expected, rel=0.001)
+
+
+def test_aim_tells_where_runs_go_and_whether_its_interface_is_up(monkeypatch):
+    assert "will be made by the first run" in check_aim().message
+    lock = Path(".aim/meta/index/LOCK")
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert "its interface is up" not in check_aim().message
+    monkeypatch.setattr(doctor, "is_locked", lambda path: path.name == "LOCK")
+    assert check_aim().message.endswith(", its interface is up")
+    edit("aim_repo: null", "aim_repo: aim://127.0.0.1:53800")
+    assert "runs go to aim://127.0.0.1:53800 (not contacted)" in check_aim().message
+
+
+def test_a_lock_is_seen_only_while_another_process_holds_it(tmp_path):
+    lock = tmp_path / "LOCK"
+    assert not is_locked(lock)
+    lock.touch()
+    assert not is_locked(lock)
+    take = f"import fcntl; file = open({str(lock)!r}, 'r+'); fcntl.lockf(file, fcntl.LOCK_EX)"
+    code = f"{take}; print('held', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        assert is_locked(lock)
+        holder.communicate(b"\n")
+    assert not is_locked(lock)
+
+
+def test_a_package_that_is_missing_is_a_finding():
+    def check_something():
+        raise ModuleNotFoundError("No module named 'torch'")
+
+    assert "No module named 'torch'; install the dependencies: make setup" in str(finding(check_something))
+
+
+def test_the_programs_own_mistake_is_no_finding():
+    def check_something():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        finding(check_something)
+
+
+def test_the_command_prints_a_line_per_check_and_ends_with_status_1_where_one_fails():
+    edit("top_p: 0.95", "top_p: 2")
+    result = subprocess.run(
+        [sys.executable, "-m", "dsv3.doctor"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(CHECKS)
+    assert all(line.startswith(("ok  ", "!!  ")) for line in lines)
+    assert result.returncode == 1
