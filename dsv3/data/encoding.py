@@ -1,8 +1,8 @@
 """Text of any length to tokens, in pieces of bounded size and on all cores.
 
 A long document is cut into pieces that are encoded one by one. A byte-level BPE first splits a text into words, and no
-token crosses a word's border, so a cut there changes nothing; the place that is a border for sure is before a
-space or line end with no white space behind it (the splitting rule sets the last white space before a word apart). With a
+token crosses a word's border, so a cut there changes nothing; the place that is a border for sure is before a space or
+line end with no white space behind it (the splitting rule sets the last white space before a word apart). With a
 tokenizer of another kind, tokens near a cut may be others than without it. Every piece is decoded again and compared
 with its text, so whether the tokens spell the text exactly is known and not assumed.
 

@@ -26,7 +26,7 @@ def selections(measure: Measure, params: TokenizeParams) -> dict[str, Selection]
     if params.split_by == "documents":
         if measure.num_documents < len(SPLITS):
             raise UserError(
-                f"tokenize.split_by is documents; must be characters, as the corpus has {measure.num_documents} document(s)"
+                f"tokenize.split_by is documents; must be characters: there are {measure.num_documents} document(s)"
             )
         return {split: _dealing(split, params) for split in SPLITS}
     spans = character_spans(measure.characters, params.validation_fraction, params.test_fraction)

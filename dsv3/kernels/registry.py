@@ -106,6 +106,10 @@ def experts_backend(
 
     `name` is `train.experts`. Raises `UserError` for an unknown name and for a backend that can't run here.
     """
+    if use_fp8 and not (recipe.quantises_weights or recipe.quantises_activations):
+        raise UserError(
+            "train.use_fp8 is true with fp8_weight_quant and fp8_activation_quant both false; set one to true"
+        )
     name = auto_backend(device, compute_dtype, use_fp8, recipe) if name == "auto" else name
     if name not in BACKENDS:
         raise UserError(f"train.experts is {name}; must be one of auto, {', '.join(BACKENDS)}")

@@ -20,4 +20,4 @@ class EstimateSizeParams(Section):
     """Type of the cached latent at inference."""
 
     memory_budget_gib: float | None = Field(gt=0)
-    """Training is refused when its estimate exceeds this; null: no bound."""
+    """estimate_size refuses a training whose estimate exceeds this; null: no bound."""

@@ -85,6 +85,8 @@ def _is_gone(holder: str) -> bool:
     number, _, host = holder.partition(" ")
     if host != socket.gethostname() or not number.isdigit():
         return False
+    if int(number) == os.getpid():
+        return True  # a restarted container numbers its processes anew
     try:
         os.kill(int(number), 0)
     except ProcessLookupError:

@@ -87,7 +87,7 @@ class TrainParams(Section):
     """Export the weights with the lowest validation loss instead of the last ones."""
 
     precision: Literal["auto", "fp32", "bf16"]
-    """auto: bf16 where the device multiplies it natively, else fp32."""
+    """auto: bf16 on a GPU that multiplies it natively, else fp32."""
 
     use_fp8: bool
     """Block-scaled FP8 on top of `precision`."""

@@ -166,6 +166,6 @@ def provenance(run: Run, recorder: Recorder, outputs: Outputs) -> dict[str, Any]
         "optimizer steps": run.state.step,
         "training tokens": run.state.step * plan.tokens_per_step,
         "seed": plan.params.seed,
-        "commit": record["dvc"].get("git_sha"),
+        "commit": f"{record['dvc']['git_sha']}{' and local changes' if record['dvc']['git_dirty'] else ''}",
         "fingerprint": record["fingerprint"],
     }

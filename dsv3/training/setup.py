@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 import mini_model
 from dsv3.artifacts import read_json, sha256_tree
@@ -30,6 +30,10 @@ from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 NUMERIC_CODE = ("mini_model", "dsv3/assembly.py", "dsv3/data", "dsv3/fp8", "dsv3/kernels", "dsv3/training")
 """Where the code lies that shapes the weights; a checkpoint made by other code is not resumed."""
 
+REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+"""Launches in which every process holds the whole model. A sharded one would need sharded checkpoints, and Muon whole
+matrices."""
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -48,12 +52,22 @@ def start_accelerator(plan: Plan) -> Accelerator:
     """Return Accelerate's view of devices and processes; raise `UserError` where they do not fit the plan."""
     train = plan.params.train
     on_cpu = uses_cpu(plan.params.runtime.device)
+    local_processes, num_devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if not on_cpu and local_processes > num_devices:
+        raise UserError(
+            f"params.yaml: runtime.num_processes is {local_processes}; must be <= {num_devices}, this machine's GPUs"
+        )
     device = torch.device("cpu" if on_cpu else "cuda")
     has_unused_parameters = min(train.mtp_loss_weight, train.mtp_loss_weight_final) == 0
     # Buffers are not broadcast: each process counts its own tokens, and biases are equal because their updates are.
     kwargs = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=has_unused_parameters)
     uses_autocast = autocast_dtype(train.precision, device) == torch.bfloat16
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if uses_autocast else "no", kwargs_handlers=[kwargs])
+    if accelerator.distributed_type not in REPLICATED:
+        raise UserError(
+            f"the launcher asks for {accelerator.distributed_type.value}; training replicates the model and shards "
+            "nothing; launch it with configs/accelerate/ddp.yaml, or set runtime.num_processes"
+        )
     if train.gradient_accumulation_steps % accelerator.num_processes:
         raise UserError(
             f"params.yaml: train.gradient_accumulation_steps is {train.gradient_accumulation_steps}; must be a "

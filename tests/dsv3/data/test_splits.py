@@ -83,7 +83,7 @@ def test_the_deal_meets_the_fractions_on_average_and_never_changes():
         (
             "documents",
             measure(900),
-            r"tokenize.split_by is documents; must be characters, as the corpus has 1 document",
+            r"tokenize.split_by is documents; must be characters: there are 1 document",
         ),
     ],
 )

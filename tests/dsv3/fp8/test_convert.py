@@ -6,9 +6,8 @@ import torch
 from dsv3.artifacts import read_json
 from dsv3.fp8.convert import convert, emulate_bf16
 from dsv3.fp8.linear import LowPrecisionLinear
-from dsv3.fp8.recipe import Recipe
-from dsv3.kernels import precision
-from dsv3.kernels.precision import apply_arithmetic
+from dsv3.kernels import registry
+from dsv3.kernels.registry import experts_backend
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 
@@ -73,9 +72,9 @@ def test_the_checkpoint_knows_nothing_of_the_conversion(model):
 
 def test_fp8_trains_every_weight_and_its_gradients_point_where_fp32s_do(model):
     exact_loss, exact = loss_and_gradients(model)
-    arithmetic = apply_arithmetic(model, "auto", CPU, torch.float32, Recipe())
+    model.set_experts_implementation(experts_backend("auto", CPU, torch.float32, use_fp8=True))
+    convert(model, weight_quant=True, activation_quant=True, device=CPU)
     loss, gradients = loss_and_gradients(model)
-    assert arithmetic.is_emulated
     assert loss == pytest.approx(exact_loss, rel=5e-3)
     assert loss != exact_loss
     num_nonzero = sum(int(gradient.count_nonzero()) for gradient in gradients.values())
@@ -85,29 +84,18 @@ def test_fp8_trains_every_weight_and_its_gradients_point_where_fp32s_do(model):
         assert cosine > 0.9, (name, cosine)  # least for the router, whose gradient is a difference of near-equal sums
 
 
-def test_the_switches_are_recorded_in_the_names(model):
-    arithmetic = apply_arithmetic(model, "auto", CPU, torch.float32, Recipe(quantises_activations=False))
-    assert arithmetic.experts == "dsv3_fp8_emulated_high_activations"
-    assert arithmetic.linears is not None
-    assert arithmetic.linears.precision == "fp8_emulated_high_activations"
+def test_the_switches_are_recorded_in_the_name(model):
+    conversion = convert(model, weight_quant=True, activation_quant=False, device=CPU)
+    assert conversion.precision == "fp8_emulated_high_activations"
 
 
-def test_bf16_on_a_cpu_without_it_is_emulated_and_says_so(model, monkeypatch):
-    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: False)
-    monkeypatch.setattr("dsv3.kernels.registry.multiplies_bf16", lambda device: False)
+def test_bf16_by_rounding_operands_is_close_to_fp32_but_not_equal(model, monkeypatch):
+    monkeypatch.setattr(registry, "multiplies_bf16", lambda device: False)
     exact_loss, _ = loss_and_gradients(model)
-    arithmetic = apply_arithmetic(model, "auto", CPU, torch.bfloat16, None)
-    assert arithmetic.experts == "dsv3_bf16_emulated"
-    assert arithmetic.is_emulated
+    model.set_experts_implementation(experts_backend("auto", CPU, torch.bfloat16, use_fp8=False))
+    assert emulate_bf16(model).precision == "bf16_emulated"
     loss, _ = loss_and_gradients(model)
     assert 0 < abs(loss - exact_loss) < 1e-2
-
-
-def test_fp32_leaves_the_linear_layers_alone(model):
-    arithmetic = apply_arithmetic(model, "auto", CPU, torch.float32, None)
-    assert arithmetic.linears is None
-    assert not arithmetic.is_emulated
-    assert not any(isinstance(module, LowPrecisionLinear) for module in model.modules())
 
 
 def test_the_emulation_of_bf16_rounds_small_layers_too(model):

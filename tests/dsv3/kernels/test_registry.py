@@ -63,6 +63,19 @@ def test_a_backend_that_cannot_run_says_why_in_one_line(name, device, dtype, use
     assert "\n" not in str(refused.value)
 
 
+def test_fp8_of_neither_side_is_refused():
+    with pytest.raises(UserError, match="both false; set one to true"):
+        experts_backend("auto", CPU, FP32, True, Recipe(quantises_weights=False, quantises_activations=False))
+
+
+def test_the_gpu_kernels_refuse_a_recipe_that_quantises_one_side_and_auto_emulates_it(monkeypatch):
+    monkeypatch.setattr(registry, "multiplies_fp8", lambda device: True)
+    one_side = Recipe(quantises_weights=False)
+    assert auto_backend(CUDA, BF16, True, one_side) == "fp8_emulated"
+    with pytest.raises(UserError, match="quantises weights and activations, not one of them, take auto"):
+        experts_backend("triton_fp8", CUDA, BF16, True, one_side)
+
+
 @pytest.mark.parametrize("hidden_dtype", [FP32, BF16])
 @pytest.mark.parametrize(("name", "dtype"), [("cpu", BF16), ("grouped_mm", BF16), ("bf16_emulated", BF16)])
 def test_bf16_backends_cast_fp32_master_weights_and_give_back_the_dtype_they_got(name, dtype, hidden_dtype):

@@ -109,6 +109,12 @@ def test_a_second_writer_is_refused_in_one_line_that_names_the_first(tmp_path):
         assert (tmp_path / "lock").read_text() == f"{os.getpid()} {socket.gethostname()}"
 
 
+def test_a_lock_left_by_a_process_that_had_our_number_is_taken_over(tmp_path):
+    (tmp_path / "lock").write_text(f"{os.getpid()} {socket.gethostname()}")
+    with locked(tmp_path):
+        assert (tmp_path / "lock").is_file()
+
+
 def test_nothing_is_known_of_a_holder_on_another_host(tmp_path):
     (tmp_path / "lock").write_text("1 elsewhere")
     with pytest.raises(UserError, match="delete this file only if it is gone"), locked(tmp_path):

@@ -161,3 +161,15 @@ def test_bf16_trains_to_nearly_the_same_loss(tmp_path):
     assert losses[0] != losses[1]
     # bf16 keeps 8 bits: 0.4 % per number, averaging out over some thousands of them.
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+
+
+def test_a_launch_that_would_shard_the_model_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("dsv3.training.setup.REPLICATED", ())
+    with pytest.raises(UserError, match="training replicates the model and shards nothing"):
+        trained(tmp_path)
+
+
+def test_more_processes_than_the_accumulation_can_be_dealt_to_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 3)
+    with pytest.raises(UserError, match="gradient_accumulation_steps is 2; must be a multiple of the 3 processes"):
+        trained(tmp_path)
