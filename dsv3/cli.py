@@ -24,9 +24,9 @@ DryRunOption = Annotated[
 
 def command(main: Callable[..., None]) -> None:
     """Run `main` as a command line; a `UserError` is printed as one line and ends the process with status 2."""
-    # Read when torch loads OpenMP, which is later. By default its threads spin while they wait for each other: with one
-    # other busy program on a 2-core machine a small matrix product then took 5 to 10 times as long (docs/log.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read when torch loads OpenMP, which is later. Its threads spin while they wait for each other: with one other
+    # busy program on two cores, small matrix products become many times slower. This bound costs nothing (docs/log.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(main)
     run_app(app)
