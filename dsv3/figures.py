@@ -58,7 +58,7 @@ def loss_by_position(loss_T: Floats, mean: float, title: str) -> Figure:
             xlabel="tokens of context (the predicted token's place in its window)", ylabel="loss in nats per token"
         )
         axes.set_title(title, loc="left")
-        axes.legend(frameon=False)
+        axes.legend(facecolor="white", edgecolor="none", framealpha=0.9)
         return figure
 
 

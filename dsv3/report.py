@@ -17,7 +17,7 @@ NEXT = (
     ("cat outputs/samples.md", "what the model writes"),
     ("dvc metrics show", "every number of every stage"),
     ("dvc plots show", "curves and figures as one HTML page"),
-    ("dvc exp run -S train.learning_rate=4.0e-3", "a first experiment: half the learning rate"),
+    ("dvc exp run -S train.learning_rate=4.0e-3", "a first experiment: another learning rate"),
     ("dvc exp show --only-changed", "experiments side by side"),
 )
 

@@ -33,7 +33,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple, maybe_autocast
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -651,7 +651,8 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
         hidden_BSD = trunk.last_hidden_state
         result = DeepseekV3CausalLMOutput(**{name: trunk[name] for name in trunk if name != "last_hidden_state"})
         if not has_targets or not self.training:
-            result.logits = self.lm_head(slice_logits_to_keep(hidden_BSD, logits_to_keep))
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            result.logits = self.lm_head(hidden_BSD[:, kept])
         if targets_BS is not None:
             result.cross_entropy_loss = loss = self.head_loss(hidden_BSD, targets_BS)
             if has_mtp and inputs_embeds is not None:

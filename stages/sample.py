@@ -53,8 +53,9 @@ def main(
 
     recorder = reopen_recorder(record, parameters.runtime)
     for item in samples:
-        for index, continuation in enumerate(item.continuations):
-            recorder.text("sample", item.prompt + continuation, record["step"], prompt=item.prompt, index=index)
+        for number, continuation in enumerate(item.continuations, start=1):
+            context = {"number": number} if len(item.continuations) > 1 else {}
+            recorder.text("sample", item.prompt + continuation, record["step"], prompt=item.prompt, **context)
     recorder.close("finished")
     num_new_tokens = sum(item.num_new_tokens for item in samples)
     print(f"{output}: {num_new_tokens:,} tokens, {num_new_tokens / seconds:.0f} tokens/s")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 # Read when torch, tokenizers, huggingface_hub and matplotlib are imported, so set before any of them.
 HOME = tempfile.TemporaryDirectory(prefix="dsv3-tests-")
@@ -20,6 +21,10 @@ os.environ |= {
 }
 for name in [name for name in os.environ if name in {"DVC_ROOT", "DVC_STAGE"} or name.startswith("DVC_EXP_")]:
     del os.environ[name]  # a test run started by DVC must not write into that run
+
+# The same commit gets the same verdict, whatever the machine's speed.
+settings.register_profile("same verdict", deadline=None, derandomize=True)
+settings.load_profile("same verdict")
 
 LOOPBACK = ("127.", "::1", "localhost")
 

@@ -64,10 +64,11 @@ def run_identity(
     corpus = data.get("corpus", {})
     architecture = Path(values["model"]["config"]).stem
     commit = git("rev-parse", "HEAD")
+    told = (corpus.get("source"), values["train"]["optim"], env.get("precision"))
     return RunIdentity(
         name=source.get("DVC_EXP_NAME") or f"workspace-{commit[:7] if commit else 'untracked'}",
         experiment=values["runtime"]["experiment"] or architecture,
-        tags=tuple(dict.fromkeys((architecture, *([corpus["source"]] if "source" in corpus else []), *tags))),
+        tags=tuple(dict.fromkeys(tag for tag in (architecture, *told, *tags) if tag)),
         params=values,
         dvc={
             "exp_name": source.get("DVC_EXP_NAME"),

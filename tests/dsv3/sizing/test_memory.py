@@ -147,7 +147,7 @@ def test_the_peak_of_two_real_optimizer_steps_is_the_estimate_to_a_tenth(changes
     train = TRAIN.model_copy(update=common | {"optim": "adamw", "adam_moments_dtype": "fp32"} | changes)
     model = model_of(NANO, train.precision, train.experts)
     if train.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     precision = passed_precision(train.precision, train.experts)
     stepper = Optimizer(parameter_groups(model, train), train, DTYPES[precision])
     shape = (train.per_device_train_batch_size, train.block_size)

@@ -19,7 +19,7 @@ def params() -> Params:
 def identity(params, monkeypatch) -> RunIdentity:
     monkeypatch.setenv("DVC_EXP_NAME", "union-brig")
     data = {"sha256": "d" * 64, "corpus": {"source": "plays", "sha256": "c" * 64}}
-    return run_identity(params, "f" * 64, data, {"parameters": 5}, {"device": "cpu", "world_size": 1}, ("fp32",))
+    return run_identity(params, "f" * 64, data, {"parameters": 5}, {"device": "cpu", "precision": "bf16"}, ("mine",))
 
 
 @pytest.fixture(scope="session")

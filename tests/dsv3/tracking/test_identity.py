@@ -9,11 +9,11 @@ import pytest
 from dsv3.tracking.identity import git, native, project_root, run_identity
 
 
-def test_the_experiments_name_of_dvc_is_the_runs_name(identity):
+def test_the_experiments_name_of_dvc_is_the_runs_name(identity, params):
     assert identity.name == "union-brig"
     assert identity.dvc["exp_name"] == "union-brig"
     assert identity.experiment == "config_nano"
-    assert identity.tags == ("config_nano", "plays", "fp32")
+    assert identity.tags == ("config_nano", "plays", params.train.optim, "bf16", "mine")
 
 
 def test_without_dvc_the_run_is_named_after_the_workspaces_commit(params, monkeypatch, tmp_path):

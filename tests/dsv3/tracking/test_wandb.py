@@ -1,0 +1,73 @@
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from dsv3.tracking import recorder as recorder_module
+from dsv3.tracking.recorder import open_recorder, reopen_recorder
+
+
+class FakeRun:
+    """As much of a W&B run as the sink calls."""
+
+    def __init__(self, resumed):
+        self.resumed, self.rows, self.summary, self.step_metrics, self.exit_code = resumed, [], {}, [], None
+
+    def define_metric(self, name, step_metric):
+        self.step_metrics.append((name, step_metric))
+
+    def log(self, row):
+        self.rows.append(row)
+
+    def finish(self, exit_code):
+        self.exit_code = exit_code
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package, which is an extra and wants an account; it remembers the runs that it began."""
+    runs: list[tuple[dict, FakeRun]] = []
+
+    def init(**options):
+        is_known = any(earlier["id"] == options["id"] for earlier, _ in runs)
+        runs.append((options, FakeRun(resumed=is_known)))
+        return runs[-1][1]
+
+    package = SimpleNamespace(init=init, Html=lambda text: ("html", text), runs=runs)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    monkeypatch.delitem(sys.modules, "dsv3.tracking.wandb", raising=False)
+    monkeypatch.setattr(recorder_module.importlib.util, "find_spec", lambda name: object())
+    yield package
+    sys.modules.pop("dsv3.tracking.wandb", None)
+
+
+@pytest.fixture
+def runtime(params):
+    return params.runtime.model_copy(update={"trackers": ["wandb"]})
+
+
+def test_rows_have_their_own_step_and_names_by_subset_and_layer(bare_project, identity, runtime, wandb):
+    recorder = open_recorder(bare_project / "results", runtime, identity)
+    recorder.log("history", {"step": 10, "loss": 4.0})
+    recorder.log("router", {"step": 10, "layer": 1, "max_vio": 0.5})
+    recorder.close("finished")
+    ((options, run),) = wandb.runs
+    assert run.rows == [{"step": 10, "train/loss": 4.0}, {"step": 10, "train/max_vio/layer_1": 0.5}]
+    assert run.step_metrics == [("*", "step")]
+    assert (options["name"], options["group"]) == ("union-brig", "config_nano")
+    assert options["config"]["params"] == identity.params
+    assert (run.summary["status"], run.exit_code) == ("finished", 0)
+
+
+def test_later_stages_find_the_run_again_by_its_id(bare_project, identity, runtime, wandb):
+    training = open_recorder(bare_project / "results", runtime, identity)
+    training.close("interrupted")
+    recorder = reopen_recorder(training.run_record(), runtime)
+    recorder.result("evaluate", {"test": {"nats_per_char": 1.5}}, 10)
+    recorder.text("sample", "To <be", 10, prompt="To\n")
+    recorder.close("finished")
+    (first, interrupted), (second, run) = wandb.runs
+    assert first["id"] == second["id"]
+    assert interrupted.exit_code == 1
+    assert run.summary["evaluate/test"] == {"nats_per_char": 1.5}
+    assert run.rows == [{"step": 10, "sample/To": ("html", "<pre>To &lt;be</pre>")}]
