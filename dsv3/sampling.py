@@ -67,7 +67,7 @@ def sample(
     )
     rows = written[:, len(ids) :]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    return Sample(prompt, tuple(texts), int(rows.ne(end_of_text).sum()))
+    return Sample(prompt, tuple(texts), int(rows.ne(cast(int, end_of_text)).sum()))
 
 
 def markdown(samples: list[Sample], params: SampleParams, seed: int, record: Mapping[str, Any]) -> str:

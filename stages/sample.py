@@ -20,7 +20,6 @@ def main(
 
     parameters = read_params(params)
     settings = parameters.sample
-
     import time
 
     from tqdm import tqdm
@@ -57,8 +56,8 @@ def main(
             context = {"number": number} if len(item.continuations) > 1 else {}
             recorder.text("sample", item.prompt + continuation, record["step"], prompt=item.prompt, **context)
     recorder.close("finished")
-    num_new_tokens = sum(item.num_new_tokens for item in samples)
-    print(f"{output}: {num_new_tokens:,} tokens, {num_new_tokens / seconds:.0f} tokens/s")
+    new_tokens = sum(item.num_new_tokens for item in samples)
+    print(f"{output}: {new_tokens:,} tokens, {new_tokens / seconds:.0f} tokens/s")
 
 
 if __name__ == "__main__":
