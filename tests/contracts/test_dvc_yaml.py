@@ -111,3 +111,14 @@ def test_every_parameter_is_read_somewhere():
         names = getattr(field.annotation, "model_fields", {})
         unread = [name for name in names if not re.search(rf"\.{name}\b", sources)]
         assert unread == [], f"{section}: {unread}"
+
+
+def test_plots_and_artifacts_name_outputs_of_stages():
+    outputs = set().union(*(outputs_of(stage) for stage in STAGES.values()))
+    plotted = {
+        path
+        for plot in PIPELINE["plots"]
+        for path in ([plot] if isinstance(plot, str) else next(iter(plot.values()))["y"])
+    }
+    assert plotted <= outputs
+    assert {artifact["path"] for artifact in PIPELINE["artifacts"].values()} <= outputs
