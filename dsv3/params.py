@@ -126,6 +126,7 @@ def _check_relations(params: Params, architecture: Architecture, path: Path) -> 
     config = params.model.config
     trains_tokenizer = tokenize.tokenizer == "byte_level_bpe"
     accumulation, processes = train.gradient_accumulation_steps, runtime.num_processes
+    smallest = accumulation // train.batch_ramp_levels
     rules = [
         (
             trains_tokenizer and tokenize.vocab_size > vocabulary,
@@ -149,6 +150,11 @@ def _check_relations(params: Params, architecture: Architecture, path: Path) -> 
             accumulation % processes != 0,
             f"runtime.num_processes is {processes}; must divide train.gradient_accumulation_steps ({accumulation}), "
             "so that the batch stays the same",
+        ),
+        (
+            smallest % processes != 0,
+            f"runtime.num_processes is {processes}; must divide {smallest}, the forward passes of the first step: "
+            f"train.gradient_accumulation_steps ({accumulation}) / train.batch_ramp_levels ({train.batch_ramp_levels})",
         ),
         (
             tokenize.validation_fraction + tokenize.test_fraction >= 1,

@@ -279,16 +279,11 @@ class DeepseekV3TopkRouter(Float32Buffers):
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.num_experts = config.n_routed_experts
-        self.num_groups = config.n_group
-        self.topk_group = config.topk_group
-        self.norm_topk_prob = config.norm_topk_prob
-        self.routed_scaling_factor = config.routed_scaling_factor
+        self.config = config
         self.counts_when_evaluating = False
-        self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
-        self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_experts, dtype=torch.float32))
-        self.expert_load = nn.Buffer(torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.e_score_correction_bias = nn.Buffer(torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        self.expert_load = nn.Buffer(torch.zeros(config.n_routed_experts, dtype=torch.int64), persistent=False)
 
     def forward(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the logits (T, E), the gate values (T, K) and the chosen experts (T, K)."""
@@ -297,26 +292,27 @@ class DeepseekV3TopkRouter(Float32Buffers):
         scores_TE = logits_TE.sigmoid()
         index_TK = self.chosen_experts(scores_TE)
         gates_TK = scores_TE.gather(1, index_TK)
-        if self.norm_topk_prob:
+        if self.config.norm_topk_prob:
             gates_TK = gates_TK / (gates_TK.sum(dim=1, keepdim=True) + 1e-20)
-        return logits_TE, gates_TK * self.routed_scaling_factor, index_TK
+        return logits_TE, gates_TK * self.config.routed_scaling_factor, index_TK
 
     @torch.no_grad()
     def chosen_experts(self, scores_TE: Tensor) -> Tensor:
         """Return the top K of s + b, (T, K), among the groups whose two best experts have the largest sums of s + b."""
         biased_TE = scores_TE + self.e_score_correction_bias
-        if self.topk_group < self.num_groups:
-            grouped = biased_TE.unflatten(1, (self.num_groups, -1))
+        groups, kept_groups = self.config.n_group, self.config.topk_group
+        if kept_groups < groups:
+            grouped = biased_TE.unflatten(1, (groups, -1))
             score_TG = grouped.topk(GROUP_SCORE_TERMS, dim=-1).values.sum(dim=-1)
-            kept_TG = one_hot_rows(score_TG.topk(self.topk_group, dim=-1, sorted=False).indices, self.num_groups)
+            kept_TG = one_hot_rows(score_TG.topk(kept_groups, dim=-1, sorted=False).indices, groups)
             biased_TE = grouped.masked_fill(~kept_TG[..., None], -torch.inf).flatten(1)
-        return biased_TE.topk(self.top_k, dim=-1, sorted=False).indices
+        return biased_TE.topk(self.config.num_experts_per_tok, dim=-1, sorted=False).indices
 
     @torch.no_grad()
     def count(self, index_TK: Tensor) -> None:
         """Add the tokens each expert was given to `expert_load`, in training or where `counts_when_evaluating`."""
         if self.training or self.counts_when_evaluating:
-            self.expert_load.add_(one_hot_rows(index_TK, self.num_experts).sum(dim=0))
+            self.expert_load.add_(one_hot_rows(index_TK, self.config.n_routed_experts).sum(dim=0))
 
 
 def one_hot_rows(index_TK: Tensor, width: int) -> Tensor:
@@ -595,6 +591,14 @@ class DeepseekV3CausalLMOutput(MoeCausalLMOutputWithPast):
     sequence_loss: Tensor | None = None  # the sum over MoE layers, those of prediction modules too; 1 each at balance
 
 
+def targets_ahead(targets_BS: Tensor, position_ids: Tensor | None, depth: int) -> Tensor:
+    """Return the targets of depth k, (B, S − k), less those for which token t_{i+k} lies in another document than i."""
+    if position_ids is None:
+        return targets_BS[:, depth:]
+    is_other_BS = position_ids[:, depth:] - position_ids[:, :-depth] != depth
+    return targets_BS[:, depth:].masked_fill(is_other_BS, IGNORED_LABEL)
+
+
 def cross_entropy(hidden_TD: Tensor, head_weight_VD: Tensor, labels_T: Tensor) -> Tensor:
     """Return the mean negative log-likelihood, in nats, of the labels that aren't ignored."""
     logits_TV = F.linear(hidden_TD, head_weight_VD)
@@ -644,8 +648,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
         sequence_losses: list[Tensor] | None = [] if has_targets and sequence_loss_weight != 0 else None
         if has_mtp and input_ids is not None:
             input_ids, inputs_embeds = None, self.model.embed_tokens(input_ids)
-        if has_targets and use_cache is None:
-            use_cache = False
+        use_cache = False if has_targets and use_cache is None else use_cache
         positions = (attention_mask, position_ids)
         trunk = self.model(input_ids, *positions, past_key_values, inputs_embeds, use_cache, sequence_losses, **kwargs)
         hidden_BSD = trunk.last_hidden_state
@@ -657,7 +660,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
             result.cross_entropy_loss = loss = self.head_loss(hidden_BSD, targets_BS)
             if has_mtp and inputs_embeds is not None:
                 ahead = self.model.predictions_ahead(hidden_BSD, inputs_embeds, *positions, sequence_losses)
-                losses = [self.head_loss(state, targets_BS[:, depth:]) for depth, state in enumerate(ahead, start=1)]
+                losses = [self.head_loss(h, targets_ahead(targets_BS, position_ids, k)) for k, h in enumerate(ahead, 1)]
                 result.mtp_loss = torch.stack(losses).mean()
                 loss = loss + mtp_loss_weight * result.mtp_loss
             if sequence_losses:

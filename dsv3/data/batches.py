@@ -14,10 +14,11 @@ last block and the first, and the order of an epoch takes 8 bytes of memory per 
 The order comes from the raw bit stream of PCG64, which NumPy promises never to change (it does not promise that for
 `Generator.permutation`).
 
-Letters: N sequences, L = block_size + 1 tokens (a block and the token after it, which the last one predicts).
+Letters: N sequences, L = block_size + 1 tokens (a block and the token after it, which the last one predicts); B
+sequences of a batch, S their positions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -76,42 +77,40 @@ def _epoch_order(seed: int, epoch: int, num_blocks: int, num_tokens: int) -> tup
 
 @dataclass(frozen=True)
 class StepLayout:
-    """How the sequences of an optimizer step are dealt to processes and forward passes.
+    """How the sequences of a run are dealt to optimizer steps, processes and forward passes.
 
-    A step has `accumulation` micro-batches of `micro_batch_size` sequences over all processes together; process `rank`
-    of `world_size` takes every world_size-th of them. `world_size` must divide `accumulation`.
+    Step n has the micro-batches number `starts[n]` to `starts[n + 1] - 1` of the run, of `micro_batch_size` sequences
+    each; process `rank` of `world_size` takes every world_size-th of them. `world_size` must divide their number.
     """
 
     micro_batch_size: int
-    accumulation: int
+    starts: Sequence[int]
     rank: int = 0
     world_size: int = 1
 
-    @property
-    def num_sequences_per_step(self) -> int:
-        """Number of sequences in one optimizer step, over all processes."""
-        return self.micro_batch_size * self.accumulation
+    def accumulation(self, step: int) -> int:
+        """Return the number of forward passes of `step`, over all processes."""
+        return self.starts[step + 1] - self.starts[step]
 
-    @property
-    def num_micro_batches(self) -> int:
-        """Number of forward passes of this process in one optimizer step."""
-        return self.accumulation // self.world_size
+    def sequences_before(self, step: int) -> int:
+        """Return the number of the first sequence of `step`."""
+        return self.starts[step] * self.micro_batch_size
 
-    def first_sequence(self, step: int, micro: int) -> int:
-        """Return the number of the first sequence of this process's micro-batch `micro` of `step` (both from 0)."""
-        return step * self.num_sequences_per_step + (micro * self.world_size + self.rank) * self.micro_batch_size
+    def micro_batches(self, steps: range) -> Iterator[int]:
+        """Yield the numbers, counted over the run, of this process's micro-batches of the given steps."""
+        for step in steps:
+            yield from range(self.starts[step] + self.rank, self.starts[step + 1], self.world_size)
 
 
 @dataclass(frozen=True)
 class _MicroBatches(Dataset[torch.Tensor]):
-    """Micro-batches of one process; item i is micro-batch i % num_micro_batches of step i // num_micro_batches."""
+    """The micro-batches of a run by number."""
 
     batches: Batches
-    layout: StepLayout
+    micro_batch_size: int
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        step, micro = divmod(index, self.layout.num_micro_batches)
-        return self.batches.sequences(self.layout.first_sequence(step, micro), self.layout.micro_batch_size)
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return self.batches.sequences(number * self.micro_batch_size, self.micro_batch_size)
 
 
 def micro_batches(
@@ -119,16 +118,25 @@ def micro_batches(
 ) -> Iterator[torch.Tensor]:
     """Yield this process's micro-batches of the given steps in order, each int64 (micro_batch_size, block_size + 1).
 
-    Step `steps.start` of the training is the first; each step gives `layout.num_micro_batches` of them. The tensors do
-    not depend on `num_workers` (processes that prepare them) or `pin_memory` (page-locked memory, for CUDA only).
+    Step `steps.start` of the training is the first. The tensors do not depend on `num_workers` (processes that prepare
+    them) or `pin_memory` (page-locked memory, for CUDA only).
     """
-    per_step = layout.num_micro_batches
     loader = DataLoader(
-        _MicroBatches(batches, layout),
+        _MicroBatches(batches, layout.micro_batch_size),
         batch_size=None,
-        sampler=range(steps.start * per_step, steps.stop * per_step),
+        sampler=layout.micro_batches(steps),
         num_workers=num_workers,
         pin_memory=pin_memory and torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader would draw from, and so alter, the global random state
     )
     yield from loader
+
+
+def document_positions(tokens_BS: torch.Tensor, end_of_text: int) -> torch.Tensor:
+    """Return each token's place in its document, counted from 0, (B, S).
+
+    A document begins with the end-of-text token, which precedes every one in the shards, and at the sequence's start.
+    """
+    place_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+    begins_BS = (tokens_BS == end_of_text) | (place_S == 0)
+    return place_S - torch.where(begins_BS, place_S, 0).cummax(dim=1).values

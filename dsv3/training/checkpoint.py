@@ -35,6 +35,13 @@ from dsv3.errors import UserError
 
 FORMAT_VERSION = 1
 COMPLETE = "complete"
+SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "moe_intermediate_size", "n_routed_experts", "n_shared_experts", "first_k_dense_replace", "q_lora_rank",
+    "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_nextn_predict_layers",
+    "tie_word_embeddings",
+)  # fmt: skip
+"""What decides the shapes of the weights."""
 
 
 def fingerprint(facts: Mapping[str, Any]) -> str:
@@ -129,6 +136,21 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     load_model(model, folder / "model.safetensors")
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
     return read_json(folder / "trainer_state.json")
+
+
+def check_checkpoint(folder: Path, config: Mapping[str, Any], total_steps: int) -> None:
+    """Raise `UserError` unless `folder` is a complete checkpoint of this architecture that leaves steps to be done."""
+    where = f"train.resume_from_checkpoint is {folder}"
+    if not (folder / COMPLETE).is_file():
+        raise UserError(f"{where}; holds no complete checkpoint; name a folder step_N under .checkpoints/")
+    saved = read_json(folder / "config.json")
+    changed = [name for name in SIZES if saved.get(name) != config.get(name)]
+    if changed:
+        values = ", ".join(f"{name} {saved.get(name)} instead of {config.get(name)}" for name in changed)
+        raise UserError(f"{where}; of another architecture ({values}); set model.config to its file")
+    step = read_json(folder / "trainer_state.json")["step"]
+    if step >= total_steps:
+        raise UserError(f"{where}; must be before step {total_steps}, the last; raise train.num_train_epochs")
 
 
 def save_best(directory: Path, model: nn.Module, step: int) -> None:

@@ -38,15 +38,15 @@ def history_row(run: Run, window: Window) -> Row:
     plan, params, step = run.plan, run.plan.params.train, run.state.step
     row: Row = {
         "step": step,
-        "epoch": step * plan.sequences_per_step / plan.batches.num_blocks_per_epoch,
-        "tokens_seen": step * plan.tokens_per_step,
+        "epoch": plan.epochs_before(step),
+        "tokens_seen": plan.tokens_before(step),
         "loss": window.mean("loss"),
         "total_loss": window.mean("total_loss"),
         "grad_norm": window.mean("grad_norm"),
-        "learning_rate": learning_rate(step - 1, params, plan.total_steps),
-        "bias_update_rate": bias_update_rate(step - 1, params, plan.total_steps),
+        "learning_rate": learning_rate(step - 1, params, plan.budget),
+        "bias_update_rate": bias_update_rate(step - 1, params, plan.budget),
         "step_s": window.elapsed_s / window.num_steps,
-        "tokens_per_s": plan.tokens_per_step * window.num_steps / window.elapsed_s,
+        "tokens_per_s": (plan.tokens_before(step) - plan.tokens_before(step - window.num_steps)) / window.elapsed_s,
         "peak_memory_bytes": peak_memory_bytes(run.accelerator.device),
     }
     row["model_flops_per_s"] = row["tokens_per_s"] * plan.flops_per_token
@@ -54,7 +54,7 @@ def history_row(run: Run, window: Window) -> Row:
         row["sequence_loss"] = window.mean("sequence_loss")
     if run.model.config.num_nextn_predict_layers:
         row["mtp_loss"] = window.mean("mtp_loss")
-        row["mtp_loss_weight"] = mtp_loss_weight(step - 1, params, plan.total_steps)
+        row["mtp_loss_weight"] = mtp_loss_weight(step - 1, params, plan.budget)
     return row
 
 
@@ -71,9 +71,10 @@ def validate(run: Run, recorder: Recorder | None, directory: Path) -> None:
     stream, params, layout = run.plan.validation, run.plan.params.train, run.layout
     batches = windows(len(stream), params.block_size, params.per_device_eval_batch_size)
     run.model.eval()
-    own = summed_loss(run.forward, stream, batches[layout.rank :: layout.world_size], run.accelerator.device)
+    own_batches, device = batches[layout.rank :: layout.world_size], run.accelerator.device
+    own = summed_loss(run.forward, stream, own_batches, device, run.position_ids)
     run.model.train()
-    nats = run.summed(torch.tensor(own, dtype=torch.float64, device=run.accelerator.device)).item()
+    nats = run.summed(torch.tensor(own, dtype=torch.float64, device=device)).item()
     loss = nats / (len(stream) - 1)
     if run.state.best_loss is None or loss < run.state.best_loss:
         run.state.best_loss, run.state.best_step = loss, run.state.step
@@ -87,7 +88,7 @@ def validation_row(run: Run, nats: float, loss: float) -> Row:
     """Return one row of the validation table."""
     return {
         "step": run.state.step,
-        "tokens_seen": run.state.step * run.plan.tokens_per_step,
+        "tokens_seen": run.plan.tokens_before(run.state.step),
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
         "nats_per_char": nats / run.plan.meta["splits"]["validation"]["characters"],

@@ -3,6 +3,8 @@
 Validation, checkpoints, curves and the progress bar are hooks: plain functions of the run and of what the step
 measured, called every so many steps. Resuming needs only the step, for data, schedules and random numbers are functions
 of it.
+
+Letters: B sequences, S positions.
 """
 
 import time
@@ -14,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dsv3.data.batches import StepLayout, micro_batches
+from dsv3.data.batches import StepLayout, document_positions, micro_batches
 from dsv3.errors import Interrupted, UserError
 from dsv3.training.balancing import taken_loads, update_router_bias
 from dsv3.training.interruption import Interruption
@@ -48,6 +50,12 @@ class Run:
         workers, pin_memory = runtime.dataloader_num_workers, runtime.dataloader_pin_memory
         return micro_batches(self.plan.batches, self.layout, steps, workers, pin_memory)
 
+    def position_ids(self, tokens_BS: Tensor) -> Tensor | None:
+        """Return positions that restart with each document, where documents are not to see one another; else None."""
+        if self.plan.params.train.cross_document_attention:
+            return None
+        return document_positions(tokens_BS, self.plan.meta["eos_token_id"])
+
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Scale the gradients down to `max_norm` where they exceed it; return their norm before."""
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
@@ -77,23 +85,23 @@ def train(run: Run, hooks: Sequence[Hook], save: Callable[[Run], None]) -> None:
     Raises `Interrupted` after a signal, when the step is finished and `save` has been called. Raises `UserError` when
     the loss or a gradient is no longer finite, before that reaches the weights; `save` has then been called too.
     """
-    params, total_steps, state = run.plan.params.train, run.plan.total_steps, run.state
+    params, budget, state = run.plan.params.train, run.plan.budget, run.state
     batches = run.micro_batches()
     run.model.train()
-    while state.step < total_steps:
+    while state.step < budget.total_steps:
         started_at, step = time.perf_counter(), state.step
         torch.manual_seed(step_seed(run))
-        losses = accumulate_gradients(run, batches, mtp_loss_weight(step, params, total_steps))
+        losses = accumulate_gradients(run, batches, mtp_loss_weight(step, params, budget))
         grad_norm = run.clip_grad_norm(params.max_grad_norm)
         measured = agreed(run, losses, grad_norm)
         if not measured.is_finite:
             save(run)
             raise UserError(non_finite_message(run, measured))
 
-        run.optimizer.set_learning_rate(learning_rate(step, params, total_steps))
+        run.optimizer.set_learning_rate(learning_rate(step, params, budget))
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
-        update_router_bias(run.model.routers(), measured.load_LE, bias_update_rate(step, params, total_steps))
+        update_router_bias(run.model.routers(), measured.load_LE, bias_update_rate(step, params, budget))
 
         state.advance(measured, time.perf_counter() - started_at)
         for hook in hooks:
@@ -101,7 +109,8 @@ def train(run: Run, hooks: Sequence[Hook], save: Callable[[Run], None]) -> None:
                 hook.call(run)
         if measured.is_interrupted:
             save(run)
-            raise Interrupted(f"stopped after step {state.step} of {total_steps}, saved", run.interruption.exit_status)
+            where = f"stopped after step {state.step} of {budget.total_steps}, saved"
+            raise Interrupted(where, run.interruption.exit_status)
 
 
 def step_seed(run: Run) -> int:
@@ -114,7 +123,7 @@ def accumulate_gradients(run: Run, batches: Iterator[Tensor], mtp_weight: float)
 
     Gradients are exchanged between processes once, in the last backward pass.
     """
-    count = run.layout.num_micro_batches
+    count = run.layout.accumulation(run.state.step) // run.layout.world_size
     sums = torch.zeros(len(LOSS_PARTS), dtype=torch.float64, device=run.accelerator.device)
     for micro in range(count):
         tokens = next(batches).to(run.accelerator.device, non_blocking=True)
@@ -122,6 +131,7 @@ def accumulate_gradients(run: Run, batches: Iterator[Tensor], mtp_weight: float)
         with nullcontext() if is_last else run.accelerator.no_sync(run.forward):
             output = run.forward(
                 input_ids=tokens[:, :-1],
+                position_ids=run.position_ids(tokens[:, :-1]),
                 shift_labels=tokens[:, 1:],
                 mtp_loss_weight=mtp_weight,
                 sequence_loss_weight=run.plan.params.train.sequence_loss_weight,
@@ -135,11 +145,11 @@ def accumulate_gradients(run: Run, batches: Iterator[Tensor], mtp_weight: float)
 
 def agreed(run: Run, loss_sums: Tensor, grad_norm: Tensor) -> Measured:
     """Return what all processes measured together. The one place in a step where the host waits for the device."""
-    was_stopped = float(run.interruption.signal_number)
+    was_stopped, accumulation = float(run.interruption.signal_number), run.layout.accumulation(run.state.step)
     own = torch.cat([loss_sums, loss_sums.new_tensor([was_stopped])])
     *sums, stopped = run.summed(own).tolist()
     return Measured(
-        losses={name: value / run.layout.accumulation for name, value in zip(LOSS_PARTS, sums, strict=True)},
+        losses={name: value / accumulation for name, value in zip(LOSS_PARTS, sums, strict=True)},
         grad_norm=grad_norm.item(),
         is_interrupted=stopped > 0,
         load_LE=taken_loads(run.model.routers(), run.summed),
@@ -148,9 +158,9 @@ def agreed(run: Run, loss_sums: Tensor, grad_norm: Tensor) -> Measured:
 
 def non_finite_message(run: Run, measured: Measured) -> str:
     """Return the one line that names the step, the sequences and the remedy."""
-    first = run.state.step * run.plan.sequences_per_step
+    first, end = (run.plan.sequences_before(step) for step in (run.state.step, run.state.step + 1))
     return (
         f"step {run.state.step}: loss is {measured.losses['total_loss']}, gradient norm {measured.grad_norm}; must be "
-        f"finite; sequences {first} to {first + run.plan.sequences_per_step - 1} of the run, weights before the step "
+        f"finite; sequences {first} to {end - 1} of the run, weights before the step "
         "are saved and would meet it again; lower train.learning_rate or raise train.warmup_ratio"
     )

@@ -23,11 +23,20 @@ class TrainParams(Section):
     gradient_accumulation_steps: int = Field(ge=1)
     """Forward passes per optimizer step, over all processes together: their number never changes the batch."""
 
+    batch_ramp_levels: int = Field(ge=1)
+    """Stairs on which the batch grows to its full size (report: from a fifth, 5); 1: full from the start."""
+
+    batch_ramp_ratio: float = Field(ge=0, lt=1)
+    """Share of the training tokens after which the batch has its full size (report: 0.032)."""
+
     per_device_eval_batch_size: int = Field(ge=1)
     """Sequences in one forward pass of validation."""
 
     block_size: int = Field(ge=8)
     """Tokens in one training sequence."""
+
+    cross_document_attention: bool
+    """True: documents packed into one sequence see the ones before (as in the report); false: each sees itself only."""
 
     optim: Literal["adamw", "muon"]
     """muon: matrices and expert stacks by Muon, embeddings, head and vectors by AdamW."""
@@ -101,6 +110,9 @@ class TrainParams(Section):
     experts: str = Field(min_length=1)
     """Backend of the expert computation; auto chooses by device and precision, and is recorded."""
 
+    resume_from_checkpoint: str | None
+    """A checkpoint's folder (step_N) to go on from, of the same architecture, whatever its precision; null: none."""
+
     gradient_checkpointing: bool
     """Recompute each layer in the backward pass instead of keeping its activations."""
 
@@ -114,6 +126,11 @@ class TrainParams(Section):
             raise ValueError(f"max_steps is {self.max_steps}; must be positive, or -1 to train num_train_epochs")
         if self.warmup_ratio + self.bias_freeze_ratio > 1:
             raise ValueError("warmup_ratio + bias_freeze_ratio exceeds 1; together they are shares of the same steps")
+        if self.gradient_accumulation_steps % self.batch_ramp_levels:
+            raise ValueError(
+                f"batch_ramp_levels is {self.batch_ramp_levels}; must divide gradient_accumulation_steps "
+                f"({self.gradient_accumulation_steps}), the forward passes of a whole batch"
+            )
         return self
 
 

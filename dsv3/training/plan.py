@@ -13,6 +13,7 @@ from dsv3.params import Params
 from dsv3.sizing.architecture import Architecture, read_architecture
 from dsv3.sizing.flops import training_flops_per_token
 from dsv3.sizing.parameters import num_active_parameters, num_mtp_parameters, num_parameters
+from dsv3.training.budget import Budget, budget_of
 
 
 @dataclass(frozen=True)
@@ -29,33 +30,45 @@ class Plan:
     architecture: Architecture
     batches: Batches
     validation: TokenStream
-    total_steps: int
+    budget: Budget
+
+    @property
+    def total_steps(self) -> int:
+        """Return the optimizer steps of the whole training."""
+        return self.budget.total_steps
 
     @property
     def sequences_per_step(self) -> int:
-        """Return the sequences of one optimizer step, over all processes."""
+        """Return the sequences of one optimizer step with the whole batch, over all processes."""
         train = self.params.train
         return train.per_device_train_batch_size * train.gradient_accumulation_steps
 
     @property
     def tokens_per_step(self) -> int:
-        """Return the tokens of one optimizer step, over all processes."""
+        """Return the tokens of one optimizer step with the whole batch, over all processes."""
         return self.sequences_per_step * self.params.train.block_size
+
+    def sequences_before(self, step: int) -> int:
+        """Return the sequences that the steps before `step` have seen, over all processes."""
+        return self.budget.starts[step] * self.params.train.per_device_train_batch_size
+
+    def tokens_before(self, step: int) -> int:
+        """Return the tokens that the steps before `step` have seen, over all processes."""
+        return self.sequences_before(step) * self.params.train.block_size
+
+    def epochs_before(self, step: int) -> float:
+        """Return the passes over the training tokens that the steps before `step` have made."""
+        return self.sequences_before(step) / self.batches.num_blocks_per_epoch
 
     @property
     def flops_per_token(self) -> float:
         """Return the arithmetic of training on one token, MTP modules included."""
         return training_flops_per_token(self.architecture, self.params.train.block_size)
 
-    @property
-    def epochs(self) -> float:
-        """Return the passes over the training tokens."""
-        return self.total_steps * self.sequences_per_step / self.batches.num_blocks_per_epoch
-
     def summary(self) -> str:
         """Return the plan in a few lines."""
         train, shape = self.params.train, self.architecture
-        total_tokens = self.total_steps * self.tokens_per_step
+        total_tokens = self.tokens_before(self.total_steps)
         return "\n".join(
             (
                 f"model    {self.params.model.config}: {num_parameters(shape):,} parameters, "
@@ -63,7 +76,7 @@ class Plan:
                 f"data     {len(self.batches.stream):,} training tokens, {len(self.validation):,} for validation",
                 f"steps    {self.total_steps:,} of {self.tokens_per_step:,} tokens "
                 f"({self.sequences_per_step} sequences of {train.block_size}): "
-                f"{total_tokens:,} tokens, {self.epochs:.2f} epochs",
+                f"{total_tokens:,} tokens, {self.epochs_before(self.total_steps):.2f} epochs",
                 f"cost     {self.flops_per_token:.3g} FLOPs per token, "
                 f"{self.flops_per_token * total_tokens:.3g} in all",
                 f"memory   {self.sizes['training_cpu_peak_gib']} GiB estimated on a CPU, "
@@ -86,22 +99,13 @@ def read_plan(params: Params, tokens: Path, sizes: Path) -> Plan:
     validation = TokenStream.open(tokens, "validation")
     if len(validation) < 2:
         raise UserError(f"{tokens}: {len(validation)} tokens for validation; must be >= 2; raise validation_fraction")
-    steps = total_steps(params, batches.num_blocks_per_epoch)
-    return Plan(params, meta, size_report, architecture, batches, validation, steps)
+    budget = budget_of(params.train, batches.num_blocks_per_epoch)
+    return Plan(params, meta, size_report, architecture, batches, validation, budget)
 
 
 def read_manifest(corpus: Path) -> dict[str, Any]:
     """Return the corpus's manifest."""
     return _read(corpus / "manifest.json", "download")
-
-
-def total_steps(params: Params, num_blocks_per_epoch: int) -> int:
-    """Return the optimizer steps of the whole training: max_steps, or the nearest to num_train_epochs."""
-    train = params.train
-    if train.max_steps > 0:
-        return train.max_steps
-    sequences_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    return max(1, round(train.num_train_epochs * num_blocks_per_epoch / sequences_per_step))
 
 
 def _read(path: Path, stage: str) -> Any:

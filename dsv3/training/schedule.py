@@ -9,6 +9,7 @@ Nothing here has state: a resumed training needs to know only its step.
 
 import math
 
+from dsv3.training.budget import Budget
 from dsv3.training.params import TrainParams
 
 CONSTANT_UNTIL = 10.0 / 14.8
@@ -24,19 +25,20 @@ FIRST_TAIL_RATIO = 2.2e-5 / 2.2e-4
 SECOND_TAIL_RATIO = 7.3e-6 / 2.2e-4
 
 
-def learning_rate(step: int, params: TrainParams, total_steps: int) -> float:
+def learning_rate(step: int, params: TrainParams, budget: Budget) -> float:
     """Return the learning rate of `step`: a straight line up, then the decay of `lr_scheduler_type`.
 
-    The warm-up's last step and the first one after it have the peak rate. The end of the decay, `min_lr_ratio` times
-    the peak, would be reached at `total_steps`: the last step that is performed lies just before it, so that neither
-    the first nor the last step is spent at a rate of zero.
+    The warm-up is counted in steps, all else in tokens. The warm-up's last step and the first one after it have the
+    peak rate. The end of the decay, `min_lr_ratio` times the peak, would be reached at the end of the budget: the last
+    step that is performed lies just before it, so that neither the first nor the last step is spent at a rate of zero.
     """
-    peak, warmup = params.learning_rate, warmup_steps(params, total_steps)
+    peak, warmup = params.learning_rate, warmup_steps(params, budget)
     if step < warmup:
         return peak * (step + 1) / warmup
     if params.lr_scheduler_type == "deepseek_v3":
-        return peak * deepseek_v3_ratio(step / total_steps)
-    progress = (step - warmup) / max(1, total_steps - warmup)
+        return peak * deepseek_v3_ratio(budget.share(step))
+    warmed_up_at = budget.starts[warmup]
+    progress = (budget.starts[step] - warmed_up_at) / max(1, budget.total - warmed_up_at)
     if params.lr_scheduler_type == "linear":
         return peak * (1 - (1 - params.min_lr_ratio) * progress)
     if params.lr_scheduler_type == "cosine":
@@ -44,9 +46,9 @@ def learning_rate(step: int, params: TrainParams, total_steps: int) -> float:
     return peak
 
 
-def warmup_steps(params: TrainParams, total_steps: int) -> int:
+def warmup_steps(params: TrainParams, budget: Budget) -> int:
     """Return the number of steps in which the learning rate rises."""
-    return round(params.warmup_ratio * total_steps)
+    return round(params.warmup_ratio * budget.total_steps)
 
 
 def deepseek_v3_ratio(share: float) -> float:
@@ -63,11 +65,12 @@ def cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def bias_update_rate(step: int, params: TrainParams, total_steps: int) -> float:
+def bias_update_rate(step: int, params: TrainParams, budget: Budget) -> float:
     """Return gamma of `step`: constant, then zero for the last `bias_freeze_ratio` of the budget (report, 4.2)."""
-    return params.bias_update_rate if step < (1 - params.bias_freeze_ratio) * total_steps else 0.0
+    return params.bias_update_rate if budget.starts[step] < (1 - params.bias_freeze_ratio) * budget.total else 0.0
 
 
-def mtp_loss_weight(step: int, params: TrainParams, total_steps: int) -> float:
+def mtp_loss_weight(step: int, params: TrainParams, budget: Budget) -> float:
     """Return lambda of `step`: the first weight while the report's rate is constant, then the final one."""
-    return params.mtp_loss_weight if step < CONSTANT_UNTIL * total_steps else params.mtp_loss_weight_final
+    is_constant = budget.starts[step] < CONSTANT_UNTIL * budget.total
+    return params.mtp_loss_weight if is_constant else params.mtp_loss_weight_final

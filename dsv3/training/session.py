@@ -15,7 +15,7 @@ from dsv3.errors import Interrupted, UserError
 from dsv3.tracking.identity import project_root, run_identity
 from dsv3.tracking.recorder import Recorder, open_recorder
 from dsv3.training import hooks
-from dsv3.training.checkpoint import checkpoints, delete, load_best, load_checkpoint, locked
+from dsv3.training.checkpoint import check_checkpoint, checkpoints, delete, load_best, load_checkpoint, locked
 from dsv3.training.interruption import caught_signals
 from dsv3.training.loop import Hook, Run, train
 from dsv3.training.plan import Plan
@@ -82,10 +82,29 @@ def resumed(run: Run, directory: Path) -> dict[str, Any]:
         run.accelerator.wait_for_everyone()
         if run.accelerator.is_main_process:
             delete(directory)
-        return {}
+        return started_from(run)
     saved = load_checkpoint(found[-1], run.model, run.optimizer)
     run.state = TrainState.from_json(saved)
     return saved
+
+
+def started_from(run: Run) -> dict[str, Any]:
+    """Bring `run` to the checkpoint that `train.resume_from_checkpoint` names, if any; return what else it held.
+
+    Checkpoints hold master weights under DeepSeek's names and know no precision, so that a training in FP8 may go on in
+    bf16 and back. The new training has a run of its own in the trackers, with the other's curves up to here.
+    """
+    name = run.plan.params.train.resume_from_checkpoint
+    if name is None:
+        return {}
+    folder = project_root() / name
+    check_checkpoint(folder, run.model.config.to_dict(), run.plan.total_steps)
+    try:
+        saved = load_checkpoint(folder, run.model, run.optimizer)
+    except ValueError as error:  # parameter groups of another optimizer
+        raise UserError(f"train.resume_from_checkpoint is {name}; {error}; keep train.optim as it was") from None
+    run.state = TrainState.from_json(saved)
+    return {**saved, "aim_run_hash": None}
 
 
 def recorder_of(plan: Plan, chosen: Choices, digest: str, outputs: Outputs, saved: Mapping[str, Any]) -> Recorder:
@@ -164,7 +183,7 @@ def provenance(run: Run, recorder: Recorder, outputs: Outputs) -> dict[str, Any]
         "text SHA-256": outputs.manifest.get("sha256"),
         "tokens SHA-256": plan.meta["sha256"],
         "optimizer steps": run.state.step,
-        "training tokens": run.state.step * plan.tokens_per_step,
+        "training tokens": plan.tokens_before(run.state.step),
         "seed": plan.params.seed,
         "commit": f"{record['dvc']['git_sha']}{' and local changes' if record['dvc']['git_dirty'] else ''}",
         "fingerprint": record["fingerprint"],

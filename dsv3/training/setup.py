@@ -68,9 +68,10 @@ def start_accelerator(plan: Plan) -> Accelerator:
             f"the launcher asks for {accelerator.distributed_type.value}; training replicates the model and shards "
             "nothing; launch it with configs/accelerate/ddp.yaml, or set runtime.num_processes"
         )
-    if train.gradient_accumulation_steps % accelerator.num_processes:
+    smallest = train.gradient_accumulation_steps // train.batch_ramp_levels
+    if smallest % accelerator.num_processes:
         raise UserError(
-            f"params.yaml: train.gradient_accumulation_steps is {train.gradient_accumulation_steps}; must be a "
+            f"params.yaml: train.gradient_accumulation_steps / train.batch_ramp_levels is {smallest}; must be a "
             f"multiple of the {accelerator.num_processes} processes that were launched"
         )
     return accelerator
@@ -147,7 +148,7 @@ def prepared_run(plan: Plan, accelerator: Accelerator, model: DeepseekV3ForCausa
         accelerator=accelerator,
         layout=StepLayout(
             train.per_device_train_batch_size,
-            train.gradient_accumulation_steps,
+            plan.budget.starts,
             accelerator.process_index,
             accelerator.num_processes,
         ),

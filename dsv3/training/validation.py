@@ -39,13 +39,19 @@ def summed_loss(
     stream: TokenStream,
     batches: list[tuple[int, int, int]],
     device: torch.device,
+    position_ids: Callable[[Tensor], Tensor | None] = lambda _: None,
 ) -> float:
-    """Return the summed cross-entropy in nats of all tokens that `batches` predict, by a model in evaluation mode."""
+    """Return the summed cross-entropy in nats of all tokens that `batches` predict, by a model in evaluation mode.
+
+    `position_ids` gives the positions of tokens (B, S), or None to count them from the beginning of each window.
+    """
     nats = 0.0
     for start, num_windows, length in batches:
         tokens = tokens_of(stream, start, num_windows, length).to(device)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
         # One logit kept and no cache: no more is computed than the loss needs.
-        output = model(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:], logits_to_keep=1, use_cache=False)
+        options = {"position_ids": position_ids(inputs), "logits_to_keep": 1, "use_cache": False}
+        output = model(input_ids=inputs, shift_labels=targets, **options)
         assert output.cross_entropy_loss is not None, "targets were given"
         nats += output.cross_entropy_loss.item() * num_windows * length
     return nats

@@ -56,7 +56,9 @@ def changed(changes):
 
 def write(values):
     text = StringIO()
-    YAML(typ="safe").dump(values, text)
+    yaml = YAML(typ="safe")
+    yaml.default_flow_style = False  # a parameter a line
+    yaml.dump(values, text)
     Path("params.yaml").write_text(text.getvalue(), encoding="utf-8")
 
 

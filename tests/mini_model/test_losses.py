@@ -111,6 +111,26 @@ def test_prediction_modules_keep_packed_documents_apart(micro_model, token_ids):
     torch.testing.assert_close(packed[:, 6:], states(ids[:, 6:]), rtol=1e-4, atol=1e-5)
 
 
+def test_a_packed_documents_mtp_loss_is_its_tokens_alone(micro_model, token_ids):
+    """Neither the state of one document's last token nor a target of the next one's takes part."""
+    model, ids = micro_model(num_nextn_predict_layers=2), token_ids(1, 11)
+    positions = torch.cat([torch.arange(6), torch.arange(5)])[None]
+    packed = model(ids, labels=ids, position_ids=positions, mtp_loss_weight=1.0).mtp_loss
+
+    def summed(depth, document, following):
+        """Losses of the tokens of one document; its first token after it may be predicted, as the end of the text."""
+        tokens = torch.cat([document, following], dim=1)
+        hidden = model.model(tokens).last_hidden_state
+        states = list(model.model.predictions_ahead(hidden, model.model.embed_tokens(tokens)))[depth - 1]
+        logits = model.lm_head(states[:, : document.shape[1] - depth])
+        targets = tokens[:, depth + 1 : document.shape[1] + 1]
+        return [F.cross_entropy(row, target).item() for row, target in zip(logits[0], targets[0], strict=False)]
+
+    first, second = (ids[:, :6], ids[:, 6:7]), (ids[:, 6:], ids[:, :0])
+    expected = [torch.tensor(summed(depth, *first) + summed(depth, *second)).mean().item() for depth in (1, 2)]
+    assert packed.item() == pytest.approx(sum(expected) / 2, rel=1e-5)
+
+
 def test_a_prediction_module_is_a_mixture_of_experts_even_behind_a_dense_trunk(micro_model, token_ids):
     model, ids = micro_model(num_nextn_predict_layers=1, first_k_dense_replace=9), token_ids()
     assert [layer for layer, _ in model.routers()] == [3]

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3.data.batches import Batches, StepLayout, micro_batches
+from dsv3.data.batches import Batches, StepLayout, document_positions, micro_batches
 from dsv3.data.shards import TokenStream, write_shards
 from dsv3.errors import UserError
 
@@ -63,14 +63,14 @@ def test_processes_together_see_the_sequences_that_one_process_sees(stream, worl
     batches = Batches(stream, block_size=10, seed=5)
     seen = []
     for rank in range(world_size):
-        layout = StepLayout(micro_batch_size=3, accumulation=4, rank=rank, world_size=world_size)
+        layout = StepLayout(3, range(0, 20, 4), rank, world_size)
         seen.append(list(micro_batches(batches, layout, range(2, 4))))
     together = torch.stack([micro for steps in zip(*seen, strict=True) for micro in steps])
     assert torch.equal(together.reshape(24, 11), batches.sequences(24, 24))
 
 
 def test_starting_at_a_later_step_gives_the_rest_of_the_same_run(stream):
-    batches, layout = Batches(stream, block_size=10, seed=5), StepLayout(2, 2)
+    batches, layout = Batches(stream, block_size=10, seed=5), StepLayout(2, range(0, 14, 2))
     whole = list(micro_batches(batches, layout, range(6)))
     rest = list(micro_batches(batches, layout, range(4, 6)))
     assert len(whole) == 12
@@ -79,9 +79,24 @@ def test_starting_at_a_later_step_gives_the_rest_of_the_same_run(stream):
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns where torch has threads
 def test_worker_processes_change_nothing_and_the_global_random_state_stays(stream):
-    batches, layout = Batches(stream, block_size=10, seed=5), StepLayout(2, 2)
+    batches, layout = Batches(stream, block_size=10, seed=5), StepLayout(2, range(0, 14, 2))
     state = torch.get_rng_state()
     alone = list(micro_batches(batches, layout, range(3), num_workers=0, pin_memory=True))
     helped = list(micro_batches(batches, layout, range(3), num_workers=2))
     assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_steps_of_different_sizes_take_the_sequences_one_after_another(stream, world_size):
+    batches, starts = Batches(stream, block_size=10, seed=5), [0, 2, 6, 12]
+    layouts = [StepLayout(3, starts, rank, world_size) for rank in range(world_size)]
+    seen = [list(micro_batches(batches, layout, range(3))) for layout in layouts]
+    together = torch.stack([micro for steps in zip(*seen, strict=True) for micro in steps])
+    assert torch.equal(together.reshape(36, 11), batches.sequences(0, 36))
+    assert [layouts[0].accumulation(step) for step in range(3)] == [2, 4, 6]
+
+
+def test_a_tokens_position_is_counted_from_the_beginning_of_its_document():
+    tokens_BS = torch.tensor([[5, 6, 0, 7, 0, 0, 8], [0, 1, 2, 3, 4, 5, 6]])
+    assert document_positions(tokens_BS, end_of_text=0).tolist() == [[0, 1, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6]]

@@ -141,3 +141,46 @@ def test_loss_free_balancing_is_what_brings_a_lopsided_router_to_balance(tmp_pat
     assert max_vio(loads[0]).item() > 0.6
     # Loads of single batches of 128 tokens scatter; those of the last 20 steps together do not.
     assert (max_vio(sum(loads[-20:], torch.zeros_like(loads[0]))).item() < 0.1) == is_balanced
+
+
+def test_documents_see_the_ones_before_them_unless_they_are_told_not_to(tmp_path):
+    """The first loss of a batch of several documents is the mean of what each of them has alone."""
+    runs = [
+        started_run(
+            tmp_path / str(sees),
+            train={"cross_document_attention": sees},
+            architecture={"initializer_range": 0.3},  # with small weights hardly anything depends on the context
+        )
+        for sees in (True, False)
+    ]
+    losses = []
+    for run in runs:
+        tokens = next(run.micro_batches())[:1, :-1]
+        # The made-up text is one document: cut it at its most frequent letter.
+        run.plan.meta["eos_token_id"] = end_of_text = int(tokens.mode().values)
+        with torch.no_grad():
+            out = run.model(input_ids=tokens, position_ids=run.position_ids(tokens), labels=tokens)
+        losses.append(out.cross_entropy_loss.item())
+    assert runs[0].position_ids(tokens) is None
+    starts = sorted({0, *(tokens[0] == end_of_text).nonzero().flatten().tolist(), tokens.shape[1]})
+    assert len(starts) > 3
+    with torch.no_grad():
+        documents = [(tokens[:, start:end], end) for start, end in pairwise(starts)]
+        logits = torch.cat([runs[1].model(input_ids=document).logits for document, _ in documents], dim=1)
+    alone = torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:]).item()
+    assert losses[1] == pytest.approx(alone, rel=1e-5)
+    assert losses[0] != pytest.approx(alone, rel=1e-3)
+
+
+def test_a_ramped_batch_takes_the_same_sequences_in_more_steps(tmp_path):
+    ramp = {"batch_ramp_levels": 2, "batch_ramp_ratio": 0.5, "max_steps": -1, "num_train_epochs": 0.25}
+    plain, ramped = (
+        started_run(tmp_path / "a", train={**ramp, "batch_ramp_levels": 1}),
+        started_run(tmp_path, train=ramp),
+    )
+    history(plain)
+    history(ramped)
+    assert ramped.plan.total_steps > plain.plan.total_steps
+    assert ramped.plan.tokens_before(ramped.state.step) >= plain.plan.tokens_before(plain.state.step)
+    counted = [sum(run.state.window.load_LE[0]) for run in (plain, ramped)]
+    assert counted == [2 * run.plan.tokens_before(run.state.step) for run in (plain, ramped)]

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from dsv3.training import precision
-from dsv3.training.plan import total_steps
 from dsv3.training.precision import autocast_dtype, resolved_precision, uses_cpu
 from tests.training_inputs import plan_of
 
@@ -11,7 +10,7 @@ def test_epochs_become_the_nearest_number_of_steps(tmp_path):
     plan = plan_of(tmp_path, train={"max_steps": -1, "num_train_epochs": 1.5})
     blocks = plan.batches.num_blocks_per_epoch
     assert plan.total_steps == round(1.5 * blocks / 4)
-    assert plan.epochs == pytest.approx(1.5, abs=2 / blocks)
+    assert plan.epochs_before(plan.total_steps) == pytest.approx(1.5, abs=2 / blocks)
     assert plan.tokens_per_step == 4 * 32
 
 
@@ -22,7 +21,7 @@ def test_a_stated_number_of_steps_wins_over_epochs(tmp_path):
 
 def test_a_training_has_at_least_one_step(tmp_path):
     plan = plan_of(tmp_path, train={"max_steps": -1, "num_train_epochs": 0.001})
-    assert total_steps(plan.params, plan.batches.num_blocks_per_epoch) == 1
+    assert plan.total_steps == 1
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,68 @@ def test_resume_decides_whether_a_checkpoint_is_used(tmp_path, monkeypatch, resu
     assert metrics["step"] == 12
 
 
+def interrupted_at_seven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **train: Any) -> str:
+    """Leave the checkpoint of an interrupted training; return its path from the root."""
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, step=6)
+        with pytest.raises(Interrupted):
+            trained(tmp_path, train=train)
+    (folder,) = (tmp_path / ".checkpoints").glob("*/step_7")
+    return str(folder.relative_to(tmp_path))
+
+
+@pytest.mark.parametrize("was_fp8", [True, False])
+def test_a_training_goes_on_in_another_precision_from_the_master_weights(tmp_path, monkeypatch, was_fp8):
+    wide = {"hidden_size": 128, "moe_intermediate_size": 128}  # a layer narrower than a block stays as it is
+    source = tmp_path / "source"
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, step=6)
+        with pytest.raises(Interrupted):
+            trained(source, train={"use_fp8": was_fp8}, architecture=wide)
+    (folder,) = (tmp_path / ".checkpoints").glob("*/step_7")
+    weights: list[dict[str, torch.Tensor]] = []
+    original = session.train
+
+    def remembered(run: Run, *arguments: Any) -> None:
+        weights.append({name: tensor.clone() for name, tensor in run.model.state_dict().items()})
+        original(run, *arguments)
+
+    monkeypatch.setattr(session, "train", remembered)
+    other = {"use_fp8": not was_fp8, "resume_from_checkpoint": str(folder.relative_to(tmp_path))}
+    metrics = trained(tmp_path / "other", train=other, architecture=wide)
+    assert metrics["step"] == 12
+    assert metrics["precision"] == ("fp32" if was_fp8 else "fp8_emulated")
+    saved = load_file(folder / "model.safetensors")
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in saved.items())
+    steps = [line.split()[0] for line in (tmp_path / "other/results/history.tsv").read_text().splitlines()[1:]]
+    assert steps == ["2", "4", "6", "8", "10", "12"]
+    assert folder.is_dir()  # it is the other training's, which may still go on
+
+
+def test_going_on_from_a_named_checkpoint_equals_going_on(tmp_path, monkeypatch):
+    whole = trained(tmp_path / "whole")
+    name = interrupted_at_seven(tmp_path, monkeypatch)
+    metrics = trained(tmp_path / "rest", train={"resume_from_checkpoint": name})
+    assert metrics["validation"] == whole["validation"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": {"resume_from_checkpoint": "nowhere"}}, "nowhere; holds no complete checkpoint"),
+        ({"architecture": {"kv_lora_rank": 8}}, r"of another architecture \(kv_lora_rank \d+ instead of 8\)"),
+        ({"train": {"max_steps": 7}}, "must be before step 7, the last"),
+        ({"train": {"optim": "adamw"}}, "keep train.optim as it was"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(tmp_path, monkeypatch, change, message):
+    name = interrupted_at_seven(tmp_path, monkeypatch)
+    train = {"resume_from_checkpoint": name, **change.pop("train", {})}
+    with pytest.raises(UserError, match=message) as refused:
+        trained(tmp_path / "other", train=train, **change)
+    assert "\n" not in str(refused.value)
+
+
 def test_no_more_checkpoints_are_kept_than_asked_for(tmp_path, monkeypatch):
     interrupted_after(monkeypatch, step=6)
     with pytest.raises(Interrupted):
@@ -171,5 +233,5 @@ def test_a_launch_that_would_shard_the_model_is_refused(tmp_path, monkeypatch):
 
 def test_more_processes_than_the_accumulation_can_be_dealt_to_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("accelerate.Accelerator.num_processes", 3)
-    with pytest.raises(UserError, match="gradient_accumulation_steps is 2; must be a multiple of the 3 processes"):
+    with pytest.raises(UserError, match="batch_ramp_levels is 2; must be a multiple of the 3 processes"):
         trained(tmp_path)
