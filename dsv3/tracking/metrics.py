@@ -58,7 +58,8 @@ METRICS = MappingProxyType(
         "grad_norm": Metric("", "norm of all gradients before clipping"),
         # Routing (one layer's experts)
         "max_vio": Metric("", "(largest load - mean load) / mean load, over the batches since the last row"),
-        "max_vio_global": Metric("", "the same over a whole split, or the whole run so far"),
+        "max_vio_batch": Metric("", "the same within one optimizer step's batch, mean since the last row"),
+        "max_vio_global": Metric("", "the same over a whole split"),
         "entropy": Metric("nats", "entropy of the load's distribution over the experts; ln(experts) when balanced"),
         "dead_experts": Metric("", "experts that received no token"),
         "bias_min": Metric("", "smallest routing bias"),

@@ -64,14 +64,20 @@ def load_entropy(load_LE: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def router_rows(routers: Routers, load_LE: Tensor, step: int) -> list[dict[str, int | float]]:
-    """Return one row of the router table per layer, for the loads counted since the rows before."""
+def router_rows(
+    routers: Routers, load_LE: Tensor, batch_max_vio_L: Sequence[float], step: int
+) -> list[dict[str, int | float]]:
+    """Return one row of the router table per layer: for the loads counted since the rows before, and MaxVio per batch.
+
+    The second is larger: what one batch has too much of, the next has too little of.
+    """
     if not routers:
         return []
     load_LE = load_LE.cpu()
     bias_LE = torch.stack([router.e_score_correction_bias for _, router in routers]).cpu()
     columns = {
         "max_vio": max_vio(load_LE),
+        "max_vio_batch": torch.tensor(batch_max_vio_L),
         "entropy": load_entropy(load_LE),
         "dead_experts": (load_LE == 0).sum(dim=1),
         "bias_min": bias_LE.amin(dim=1),

@@ -28,8 +28,8 @@ def log_curves(run: Run, recorder: Recorder | None) -> None:
         return
     recorder.log("history", history_row(run, window))
     if window.load_LE:
-        load_LE = torch.tensor(window.load_LE)
-        for row in router_rows(run.model.routers(), load_LE, run.state.step):
+        load_LE, batch_max_vio_L = torch.tensor(window.load_LE), [vio / window.num_steps for vio in window.max_vio_L]
+        for row in router_rows(run.model.routers(), load_LE, batch_max_vio_L, run.state.step):
             recorder.log("router", row)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3.training.balancing import max_vio
+
 LOSS_PARTS = ("total_loss", "loss", "mtp_loss", "sequence_loss")
 
 
@@ -43,6 +45,8 @@ class Window:
     elapsed_s: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
     load_LE: list[list[int]] = field(default_factory=list)
+    max_vio_L: list[float] = field(default_factory=list)
+    """Sums of each step's own MaxVio."""
 
     def add(self, measured: Measured, elapsed_s: float) -> None:
         """Add a step."""
@@ -51,7 +55,10 @@ class Window:
         for name, value in {**measured.losses, "grad_norm": measured.grad_norm}.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         load_LE = measured.load_LE.cpu()
-        self.load_LE = (load_LE + torch.tensor(self.load_LE) if self.load_LE else load_LE).tolist()
+        max_vio_L = max_vio(load_LE)
+        if self.load_LE:
+            load_LE, max_vio_L = load_LE + torch.tensor(self.load_LE), max_vio_L + torch.tensor(self.max_vio_L)
+        self.load_LE, self.max_vio_L = load_LE.tolist(), max_vio_L.tolist()
 
     def mean(self, name: str) -> float:
         """Return the mean per step."""

@@ -94,7 +94,7 @@ def test_two_processes_train_what_one_does_and_stop_and_go_on_as_one_does(tmp_pa
     for name, weight in weights(tmp_path).items():
         # Two micro-batches' gradients are added once, in either order: with more, the sums would differ by rounding.
         torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-7, msg=name)
-    for names in (("step", "layer", "max_vio", "entropy", "dead_experts", "bias_min", "bias_max"),):
+    for names in (("step", "layer", "max_vio", "max_vio_batch", "entropy", "dead_experts", "bias_min", "bias_max"),):
         assert columns(tmp_path, "router", *names) == columns(uninterrupted, "router", *names)
     metrics = json.loads((tmp_path / "results" / "metrics.json").read_text())
     assert metrics["num_processes"] == 2

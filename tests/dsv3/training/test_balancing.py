@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3.training.balancing import load_entropy, max_vio, router_rows, taken_loads, update_router_bias
+from dsv3.training.state import Measured, Window
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM, DeepseekV3TopkRouter
 from tests.training_inputs import MICRO
@@ -68,12 +69,13 @@ def test_a_balanced_layer_has_no_violation_and_the_largest_entropy(load):
 def test_a_row_per_layer_says_what_its_experts_got():
     made = routers([[6, 2, 0, 0], [2, 2, 2, 2]])
     made[0][1].e_score_correction_bias.copy_(torch.tensor([-0.5, 0.25, 0.0, 0.0]))
-    first, second = router_rows(made, torch.tensor([[6, 2, 0, 0], [2, 2, 2, 2]]), step=5)
+    first, second = router_rows(made, torch.tensor([[6, 2, 0, 0], [2, 2, 2, 2]]), [2.5, 0.5], step=5)
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert first == {
         "step": 5,
         "layer": 1,
         "max_vio": 2.0,
+        "max_vio_batch": 2.5,
         "entropy": pytest.approx(entropy),
         "dead_experts": 2,
         "bias_min": -0.5,
@@ -89,7 +91,7 @@ def test_a_model_without_experts_has_nothing_to_balance():
     )
     load = taken_loads(dense.routers(), lambda tensor: tensor)
     update_router_bias(dense.routers(), load, 0.001)
-    assert router_rows(dense.routers(), load, 1) == []
+    assert router_rows(dense.routers(), load, [], 1) == []
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -105,3 +107,12 @@ def test_each_token_is_counted_once_with_and_without_activation_checkpointing(ch
     load = taken_loads(model.routers(), lambda tensor: tensor)
     # Two experts per token; the prediction module has one position less.
     assert load.sum(dim=1).tolist() == [2 * 2 * 3 * 16, 2 * 2 * 3 * 15]
+
+
+def test_a_window_averages_the_violations_of_its_batches_apart_from_those_of_its_sum():
+    """Two batches that favour opposite experts violate balance each, and not together."""
+    window = Window()
+    for load in ([3, 1], [1, 3]):
+        window.add(Measured({"total_loss": 0.0}, 0.0, False, torch.tensor([load])), elapsed_s=1.0)
+    assert window.load_LE == [[4, 4]]
+    assert window.max_vio_L == [1.0]
