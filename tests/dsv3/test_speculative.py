@@ -92,8 +92,8 @@ def test_transformers_own_loop_writes_the_same_in_as_many_passes(tmp_path, num_m
 @pytest.mark.parametrize("num_drafts", [1, 2])
 def test_what_is_kept_is_distributed_as_the_trunks_own_draws(num_drafts):
     num_tokens, num_draws = 4, 3000
-    p = (torch.randn(num_drafts + 1, num_tokens) * 1.5).softmax(dim=-1)
-    q = (torch.randn(num_drafts, num_tokens) * 1.5).softmax(dim=-1)
+    p = torch.randn(num_drafts + 1, num_tokens).softmax(dim=-1)
+    q = torch.randn(num_drafts, num_tokens).softmax(dim=-1)
     found = torch.zeros(num_drafts + 1, num_tokens)
     reached = torch.zeros(num_drafts + 1)
     for _ in range(num_draws):
