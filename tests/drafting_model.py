@@ -30,5 +30,6 @@ def drafting_model(foresight: str, num_modules: int = 1, **changes) -> DeepseekV
     for module in list(model.model.layers)[model.config.num_hidden_layers :]:
         # [the later token's embedding; the state before] -> the embedding, or its negative
         passed = -torch.eye(width) if foresight == "never" else torch.eye(width)
-        module.eh_proj.weight.copy_(torch.cat([passed, torch.zeros(width, width)], dim=1))
+        state_weight = module.eh_proj.weight[:, width:] * (0.3 if foresight == "sometimes" else 0.0)
+        module.eh_proj.weight.copy_(torch.cat([passed, state_weight], dim=1))
     return model
