@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dsv3.acceptance import Acceptance
 from dsv3.errors import UserError
 from dsv3.evaluation_params import EvaluateParams
 from dsv3.expert_load import ExpertLoad, router_summary
@@ -124,16 +125,18 @@ def score_split(
     params: EvaluateParams,
     positions: PositionLoss,
     progress: Callable[[int], object] = lambda num_scored: None,
+    acceptance: Acceptance | None = None,
 ) -> float:
     """Return the sum of nats over tokens 1 … end of a split; add every window's losses to `positions`.
 
+    `acceptance` is to be given for a model with prediction modules, and adds what they guess of the same tokens.
     `progress` is told the number of tokens scored by each batch. Sums are kept in float64 on the CPU, in a fixed order.
     """
     nats = 0.0
     pending: list[Window] = []
     for window in [*windows(len(tokens), params.block_size, params.stride), None]:
         if pending and (window is None or len(pending) == params.per_device_eval_batch_size):
-            loss_BT = _losses(model, tokens, pending)
+            loss_BT = _losses(model, tokens, pending, acceptance)
             positions.add(loss_BT)
             nats += sum(float(loss_T[-w.num_scored :].sum()) for w, loss_T in zip(pending, loss_BT, strict=True))
             progress(sum(w.num_scored for w in pending))
@@ -143,11 +146,17 @@ def score_split(
     return nats
 
 
-def _losses(model: PreTrainedModel, tokens: TokenSequence, batch: Sequence[Window]) -> Floats:
+def _losses(
+    model: PreTrainedModel, tokens: TokenSequence, batch: Sequence[Window], acceptance: Acceptance | None
+) -> Floats:
     """Return the cross-entropy in nats of every target of a batch of equally long windows."""
     rows = [tokens[w.start : w.start + w.length + 1].astype(np.int64) for w in batch]
     ids = torch.from_numpy(np.stack(rows)).to(model.device)
-    logits_BTV: Tensor = model(input_ids=ids[:, :-1], use_cache=False).logits
+    logits_BTV: Tensor
+    if acceptance is None:
+        logits_BTV = model(input_ids=ids[:, :-1], use_cache=False).logits
+    else:
+        logits_BTV = acceptance.logits(ids, [w.num_scored for w in batch])
     loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
     return loss.view(len(batch), -1).double().cpu().numpy()
 
@@ -161,12 +170,15 @@ class Evaluation:
 
     positions: PositionLoss
     loads: dict[int, Floats]
-    """Layer to the number of tokens that each expert got."""
+    """Layer to the number of tokens that each expert got, prediction modules included."""
+    acceptance: Acceptance | None = None
+    """Over all splits; None for a model without prediction modules."""
 
-    def metrics(self) -> dict[str, dict[str, float | int]]:
+    def metrics(self) -> dict[str, dict[str, Any]]:
         """Return what results/evaluate/metrics.json holds."""
         splits = {name: score.metrics() for name, score in self.scores.items()}
-        return splits | {"router": router_summary(self.loads)}
+        mtp = {} if self.acceptance is None else {"mtp": self.acceptance.metrics()}
+        return {**splits, "router": router_summary(self.loads), **mtp}
 
     def position_table(self) -> str:
         """Return the loss by position as tab-separated text."""
@@ -191,12 +203,13 @@ def evaluate(
     """Return the scores of each split in `streams` and of all together; `sizes` gives their characters and bytes."""
     positions = PositionLoss.zeros(params.block_size)
     scores: dict[str, SplitScore] = {}
+    acceptance = Acceptance(model) if model.config.num_nextn_predict_layers else None
     with ExpertLoad(model) as load:
         for split, stream in streams.items():
-            nats = score_split(model, stream, params, positions, progress)
+            nats = score_split(model, stream, params, positions, progress, acceptance)
             scores[split] = SplitScore(nats, len(stream) - 1, sizes[split]["characters"], sizes[split]["bytes"])
     first, *others = scores.values()
-    return Evaluation(scores | {"heldout": sum(others, start=first)}, positions, load.counts)
+    return Evaluation(scores | {"heldout": sum(others, start=first)}, positions, load.counts, acceptance)
 
 
 def check_fits(model: PreTrainedModel, meta: Mapping[str, Any], params: EvaluateParams) -> None:

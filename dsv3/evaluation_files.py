@@ -28,3 +28,18 @@ def show(evaluation: Evaluation, folder: Path, recorder: Recorder, step: int) ->
         recorder.figure(figure.stem, figure, step, subset="heldout")
     for layer, load_E in evaluation.loads.items():
         recorder.distribution("load", load_E.tolist(), step, subset="heldout", layer=layer)
+
+
+def summary(evaluation: Evaluation) -> str:
+    """Return a line per split, and per prediction module where there are any."""
+    units = {"nats_per_token": "nats/token", "nats_per_char": "nats/char", "bits_per_byte": "bits/byte"}
+    metrics = evaluation.metrics()
+    lines = [
+        f"{split:<11}" + "  ".join(f"{metrics[split][name]:.4f} {unit}" for name, unit in units.items())
+        for split in evaluation.scores
+    ]
+    lines += [
+        f"{f'mtp {module}':<13}{row['mtp_acceptance']:.1%} accepted, {row['nats_per_token']:.4f} nats/token"
+        for module, row in metrics.get("mtp", {}).items()
+    ]
+    return "\n".join(lines)

@@ -1,6 +1,7 @@
 """Parameters of `evaluate` and `sample`."""
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from dsv3.section import Section
 
@@ -41,3 +42,16 @@ class SampleParams(Section):
 
     num_return_sequences: int = Field(ge=1)
     """Continuations per prompt."""
+
+    speculative: bool
+    """Let the model's own prediction modules draft; what is written stays the same (sampled: equally distributed)."""
+
+    @model_validator(mode="after")
+    def fits_together(self) -> Self:
+        """Check the relations within the section."""
+        if self.num_return_sequences > 1 and not self.do_sample:
+            raise ValueError(
+                f"num_return_sequences is {self.num_return_sequences}; must be 1 where do_sample is false, "
+                "for all would be the same"
+            )
+        return self

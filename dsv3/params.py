@@ -160,6 +160,11 @@ def _check_relations(params: Params, architecture: Architecture, path: Path) -> 
             tokenize.validation_fraction + tokenize.test_fraction >= 1,
             "tokenize.validation_fraction + tokenize.test_fraction must be < 1",
         ),
+        (
+            params.sample.speculative and architecture.num_nextn_predict_layers == 0,
+            "sample.speculative is true; needs a model with prediction modules, and num_nextn_predict_layers of "
+            f"{config} is 0; set it to 1, or sample.speculative to false",
+        ),
     ]
     for is_broken, message in rules:
         if is_broken:

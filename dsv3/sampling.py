@@ -1,6 +1,9 @@
-"""What the exported model writes: prompts in, continuations out, through transformers' `generate`."""
+"""What the exported model writes: prompts in, continuations out.
 
-from collections.abc import Callable, Mapping
+Through transformers' `generate`; through `dsv3.speculative` where the model's own prediction modules shall draft.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -9,6 +12,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dsv3.errors import UserError
 from dsv3.evaluation_params import SampleParams
+from dsv3.speculative import DraftCounts, check_predicts_ahead, speculated
+from dsv3.tracking.recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,9 @@ class Sample:
     continuations: tuple[str, ...]
     num_new_tokens: int
     """Over all continuations."""
+
+    drafts: DraftCounts | None = None
+    """How the drafts fared, over all continuations; None without speculation."""
 
 
 def generation_config(params: SampleParams, end_of_text: Any) -> GenerationConfig:
@@ -41,8 +49,13 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return [tokenizer.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
 
 
-def check_lengths(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: SampleParams) -> None:
-    """Raise `UserError` where the longest prompt leaves no room for `max_new_tokens` in the model's positions."""
+def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: SampleParams) -> None:
+    """Raise `UserError` where the model has no prediction modules to draft with, or too few positions.
+
+    The longest prompt must leave room for `max_new_tokens`.
+    """
+    if params.speculative:
+        check_predicts_ahead(model)
     limit = model.config.max_position_embeddings
     room = limit - max(len(prompt_tokens(tokenizer, prompt)) for prompt in params.prompts)
     if params.max_new_tokens > room:
@@ -56,8 +69,20 @@ def sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, params: SampleParams, seed: int
 ) -> Sample:
     """Return the continuations of `prompt`; the same arguments give the same text on the same machine."""
-    ids, end_of_text = prompt_tokens(tokenizer, prompt), tokenizer.eos_token_id
+    ids, end_of_text = prompt_tokens(tokenizer, prompt), cast(int, tokenizer.eos_token_id)
     torch.manual_seed(seed)
+    drafts: DraftCounts | None = None
+    if params.speculative:
+        written = [speculated(model, ids, params, end_of_text) for _ in range(params.num_return_sequences)]
+        rows, drafts = [row for row, _ in written], sum((counts for _, counts in written), DraftCounts())
+    else:
+        rows = _generated(model, ids, params, end_of_text)
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return Sample(prompt, tuple(texts), sum(token != end_of_text for row in rows for token in row), drafts)
+
+
+def _generated(model: PreTrainedModel, ids: list[int], params: SampleParams, end_of_text: int) -> list[list[int]]:
+    """Return what follows `ids` by transformers' `generate`, filled up with `end_of_text` to equal lengths."""
     prompt_ids = torch.tensor([ids], device=model.device)
     generate = cast(Callable[..., torch.Tensor], model.generate)  # torch annotates a module's attributes as tensors
     written = generate(
@@ -65,15 +90,32 @@ def sample(
         attention_mask=torch.ones_like(prompt_ids),
         generation_config=generation_config(params, end_of_text),
     )
-    rows = written[:, len(ids) :]
-    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    return Sample(prompt, tuple(texts), int(rows.ne(cast(int, end_of_text)).sum()))
+    return written[:, len(ids) :].tolist()
+
+
+def drafts_of(samples: Sequence[Sample]) -> DraftCounts | None:
+    """Return how the drafts of all samples fared; None without speculation."""
+    counts = [item.drafts for item in samples if item.drafts is not None]
+    return sum(counts, DraftCounts()) if counts else None
+
+
+def show(samples: Sequence[Sample], recorder: Recorder, step: int) -> None:
+    """Add the texts, and how their drafts fared, to the run of `recorder`, at the training's last step."""
+    for item in samples:
+        for number, text in enumerate(item.continuations, start=1):
+            context = {"number": number} if len(item.continuations) > 1 else {}
+            recorder.text("sample", item.prompt + text, step, prompt=item.prompt, **context)
+    if drafts := drafts_of(samples):
+        recorder.result("sample", drafts.metrics(), step)
 
 
 def markdown(samples: list[Sample], params: SampleParams, seed: int, record: Mapping[str, Any]) -> str:
     """Return the samples as a Markdown page with the settings and the model that wrote them."""
     lines = ["# Samples", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in {**provenance(record), **settings(params, seed)}.items()]
+    drafts = drafts_of(samples)
+    speculation = {} if drafts is None else {"speculation": str(drafts)}
+    rows = {**provenance(record), **settings(params, seed), **speculation}
+    lines += [f"| {name} | {value} |" for name, value in rows.items()]
     for item in samples:
         for number, continuation in enumerate(item.continuations, start=1):
             suffix = f" ({number} of {len(item.continuations)})" if len(item.continuations) > 1 else ""

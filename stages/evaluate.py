@@ -30,7 +30,7 @@ def main(
     from dsv3.artifacts import read_json
     from dsv3.data.shards import TokenStream
     from dsv3.evaluation import SPLITS, check_fits, evaluate
-    from dsv3.evaluation_files import show, write
+    from dsv3.evaluation_files import show, summary, write
     from dsv3.loading import check_model, chosen_device, device_name, load_model
     from dsv3.tracking.recorder import read_record, reopen_recorder
 
@@ -55,10 +55,7 @@ def main(
     recorder = reopen_recorder(record, parameters.runtime)
     show(evaluation, output, recorder, record["step"])
     recorder.close("finished")
-    for split, score in evaluation.scores.items():
-        row = score.metrics()
-        units = {"nats_per_token": "nats/token", "nats_per_char": "nats/char", "bits_per_byte": "bits/byte"}
-        print(f"{split:<11}" + "  ".join(f"{row[name]:.4f} {unit}" for name, unit in units.items()))
+    print(summary(evaluation))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def main(
 
     from dsv3.artifacts import write_text
     from dsv3.loading import check_model, chosen_device, device_name, load_model, load_tokenizer
-    from dsv3.sampling import check_lengths, markdown, sample
+    from dsv3.sampling import check_fits, drafts_of, markdown, sample, show
     from dsv3.tracking.recorder import read_record, reopen_recorder
 
     check_model(model)
@@ -40,7 +40,7 @@ def main(
         return
 
     loaded, tokenizer = load_model(model, device), load_tokenizer(model)
-    check_lengths(loaded, tokenizer, settings)
+    check_fits(loaded, tokenizer, settings)
     start = time.perf_counter()
     samples = [
         # a seed per prompt: another prompt in the list does not change what follows this one
@@ -51,13 +51,11 @@ def main(
     write_text(output, markdown(samples, settings, parameters.seed, record))
 
     recorder = reopen_recorder(record, parameters.runtime)
-    for item in samples:
-        for number, continuation in enumerate(item.continuations, start=1):
-            context = {"number": number} if len(item.continuations) > 1 else {}
-            recorder.text("sample", item.prompt + continuation, record["step"], prompt=item.prompt, **context)
+    show(samples, recorder, record["step"])
     recorder.close("finished")
     new_tokens = sum(item.num_new_tokens for item in samples)
-    print(f"{output}: {new_tokens:,} tokens, {new_tokens / seconds:.0f} tokens/s")
+    drafts = drafts_of(samples)
+    print(f"{output}: {new_tokens:,} tokens, {new_tokens / seconds:.0f} tokens/s{f'; {drafts}' if drafts else ''}")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,12 @@ METRICS = MappingProxyType(
         "characters": Metric("characters", "characters that the scored tokens spell"),
         "bytes": Metric("bytes", "bytes that the scored tokens spell"),
         "position": Metric("tokens", "place of a token in its window, counted from 0"),
+        # Multi-token prediction as a means to write faster
+        "mtp_acceptance": Metric(
+            "", "share of held-out tokens where an MTP layer, and all before it, say what the model itself says"
+        ),
+        "draft_acceptance": Metric("", "share of the MTP layers' drafts that were kept in writing"),
+        "tokens_per_pass": Metric("tokens", "tokens written per forward pass of the main model; 1 without drafts"),
         # Schedules
         "learning_rate": Metric("", "learning rate of the step"),
         "bias_update_rate": Metric("", "gamma of loss-free balancing"),
@@ -93,18 +99,23 @@ SCORES = ("nats_per_token", "perplexity", "nats_per_char", "bits_per_byte")
 
 
 def scores(stage: str, metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:
-    """Return (subset, name, value) of each score in a stage's metrics.json; none but `evaluate` has any.
+    """Return (subset, name, value) of each score of a stage; none but `evaluate` and `sample` has any.
 
     The validation during training scores separate blocks, evaluate a sliding window: they must not share a curve.
     """
+    if stage == "sample":
+        return [("sample", name, value) for name, value in metrics.items()]
     if stage != "evaluate":
         return []
-    return [
+    shown = [
         (subset, name, metrics[section][name])
         for section, subset in SUBSETS.items()
         for name in SCORES
         if section in metrics
     ]
+    if nearest := metrics.get("mtp", {}).get("depth_1"):
+        shown.append(("heldout", "mtp_acceptance", nearest["mtp_acceptance"]))
+    return shown
 
 
 def unknown_names(row: Mapping[str, float]) -> list[str]:

@@ -102,18 +102,18 @@ def test_an_evaluation_holds_every_number_that_the_metrics_file_promises(model):
     sizes = {"validation": {"characters": 200, "bytes": 210}, "test": {"characters": 100, "bytes": 100}}
     evaluation = evaluate(model, streams, sizes, settings())
     metrics = evaluation.metrics()
-    assert list(metrics) == ["validation", "test", "heldout", "router"]
+    assert list(metrics) == ["validation", "test", "heldout", "router", "mtp"]
     assert metrics["heldout"]["tokens"] == 59 + 29
     assert metrics["heldout"]["nats_per_char"] == pytest.approx(
         (metrics["validation"]["nats_per_char"] * 200 + metrics["test"]["nats_per_char"] * 100) / 300
     )
-    assert metrics["router"]["num_layers"] == 1  # layer 0 is dense; the prediction module does not run
+    assert metrics["router"]["num_layers"] == 2  # layer 0 is dense; layer 2 is the prediction module
     lines = evaluation.position_table().splitlines()
     assert lines[0].split("\t") == ["position", "loss", "tokens"]
     assert len(lines) == 17
     shares = [float(line.split("\t")[2]) for line in evaluation.load_table().splitlines()[1:]]
-    assert len(shares) == 4
-    assert sum(shares) == pytest.approx(1.0)
+    assert len(shares) == 8
+    assert sum(shares) == pytest.approx(2.0)
 
 
 def test_loads_count_each_token_of_each_window_top_k_times_and_nothing_outside_the_block(model):

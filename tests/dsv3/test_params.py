@@ -94,6 +94,15 @@ def test_the_shipped_parameters_are_valid_and_every_line_of_them_is_commented(mo
         ({"train.warmup_ratio": 0.98}, "params.yaml: train: warmup_ratio + bias_freeze_ratio exceeds 1"),
         ({"sample.top_p": 1.5}, "params.yaml: sample.top_p is 1.5; must be <= 1"),
         ({"sample.prompts": []}, "params.yaml: sample.prompts"),
+        (
+            {"sample.do_sample": False, "sample.num_return_sequences": 2},
+            "params.yaml: sample: num_return_sequences is 2; must be 1 where do_sample is false, for all would be",
+        ),
+        (
+            {"sample.speculative": True},
+            "sample.speculative is true; needs a model with prediction modules, and num_nextn_predict_layers of "
+            "mini_model/config_nano.json is 0; set it to 1, or sample.speculative to false",
+        ),
         ({"data.source": "file"}, "params.yaml: data: path is empty; source 'file' needs"),
         ({"estimate_size.memory_budget_gib": 0}, "params.yaml: estimate_size.memory_budget_gib is 0; must be > 0"),
         ({"tokenize.vocab_size": 1025}, "must be <= 1024, the vocab_size of mini_model/config_nano.json"),

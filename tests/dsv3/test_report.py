@@ -27,7 +27,10 @@ def results(tmp_path) -> Path:
     write_json(folder / "train" / "metrics.json", train)
     heldout = {"nats_per_char": 1.6123, "bits_per_byte": 2.3261, "nats_per_token": 4.7, "perplexity": 109.9}
     router = {"max_vio_global_max": 0.12, "dead_experts": 0}
-    write_json(folder / "evaluate" / "metrics.json", {"heldout": heldout, "router": router})
+    write_json(
+        folder / "evaluate" / "metrics.json",
+        {"heldout": heldout, "router": router, "mtp": {"depth_1": {"mtp_acceptance": 0.612}}},
+    )
     (tmp_path / "samples.md").write_text("")
     return folder
 
@@ -44,6 +47,7 @@ def test_the_table_holds_what_a_newcomer_asks_for(results, tmp_path):
         "cpu x 1, fp32",
         "8,123 tokens/s; 3 min 10 s in all",
         "1.6123 nats/char, 2.3261 bits/byte",
+        "61.2% of its guesses would be kept",
         "MaxVio 0.120 in the worst layer, 0 dead experts",
         "make ui",
         "dvc exp run -S",

@@ -4,7 +4,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dsv3.errors import UserError
 from dsv3.evaluation_params import SampleParams
-from dsv3.sampling import Sample, check_lengths, generation_config, markdown, sample
+from dsv3.sampling import Sample, check_fits, generation_config, markdown, sample
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 from tests.training_inputs import MICRO, write_tokens
@@ -32,7 +32,9 @@ def tokenizer(tmp_path_factory) -> PreTrainedTokenizerFast:
 
 def settings(**changes) -> SampleParams:
     defaults = {"prompts": ["To be"], "max_new_tokens": 12, "do_sample": True, "temperature": 0.8}
-    return SampleParams(**{**defaults, "top_k": 0, "top_p": 0.95, "num_return_sequences": 1, **changes})
+    return SampleParams(
+        **{**defaults, "top_k": 0, "top_p": 0.95, "num_return_sequences": 1, "speculative": False, **changes}
+    )
 
 
 def test_the_same_seed_writes_the_same_and_another_seed_another(model, tokenizer):
@@ -69,8 +71,8 @@ def test_sampling_settings_are_absent_from_greedy_decoding():
 
 def test_a_text_longer_than_the_model_can_hold_is_refused(model, tokenizer):
     with pytest.raises(UserError, match=r"sample\.max_new_tokens is 60; must be <= 58"):
-        check_lengths(model, tokenizer, settings(max_new_tokens=60))
-    check_lengths(model, tokenizer, settings(max_new_tokens=58))
+        check_fits(model, tokenizer, settings(max_new_tokens=60))
+    check_fits(model, tokenizer, settings(max_new_tokens=58))
 
 
 def test_the_page_names_model_settings_and_quotes_the_text_unchanged():

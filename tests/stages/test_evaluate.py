@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -42,9 +43,10 @@ def test_it_writes_metrics_tables_and_figures(prepared, output):
         assert metrics[split]["characters"] == meta["splits"][split]["characters"]
     assert metrics["heldout"]["tokens"] == metrics["validation"]["tokens"] + metrics["test"]["tokens"]
     assert 5 < metrics["heldout"]["nats_per_token"] < 6.5  # random weights: about ln 272 = 5.6
-    assert metrics["router"]["num_layers"] == 1
+    assert metrics["router"]["num_layers"] == 2  # that of the prediction module too
+    assert metrics["mtp"]["depth_1"]["tokens"] == metrics["heldout"]["tokens"] - 2  # a first target of each split less
     assert len((output / "loss_by_position.tsv").read_text().splitlines()) == 1 + 32
-    assert len((output / "expert_load.tsv").read_text().splitlines()) == 1 + 4
+    assert len((output / "expert_load.tsv").read_text().splitlines()) == 1 + 2 * 4
     for name in ("loss_by_position", "expert_load"):
         with Image.open(output / "figures" / f"{name}.png") as image:
             assert image.width > 300
@@ -56,6 +58,20 @@ def test_a_second_evaluation_gives_the_same_files(prepared, output, tmp_path):
     assert len(files) == 5
     for file in files:
         assert (tmp_path / file).read_bytes() == (output / file).read_bytes(), file
+
+
+def test_the_acceptance_is_printed_and_absent_where_there_is_no_prediction_module(prepared, tmp_path, capsys):
+    run(prepared, tmp_path / "with")
+    assert re.search(r"^mtp depth_1  \d+\.\d% accepted, 5\.\d{4} nats/token$", capsys.readouterr().out, re.MULTILINE)
+    write_exported(tmp_path, architecture={"num_nextn_predict_layers": 0})
+    run(tmp_path, tmp_path / "without")
+    assert list(json.loads((tmp_path / "without" / "metrics.json").read_text())) == [
+        "validation",
+        "test",
+        "heldout",
+        "router",
+    ]
+    assert "mtp" not in capsys.readouterr().out
 
 
 def test_it_adds_to_the_trainings_run_in_aim_or_to_a_new_one(copy, tmp_path, monkeypatch):

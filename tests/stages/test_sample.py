@@ -1,11 +1,13 @@
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from dsv3.errors import UserError
+from dsv3.tracking.recorder import Recorder
 from stages import sample
-from tests.exported_model import set_params, write_exported
+from tests.exported_model import edit_json, set_params, write_exported
 
 
 def run(folder: Path, output: Path, dry_run: bool = False) -> None:
@@ -58,3 +60,32 @@ def test_a_text_that_does_not_fit_the_model_is_told(prepared, tmp_path):
     with pytest.raises(UserError, match=r"sample\.max_new_tokens is 100; must be <= 54"):
         run(tmp_path / "copy", tmp_path / "none.md")
     assert not (tmp_path / "none.md").exists()
+
+
+def test_speculation_changes_the_greedy_page_by_one_line_and_says_how_the_drafts_fared(
+    prepared, tmp_path, capsys, monkeypatch
+):
+    shown = []
+    monkeypatch.setattr(Recorder, "result", lambda self, *arguments: shown.append(arguments))
+    shutil.copytree(prepared, tmp_path / "copy")
+    pages = []
+    for is_speculative in (False, True):
+        set_params(tmp_path / "copy", sample={"do_sample": False, "speculative": is_speculative})
+        run(tmp_path / "copy", tmp_path / "page.md")
+        pages.append((tmp_path / "page.md").read_text().splitlines())
+    (line,) = [line for line in pages[1] if line not in pages[0]]
+    assert [other for other in pages[1] if other != line] == pages[0]
+    fared = re.fullmatch(r"\| speculation \| (.* drafts accepted .*, \d\.\d\d tokens per forward pass) \|", line)
+    assert fared
+    assert fared[1] in capsys.readouterr().out
+    ((stage, metrics, step),) = shown  # none without speculation
+    assert (stage, list(metrics), step) == ("sample", ["draft_acceptance", "tokens_per_pass"], 12)
+
+
+def test_speculation_without_prediction_modules_is_refused_in_the_first_second(prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "copy")
+    config = {"config": str(tmp_path / "copy" / "config.json")}
+    set_params(tmp_path / "copy", model=config, sample={"speculative": True})
+    edit_json(tmp_path / "copy" / "config.json", num_nextn_predict_layers=0)
+    with pytest.raises(UserError, match=r"sample\.speculative is true; needs a model with prediction modules"):
+        run(tmp_path / "copy", tmp_path / "none.md", dry_run=True)
