@@ -1,9 +1,13 @@
 """A small exported model with random weights and all that `evaluate` and `sample` read, made in a second."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from ruamel.yaml import YAML
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dsv3.artifacts import read_json, write_json
 from dsv3.assembly import build_model, export
@@ -38,3 +42,25 @@ def set_params(folder: Path, **sections: dict) -> None:
 def edit_json(path: Path, **changes: object) -> None:
     """Overlay a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+Tensors = dict[str, Tensor]
+
+
+def broken(folder: Path, target: Path, change: Callable[[Tensors], Tensors]) -> Path:
+    """Copy an exported folder to `target` with other tensors; return `target`."""
+    shutil.copytree(folder, target)
+    save_file(change(load_file(folder / "model.safetensors")), target / "model.safetensors")
+    return target
+
+
+def renamed(tensors: Tensors, old: str, new: str) -> Tensors:
+    return {key.replace(old, new): tensor for key, tensor in tensors.items()}
+
+
+def without(tensors: Tensors, part: str) -> Tensors:
+    return {key: tensor for key, tensor in tensors.items() if part not in key}
+
+
+def transposed(tensors: Tensors, part: str) -> Tensors:
+    return {key: tensor.T.contiguous() if part in key else tensor for key, tensor in tensors.items()}
