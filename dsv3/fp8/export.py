@@ -6,7 +6,7 @@ are. So do matrices with a dimension that is no multiple of 128 (`kv_a_proj_with
 a block from the shapes, and would spread a shorter last block over its neighbours. They are listed in
 `modules_to_not_convert`.
 
-    python -m dsv3.fp8.export outputs/final_model outputs/final_model_fp8
+    python -m dsv3.export fp8 outputs/final_model outputs/final_model_fp8
 """
 
 import shutil
@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv3.artifacts import read_json, replacing_directory, write_json
-from dsv3.cli import command
 from dsv3.errors import UserError
 from dsv3.fp8.convert import KEPT
 from dsv3.fp8.definition import BLOCK
@@ -85,7 +84,3 @@ def quantization_config(kept: list[str]) -> dict[str, object]:
         "weight_block_size": [BLOCK, BLOCK],
         "modules_to_not_convert": ["lm_head", *kept],
     }
-
-
-if __name__ == "__main__":
-    command(export_fp8)
