@@ -9,7 +9,7 @@ vLLM and SGLang multiply together with such a matrix (`q_a_proj`), since they re
 `modules_to_not_convert` lists the matrices that stayed, and the products they are part of, by the names under which
 each reader looks for them.
 
-    python -m dsv3.fp8.export outputs/final_model outputs/final_model_fp8
+    python -m dsv3.export fp8 outputs/final_model outputs/final_model_fp8
 """
 
 import shutil
@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv3.artifacts import read_json, replacing_directory, write_json
-from dsv3.cli import command
 from dsv3.errors import UserError
 from dsv3.fp8.convert import KEPT
 from dsv3.fp8.definition import BLOCK
@@ -134,7 +133,3 @@ def quantization_config(kept: list[str]) -> dict[str, Any]:
         "weight_block_size": [BLOCK, BLOCK],
         "modules_to_not_convert": ["lm_head", *kept],
     }
-
-
-if __name__ == "__main__":
-    command(export_fp8)

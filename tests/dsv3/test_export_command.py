@@ -1,0 +1,79 @@
+import subprocess
+import sys
+
+import pytest
+from gguf import GGUFReader
+
+from dsv3.artifacts import read_json, write_json
+from dsv3.data.tokenizer import save_trained, train_tokenizer
+from mini_model.configuration_deepseek import DeepseekV3Config
+from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
+from tests.training_inputs import MICRO, ROOT
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    save_trained(train_tokenizer(["to be or not to be " * 9], 262), folder)
+    DeepseekV3ForCausalLM(DeepseekV3Config(**MICRO)).save_pretrained(folder)
+    return folder
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "dsv3.export", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def assert_refused(done, message):
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_gguf_writes_one_file_and_says_what_it_left_out(model, tmp_path):
+    done = run("gguf", model, tmp_path / "out" / "model.gguf", "--dtype", "bf16")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("model.gguf: 2 layers, matrices in bf16, without its prediction modules (1)\n")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.gguf"]
+    assert GGUFReader(tmp_path / "out" / "model.gguf").fields["general.architecture"].contents() == "deepseek2"
+
+
+def test_fp8_writes_a_folder(model, tmp_path):
+    done = run("fp8", model, tmp_path / "fp8")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert read_json(tmp_path / "fp8" / "config.json")["quantization_config"]["quant_method"] == "fp8"
+
+
+def test_an_fp8_model_becomes_no_gguf(model, tmp_path):
+    assert run("fp8", model, tmp_path / "fp8").returncode == 0
+    assert_refused(run("gguf", tmp_path / "fp8", tmp_path / "x.gguf"), "config.json: has a quantization_config")
+
+
+@pytest.mark.parametrize("form", ["gguf", "fp8"])
+def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path, form):
+    assert_refused(run(form, tmp_path, tmp_path / "out"), "holds no config.json; name a folder")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_weights_is_refused_and_nothing_is_written(model, tmp_path):
+    (model / "model.safetensors").unlink()
+    assert_refused(run("gguf", model, tmp_path / "x.gguf"), "holds no model.embed_tokens.weight")
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+def test_an_impossible_architecture_is_refused_in_one_line(model, tmp_path):
+    write_json(model / "config.json", read_json(model / "config.json") | {"n_group": 3})
+    assert_refused(run("gguf", model, tmp_path / "x.gguf"), "n_group is 3; must divide")
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['dsv3.export', 'gguf', '--help']\n"
+        "try:\n"
+        "    runpy.run_module('dsv3.export', run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        "    assert not stop.code, stop.code\n"
+        "assert not {'torch', 'transformers', 'gguf', 'numpy'} & set(sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False).returncode == 0
