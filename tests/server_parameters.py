@@ -57,7 +57,7 @@ FIELDS = (
     "rope_theta routed_scaling_factor scoring_func topk_group topk_method v_head_dim vocab_size"
 )
 """What they read of config.json, as words: `rope_parameters` by vLLM and by SGLang on transformers 5, `rope_theta` and
-`rope_scaling` by SGLang on transformers 4, which takes 10,000 and no scaling where they are absent."""
+`rope_scaling` by programs on transformers 4, whose configuration has no other names."""
 
 
 def created(server: Server, config: Config) -> Places:
