@@ -98,6 +98,12 @@ class TrainParams(Section):
     fp8_activation_quant: bool
     """Quantise activations and their gradients in 1x128 tiles (with use_fp8)."""
 
+    fp8_power_of_two_scales: bool
+    """Round the scales of all blocks up to powers of two (with use_fp8): exact to multiply by, up to a bit coarser."""
+
+    fp8_wgrad_quant: bool
+    """Quantise the weight gradient's operands too (with use_fp8); false: bf16 on a GPU, unrounded in an emulation."""
+
     experts: str = Field(min_length=1)
     """Backend of the expert computation; auto chooses by device and precision, and is recorded."""
 

@@ -4,6 +4,7 @@ from torch import nn
 
 from dsv3.fp8.convert import convert
 from dsv3.fp8.quantize import rounded_rows, rounded_weight
+from dsv3.fp8.recipe import Recipe
 from dsv3.fp8.statistics import fp8_statistics, row_statistics, weight_statistics
 
 
@@ -41,7 +42,7 @@ def test_padding_is_not_counted():
 
 def test_every_low_precision_layer_is_watched_and_no_gradient_is_touched():
     model = nn.Sequential(nn.Linear(128, 256), nn.SiLU(), nn.Linear(256, 128), nn.Linear(128, 4))
-    convert(model, weight_quant=True, activation_quant=True, device=torch.device("cpu"))
+    convert(model, Recipe(), torch.device("cpu"))
     found = fp8_statistics(model, lambda: model(normal(32, 128)).square().mean())
     assert list(found) == ["0", "2"]  # the last one is smaller than a block
     for statistics in found.values():

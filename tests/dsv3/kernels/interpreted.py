@@ -135,7 +135,7 @@ def wgrad_truth(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return quantize.rounded_columns(grad).double().t() @ quantize.rounded_columns(x).double()
 
 
-def linear_errors(num_rows: int, num_inputs: int, num_outputs: int) -> dict[str, float]:
+def linear_errors(num_rows: int, num_inputs: int, num_outputs: int, recipe: Recipe) -> dict[str, float]:
     """Return the same for a linear layer whose dimensions are no multiples of 128."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"x": (num_rows, num_inputs), "weight": (num_outputs, num_inputs), "grad": (num_rows, num_outputs)}
@@ -147,8 +147,8 @@ def linear_errors(num_rows: int, num_inputs: int, num_outputs: int) -> dict[str,
         output.backward(tensors["grad"])
         return {"output": output.detach(), "x": x.grad, "weight": weight.grad}
 
-    emulated = run(partial(rounded_product, rounding=fp8_rounding(Recipe()).name))
-    return errors(run(partial(triton_linear.linear_product, recipe=Recipe())), emulated)
+    emulated = run(partial(rounded_product, rounding=fp8_rounding(recipe).name))
+    return errors(run(partial(triton_linear.linear_product, recipe=recipe)), emulated)
 
 
 def mutated(old: str, new: str, folder: Path) -> object:
@@ -191,7 +191,9 @@ def main() -> None:
     for name, recipe in RECIPES.items():
         found["experts"][f"two tiles, {name}"] = expert_errors(many, recipe)
     found["gemms"] = gemm_errors()
-    found["linear"] = linear_errors(130, 160, 200)
+    found["linear"] = linear_errors(130, 160, 200, Recipe())
+    inputs, recipe = case("empty experts", 128, 128), Recipe(quantises_wgrad=False)
+    found["bf16 wgrad"] = {"experts": expert_errors(inputs, recipe), "linear": linear_errors(130, 160, 200, recipe)}
     found["mutations"] = mutation_effects()
     json.dump(found, sys.stdout)
 

@@ -12,6 +12,8 @@ pytest.importorskip("triton", reason="triton is installed with CUDA builds of to
 
 TOLERANCE = 1e-6
 """fp32 sums of at most 256 products, in another order; an operand rounded differently would show as 1e-4 or more."""
+BF16_WGRAD_TOLERANCE = 2**-8
+"""Both operands and the sum are rounded to bf16, by 2^-9 of a number at most each, and mostly not the same way."""
 ROUTINGS = [
     "ragged",
     "empty experts",
@@ -54,6 +56,15 @@ def test_the_experts_agree_with_the_emulation_in_their_output_and_every_gradient
 
 def test_a_linear_layer_of_odd_dimensions_agrees_with_the_emulation(found):
     assert max(found["linear"].values()) < TOLERANCE, found["linear"]
+
+
+@pytest.mark.parametrize(("kind", "weights"), [("experts", {"gate_up", "down"}), ("linear", {"weight"})])
+def test_a_weight_gradient_that_is_not_quantised_takes_bf16_operands(found, kind, weights):
+    """The emulation leaves its operands unrounded; outputs and the other gradients stay FP8 and agree as before."""
+    errors = found["bf16 wgrad"][kind]
+    for name, error in errors.items():
+        low, high = (TOLERANCE, BF16_WGRAD_TOLERANCE) if name in weights else (0, TOLERANCE)
+        assert low <= error < high, (name, error)
 
 
 def test_every_mutation_of_the_kernels_is_noticed(found):

@@ -7,6 +7,7 @@ import torch
 from dsv3.errors import UserError
 from dsv3.fp8 import rounding
 from dsv3.fp8.convert import convert, emulate_bf16
+from dsv3.fp8.recipe import Recipe
 from dsv3.kernels.registry import AUTO, BACKENDS, experts_backend
 from dsv3.params import read_params
 from dsv3.sizing import memory
@@ -57,7 +58,7 @@ def model_of(sizes, precision, experts):
     use_fp8 = experts.startswith("fp8")
     model.set_experts_implementation(experts_backend(experts, CPU, DTYPES[precision], use_fp8))
     if use_fp8:
-        convert(model, weight_quant=True, activation_quant=True, device=CPU)
+        convert(model, Recipe(), CPU)
     elif experts == "bf16_emulated":
         emulate_bf16(model)
     return model
