@@ -104,6 +104,9 @@ class TrainParams(Section):
     fp8_wgrad_quant: bool
     """Quantise the weight gradient's operands too (with use_fp8); false: bf16 on a GPU, unrounded in an emulation."""
 
+    fp8_swiglu_cache: bool
+    """Keep the input of the routed experts' SwiGLU in FP8 until the backward pass (report, section 3.3.3)."""
+
     experts: str = Field(min_length=1)
     """Backend of the expert computation; auto chooses by device and precision, and is recorded."""
 

@@ -84,6 +84,7 @@ def fp8_recipe(train: TrainParams) -> Recipe:
         quantises_activations=train.fp8_activation_quant,
         has_power_of_two_scales=train.fp8_power_of_two_scales,
         quantises_wgrad=train.fp8_wgrad_quant,
+        caches_swiglu=train.fp8_swiglu_cache,
     )
 
 

@@ -13,7 +13,7 @@ def chosen(folder, **train):
     return choices.precision, choices.experts
 
 
-def test_params_yaml_asks_for_deepseeks_recipe(tmp_path):
+def test_params_yaml_asks_for_the_default_recipe(tmp_path):
     assert fp8_recipe(plan_of(tmp_path).params.train) == Recipe()
     assert chosen(tmp_path) == ("fp8_emulated", "dsv3_fp8_emulated")
 
@@ -30,6 +30,10 @@ def test_params_yaml_asks_for_deepseeks_recipe(tmp_path):
 )
 def test_linear_layers_and_experts_get_one_recipe_and_their_names_say_how_it_deviates(tmp_path, train, word):
     assert chosen(tmp_path, **train) == (f"fp8_emulated_{word}", f"dsv3_fp8_emulated_{word}")
+
+
+def test_the_experts_alone_cache_their_swiglu_in_fp8(tmp_path):
+    assert chosen(tmp_path, fp8_swiglu_cache=True) == ("fp8_emulated", "dsv3_fp8_emulated_fp8_swiglu_cache")
 
 
 @pytest.mark.parametrize("train", [{"fp8_power_of_two_scales": True}, {"fp8_wgrad_quant": False}], ids=str)
