@@ -81,7 +81,8 @@ class TrainParams(Section):
     """lambda for the rest of the steps."""
 
     eval_steps: int = Field(ge=1)
-    """Optimizer steps between two validations; they also decide which weights are the best."""
+    """Optimizer steps between two validations, which decide which weights are the best; with use_fp8 also between two
+    measurements of what FP8 does to the numbers."""
 
     load_best_model_at_end: bool
     """Export the weights with the lowest validation loss instead of the last ones."""
