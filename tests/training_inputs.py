@@ -57,6 +57,18 @@ MICRO = {
     "pad_token_id": None,
 }
 
+WIDE = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "q_lora_rank": None,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+}
+"""Overlay of `MICRO` with matrices of at least one FP8 block."""
+
 TRAIN = {
     "max_steps": 12,
     "per_device_train_batch_size": 2,

@@ -6,7 +6,7 @@ head, those named in `KEPT`, and those with a dimension smaller than one block. 
 ends in a shorter block (`kv_a_proj_with_mqa`), which equals padding with zeros.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -36,17 +36,13 @@ class Conversion:
     """Converted modules with a dimension that is no multiple of 128."""
 
 
-def convert(model: nn.Module, weight_quant: bool, activation_quant: bool, device: torch.device) -> Conversion:
+def convert(model: nn.Module, recipe: Recipe, device: torch.device) -> Conversion:
     """Replace the linear layers of `model` by FP8 ones that share their parameters; return what was done.
 
     On a GPU that multiplies e4m3 they run this project's Triton kernels; elsewhere, and with one side only, they are
     emulated.
     """
-    return convert_by_recipe(model, Recipe(weight_quant, activation_quant), device)
-
-
-def convert_by_recipe(model: nn.Module, recipe: Recipe, device: torch.device) -> Conversion:
-    """As `convert`, with every choice of the recipe."""
+    recipe = replace(recipe, caches_swiglu=False)  # the routed experts' choice: linear layers keep their inputs whole
     if multiplies_fp8(device) and recipe.quantises_both_sides:
         from dsv3.kernels.triton_linear import linear_product  # triton is not installed with every torch
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Recipe:
-    """The choices of a quantised layer; the defaults are DeepSeek-V3's (report, section 3.3)."""
+    """The choices of a quantised layer; the defaults are DeepSeek-V3's GEMMs (report, section 3.3)."""
 
     quantises_weights: bool = True
     """Weights in 128x128 blocks."""
@@ -15,6 +15,9 @@ class Recipe:
     """Scales rounded up to powers of two: exact to multiply by, at up to one bit of range."""
     quantises_wgrad: bool = True
     """Whether the weight gradient's GEMM takes FP8 operands, too."""
+    caches_swiglu: bool = False
+    """Whether the input of the routed experts' SwiGLU waits for the backward pass in FP8 (section 3.3.3, DeepSeek's
+    choice; here it is one, because it moves the gradients and not the loss)."""
 
     @property
     def quantises_both_sides(self) -> bool:
@@ -22,12 +25,13 @@ class Recipe:
         return self.quantises_weights and self.quantises_activations
 
     def deviations(self) -> list[str]:
-        """Return a word for each choice that is not DeepSeek's, for the name under which a run is recorded."""
+        """Return a word for each choice that is not the default, for the name under which a run is recorded."""
         words = {
             "high_weights": not self.quantises_weights,
             "high_activations": not self.quantises_activations,
             "pow2": self.has_power_of_two_scales,
             "high_wgrad": not self.quantises_wgrad,
+            "fp8_swiglu_cache": self.caches_swiglu,
         }
         return [word for word, deviates in words.items() if deviates]
 

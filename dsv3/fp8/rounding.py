@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dsv3.fp8.quantize import rounded_columns, rounded_rows, rounded_weight
+from dsv3.fp8.cache import Quantiser
+from dsv3.fp8.quantize import quantised_rows, rounded_columns, rounded_rows, rounded_weight
 from dsv3.fp8.recipe import Recipe
 
 ROUNDINGS: dict[str, "Rounding"] = {}
@@ -34,6 +35,8 @@ class Rounding:
     """The same as operands of wgrad: (R, C) along the rows."""
     weights: Callable[[Tensor], Tensor] | None
     """Weights (..., N, K); the result is kept until the parameter changes."""
+    cache: Quantiser | None = None
+    """The stored form in which an activation waits for the backward pass."""
 
     def of_rows(self, x_DC: Tensor) -> Tensor:
         """Return `x_DC` as forward and dgrad see it."""
@@ -62,6 +65,7 @@ def fp8_rounding(recipe: Recipe) -> Rounding:
         rows=partial(rounded_rows, pow2=pow2) if is_on else None,
         columns=partial(rounded_columns, pow2=pow2) if is_on and recipe.quantises_wgrad else None,
         weights=partial(rounded_weight, pow2=pow2) if recipe.quantises_weights else None,
+        cache=partial(quantised_rows, pow2=pow2) if recipe.caches_swiglu else None,
     )
     return ROUNDINGS.setdefault(rounding.name, rounding)
 

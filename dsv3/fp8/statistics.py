@@ -5,100 +5,192 @@ pile up at the end of the range (saturation; with scales from the block itself o
 end, a share of 1/128 or a little more). And a single huge number makes the rest of its block coarse (outliers): the
 crest, the largest magnitude divided by the root mean square, tells how far a block is from even.
 
+A fourth is seen in what comes out: gradients that are zero where they should not be.
+
+Everything is a ratio of two sums, so that the statistics of a model are the sum of its layers', and a large tensor is
+gone through in pieces.
+
 Letters: B blocks, n numbers of a block.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from dsv3.fp8.definition import BLOCK, E4M3_MAX
 from dsv3.fp8.linear import LowPrecisionLinear
 from dsv3.fp8.quantize import round_to_e4m3_, scale_and_inverse
+from dsv3.fp8.recipe import DEEPSEEK_RECIPE, Recipe
+from mini_model.modeling_deepseek import DeepseekV3Experts
 
 OUTLIER_CREST = 8.0
 """A block counts as one with an outlier from here on; of 128 normal numbers the largest is at 2.7 on average."""
+CHUNK_NUMBERS = 1 << 22
+"""Numbers looked at together: half a dozen temporary tensors of this size exist."""
+WEIGHTS: dict[type[nn.Module], dict[str, str]] = {
+    LowPrecisionLinear: {"weight": "weight"},
+    DeepseekV3Experts: {"gate_up": "gate_up_proj", "down": "down_proj"},
+}
+"""The modules that are watched, and their weights: operand -> name of the parameter."""
 
 
 @dataclass(frozen=True)
-class QuantisationStatistics:
-    """Shares are between 0 and 1."""
+class Statistics:
+    """Sums over tensors; add them up for the statistics of several."""
 
-    underflow_share: float
-    """Of the numbers that are not zero, those that become zero."""
-    saturation_share: float
-    """Of all numbers, those stored as +-448."""
-    outlier_block_share: float
-    """Of all blocks, those whose largest magnitude is at least `OUTLIER_CREST` times their root mean square."""
-    relative_error: float
-    """Norm of the rounding error as a share of the tensor's norm."""
+    num_numbers: float = 0
+    """Numbers that are not zero: padding must not flatter."""
+    num_underflows: float = 0
+    num_saturated: float = 0
+    num_blocks: float = 0
+    """Blocks with any number that is not zero."""
+    num_outlier_blocks: float = 0
+    square: float = 0
+    """Of the tensor's norm."""
+    error_square: float = 0
+    """Of the rounding error's norm."""
+    num_gradients: float = 0
+    """Entries of the weight's gradient, without experts that got no token."""
+    num_nonzero_gradients: float = 0
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        return Statistics(*(own + its for own, its in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def underflow_share(self) -> float:
+        """Return the share of the numbers that become zero."""
+        return self.num_underflows / max(self.num_numbers, 1)
+
+    @property
+    def saturation_share(self) -> float:
+        """Return the share of the numbers that are stored as +-448."""
+        return self.num_saturated / max(self.num_numbers, 1)
+
+    @property
+    def outlier_block_share(self) -> float:
+        """Return the share of the blocks whose crest is at least `OUTLIER_CREST`."""
+        return self.num_outlier_blocks / max(self.num_blocks, 1)
+
+    @property
+    def relative_error(self) -> float:
+        """Return the norm of the rounding error as a share of the tensor's norm."""
+        return (self.error_square / self.square) ** 0.5 if self.square else 0.0
+
+    def shares(self) -> dict[str, float]:
+        """Return what was measured, by the names under which it is recorded."""
+        names = ("underflow_share", "saturation_share", "outlier_block_share", "relative_error")
+        found: dict[str, float] = {name: getattr(self, name) for name in names} if self.num_numbers else {}
+        if self.num_gradients:
+            found["nonzero_grad_share"] = self.num_nonzero_gradients / self.num_gradients
+        return found
 
 
-def row_statistics(x: Tensor) -> QuantisationStatistics:
+Found = dict[str, dict[str, Statistics]]
+"""Module -> operand (`input`, `gradient`, and its weights) -> statistics."""
+
+
+def row_statistics(x: Tensor, pow2: bool = False) -> Statistics:
     """Return the statistics of activations or gradients in 1x128 blocks along the last dimension."""
     padded = F.pad(x.detach().float(), (0, -x.shape[-1] % BLOCK))
-    return block_statistics(padded.reshape(-1, BLOCK))
+    return Statistics(*_sums(padded.reshape(-1, BLOCK), pow2).tolist())
 
 
-def weight_statistics(weight: Tensor) -> QuantisationStatistics:
+def weight_statistics(weight: Tensor, pow2: bool = False) -> Statistics:
     """Return the statistics of a weight, or a stack of weights, in 128x128 blocks."""
     num_outputs, num_inputs = weight.shape[-2:]
-    padded = F.pad(weight.detach().float(), (0, -num_inputs % BLOCK, 0, -num_outputs % BLOCK))
-    grid = padded.reshape(-1, BLOCK, padded.shape[-1] // BLOCK, BLOCK).transpose(1, 2)
-    return block_statistics(grid.reshape(-1, BLOCK * BLOCK))
+    total = torch.zeros(7, dtype=torch.float64, device=weight.device)
+    for matrix in weight.detach().reshape(-1, num_outputs, num_inputs):
+        padded = F.pad(matrix.float(), (0, -num_inputs % BLOCK, 0, -num_outputs % BLOCK))
+        grid = padded.view(-1, BLOCK, padded.shape[-1] // BLOCK, BLOCK).transpose(1, 2)
+        total += _sums(grid.reshape(-1, BLOCK * BLOCK), pow2)
+    return Statistics(*total.tolist())
 
 
-def block_statistics(x_Bn: Tensor) -> QuantisationStatistics:
-    """Return the statistics of fp32 blocks; zeros, such as padding, are not counted where they would flatter."""
+def gradient_statistics(gradient: Tensor) -> Statistics:
+    """Return how many of a weight's gradients there are, and how many are not zero."""
+    return Statistics(num_gradients=gradient.numel(), num_nonzero_gradients=int(gradient.count_nonzero()))
+
+
+def _sums(x_Bn: Tensor, pow2: bool) -> Tensor:
+    """Return the first seven fields of `Statistics` of fp32 blocks."""
+    chunks = x_Bn.split(max(1, CHUNK_NUMBERS // x_Bn.shape[1]))
+    return torch.stack([_chunk_sums(chunk_Bn, pow2) for chunk_Bn in chunks]).sum(0)
+
+
+def _chunk_sums(x_Bn: Tensor, pow2: bool) -> Tensor:
+    """Return the same of few blocks."""
     amax_B1 = x_Bn.abs().amax(-1, keepdim=True)
-    scale_B1, inverse_B1 = scale_and_inverse(amax_B1)
+    scale_B1, inverse_B1 = scale_and_inverse(amax_B1, pow2)
     stored_Bn = round_to_e4m3_(x_Bn * inverse_B1, torch.empty_like(x_Bn))
     is_number_Bn = x_Bn != 0
-    num_numbers = is_number_Bn.sum().clamp_min(1)
-    mean_square_B1 = x_Bn.square().sum(-1, keepdim=True) / is_number_Bn.sum(-1, keepdim=True).clamp_min(1)
-    has_outlier_B1 = amax_B1 >= OUTLIER_CREST * mean_square_B1.sqrt()
+    square_B1 = x_Bn.square().sum(-1, keepdim=True)
+    mean_square_B1 = square_B1 / is_number_Bn.sum(-1, keepdim=True).clamp_min(1)
     has_numbers_B1 = amax_B1 > 0
-    error = (stored_Bn * scale_B1 - x_Bn).norm() / x_Bn.norm().clamp_min(torch.finfo(torch.float32).tiny)
-    return QuantisationStatistics(
-        underflow_share=(((stored_Bn == 0) & is_number_Bn).sum() / num_numbers).item(),
-        saturation_share=((stored_Bn.abs() == E4M3_MAX).sum() / num_numbers).item(),
-        outlier_block_share=((has_outlier_B1 & has_numbers_B1).sum() / has_numbers_B1.sum().clamp_min(1)).item(),
-        relative_error=error.item(),
+    sums = (
+        is_number_Bn,
+        (stored_Bn == 0) & is_number_Bn,
+        stored_Bn.abs() == E4M3_MAX,
+        has_numbers_B1,
+        has_numbers_B1 & (amax_B1 >= OUTLIER_CREST * mean_square_B1.sqrt()),
+        square_B1,
+        (stored_Bn * scale_B1 - x_Bn).square(),
     )
+    return torch.stack([part.sum(dtype=torch.float64) for part in sums])
 
 
-def fp8_statistics(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, dict[str, QuantisationStatistics]]:
-    """Return statistics by layer and operand (`input`, `gradient`, `weight`) of every low-precision linear layer.
+def fp8_statistics(model: nn.Module, loss: Callable[[], Tensor], recipe: Recipe = DEEPSEEK_RECIPE) -> Found:
+    """Return the statistics of every FP8 linear layer and of the routed experts, of what `recipe` quantises.
 
     Runs one forward and one backward pass of `loss`, a function that returns a scalar; gradients that the parameters
-    hold are left as they were. `gradient` is missing where none came back.
+    hold are left as they were. Modules that did not run are missing, and `gradient` is where none came back.
     """
-    found: dict[str, dict[str, QuantisationStatistics]] = {}
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowPrecisionLinear)}
-    handles = [_watch(layer, found.setdefault(name, {})) for name, layer in layers.items()]
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found: Found = {}
+    watches = [_Watch(name, module, recipe, found) for name, module in model.named_modules() if type(module) in WEIGHTS]
+    handles = [watch.module.register_forward_hook(watch) for watch in watches]
+    weights = [(watch, operand, weight) for watch in watches for operand, weight in watch.weights.items()]
     try:
-        torch.autograd.grad(loss(), parameters, allow_unused=True)
+        gradients = torch.autograd.grad(loss(), [weight for _, _, weight in weights], allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
+    for (watch, operand, _), gradient in zip(weights, gradients, strict=True):
+        if gradient is not None:
+            watch.add_gradient(operand, gradient)
     return found
 
 
-def _watch(layer: LowPrecisionLinear, found: dict[str, QuantisationStatistics]) -> RemovableHandle:
-    """Fill `found` when the layer runs; return the handle of the hook that does."""
+class _Watch:
+    """A forward hook that fills `found` when its module runs."""
 
-    def on_forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found["input"] = row_statistics(inputs[0])
-        found["weight"] = weight_statistics(layer.weight)
-        if output.requires_grad:
-            output.register_hook(on_gradient)
+    def __init__(self, name: str, module: nn.Module, recipe: Recipe, found: Found) -> None:
+        self.name, self.module, self.recipe, self.found = name, module, recipe, found
+        parameters = WEIGHTS[type(module)]
+        self.weights = {operand: module.get_parameter(parameter) for operand, parameter in parameters.items()}
+        self.used_experts: Tensor | None = None
 
-    def on_gradient(gradient: Tensor) -> None:
-        found["gradient"] = row_statistics(gradient)
+    def __call__(self, _: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> None:
+        """Look at the input and the weights, and at the gradient when it comes back."""
+        operands = self.found.setdefault(self.name, {})
+        pow2 = self.recipe.has_power_of_two_scales
+        if isinstance(self.module, DeepseekV3Experts):
+            self.used_experts = inputs[1].unique()
+        if self.recipe.quantises_activations:
+            operands["input"] = row_statistics(inputs[0], pow2)
+            if output.requires_grad:
+                output.register_hook(self.on_gradient)
+        if self.recipe.quantises_weights:
+            operands |= {operand: weight_statistics(weight, pow2) for operand, weight in self.weights.items()}
 
-    return layer.register_forward_hook(on_forward)
+    def on_gradient(self, gradient: Tensor) -> Any:
+        """Look at the gradient by the module's output."""
+        self.found[self.name]["gradient"] = row_statistics(gradient, self.recipe.has_power_of_two_scales)
+
+    def add_gradient(self, operand: str, gradient: Tensor) -> None:
+        """Look at a weight's gradient."""
+        gradient = gradient if self.used_experts is None else gradient[self.used_experts]
+        operands = self.found[self.name]
+        operands[operand] = operands.get(operand, Statistics()) + gradient_statistics(gradient)

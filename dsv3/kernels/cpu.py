@@ -8,7 +8,8 @@ What is slow elsewhere, and what is done about it:
   and the activation runs on that slice while it is there too.
 * The routing weight scales the activation (I columns) instead of the expert's output (H columns). With
   p = weight * swiglu and o = p @ down.T its gradient is sum(swiglu * (do @ down)), so neither o nor the gathered input
-  has to be kept: the backward pass needs the layer's input, the (S, 2I) input of the activation, and the order.
+  has to be kept: the backward pass needs the layer's input, the (S, 2I) input of the activation (in FP8, if the
+  rounding says so), and the order.
 
 Both passes are custom operators, so that torch.compile takes each as one opaque node: the loop's bounds are data.
 
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3.fp8.cache import fake_kept, kept, restored
 from dsv3.fp8.rounding import EXACT, ROUNDINGS, Rounding
 from dsv3.kernels.permute import expert_order, slices, sum_per_token, with_inverse
 from dsv3.kernels.swiglu import swiglu_backward
@@ -45,7 +47,7 @@ def experts(
 @torch.library.custom_op("dsv3::experts_cpu", mutates_args=())
 def _forward(
     hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, rounding: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the output, and what the backward pass needs: gate and up of every pair, the order, the ends."""
     to = ROUNDINGS[rounding]
     order = expert_order(index_TK, gate_up_E2IH.shape[0])
@@ -60,17 +62,17 @@ def _forward(
         gate_nI, up_nI = gate_up_n2I.chunk(2, dim=-1)
         act_nI = F.silu(gate_nI).mul_(up_nI).mul_(weight_S1[rows])
         torch.mm(to.of_rows(act_nI), down_EIH[expert], out=output_SH[rows])
-    return sum_per_token(output_SH, order.position_TK), gate_up_S2I, order.pair_S, order.end_E
+    return sum_per_token(output_SH, order.position_TK), *kept(gate_up_S2I, to.cache), order.pair_S, order.end_E
 
 
 @_forward.register_fake
 def _(
     hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, rounding: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_pairs = index_TK.shape[0] * index_TK.shape[1]
     return (
         torch.empty_like(hidden_TH, memory_format=torch.contiguous_format),
-        hidden_TH.new_empty(num_pairs, gate_up_E2IH.shape[1]),
+        *fake_kept(hidden_TH, (num_pairs, gate_up_E2IH.shape[1]), ROUNDINGS[rounding].cache is not None),
         index_TK.new_empty(num_pairs, dtype=torch.int64),
         index_TK.new_empty(gate_up_E2IH.shape[0], dtype=torch.int32),
     )
@@ -83,7 +85,8 @@ def _backward(  # noqa: PLR0913
     weight_TK: Tensor,
     gate_up_E2IH: Tensor,
     down_EHI: Tensor,
-    gate_up_S2I: Tensor,
+    kept_S2I: Tensor,
+    scales: Tensor,
     pair_S: Tensor,
     end_E: Tensor,
     rounding: str,
@@ -99,7 +102,8 @@ def _backward(  # noqa: PLR0913
     grad_hidden_SH = hidden_TH.new_empty(len(pair_S), hidden_TH.shape[1])
     grad_weight_S = weight_S1.new_empty(len(pair_S))
     for expert, rows in slices(end_E):
-        token_n, gate_up_n2I = order.token_S[rows], gate_up_S2I[rows]
+        token_n = order.token_S[rows]
+        gate_up_n2I = restored(kept_S2I[rows], scales[rows], gate_up_E2IH.shape[1], hidden_TH.dtype)
         gate_nI, up_nI = gate_up_n2I.chunk(2, dim=-1)
         operand_nH = operand_TH.index_select(0, token_n)
         grad_act_nI = operand_nH @ operand_down[expert]  # by weight * swiglu
@@ -123,7 +127,8 @@ def _(  # noqa: PLR0913
     weight_TK: Tensor,
     gate_up_E2IH: Tensor,
     down_EHI: Tensor,
-    gate_up_S2I: Tensor,
+    kept_S2I: Tensor,
+    scales: Tensor,
     pair_S: Tensor,
     end_E: Tensor,
     rounding: str,

@@ -8,6 +8,7 @@ Letters: T tokens, K experts per token, S = T * K pairs sorted by expert, E expe
 in weight gradients N outputs and K inputs.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.errors import UserError
+from dsv3.fp8.cache import fake_kept, kept, restored
 from dsv3.fp8.definition import BLOCK
 from dsv3.fp8.recipe import Recipe
 from dsv3.kernels.permute import expert_order, sum_per_token, with_inverse
@@ -43,8 +45,8 @@ def experts(
             f"train.experts is triton_fp8; needs dimensions that are multiples of {BLOCK}, not hidden_size "
             f"{hidden_size} and moe_intermediate_size {intermediate_size}, take fp8_emulated"
         )
-    pow2 = recipe.has_power_of_two_scales
-    return _forward(hidden_TH, index_TK, weight_TK, gate_up_E2IH, down_EHI, pow2, recipe.quantises_wgrad)[0]
+    choices = recipe.has_power_of_two_scales, recipe.quantises_wgrad, recipe.caches_swiglu
+    return _forward(hidden_TH, index_TK, weight_TK, gate_up_E2IH, down_EHI, *choices)[0]
 
 
 def _wgrad(
@@ -67,7 +69,8 @@ def _forward(  # noqa: PLR0913
     down_EHI: Tensor,
     pow2: bool,
     quantises_wgrad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    caches_swiglu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the output, and what the backward pass needs: gate and up of every pair, the order, the ends."""
     order = expert_order(index_TK, len(gate_up_E2IH))
     num_pairs, dtype = len(order.pair_S), hidden_TH.dtype
@@ -77,7 +80,8 @@ def _forward(  # noqa: PLR0913
     gate_up_S2I = grouped_gemm(rows, order.token_S, gate_up, tiles, num_pairs, dtype)
     act_SI = swiglu(gate_up_S2I).mul_(weight_TK.reshape(-1, 1)[order.pair_S])
     output_SH = grouped_gemm(quantise_rows(act_SI, pow2), None, down, tiles, num_pairs, dtype)
-    return sum_per_token(output_SH, order.position_TK), gate_up_S2I, order.pair_S, order.end_E
+    waiting = kept(gate_up_S2I, partial(quantise_rows, pow2=pow2) if caches_swiglu else None)
+    return sum_per_token(output_SH, order.position_TK), *waiting, order.pair_S, order.end_E
 
 
 @_forward.register_fake
@@ -89,11 +93,12 @@ def _(  # noqa: PLR0913
     down_EHI: Tensor,
     pow2: bool,
     quantises_wgrad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    caches_swiglu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_pairs = index_TK.shape[0] * index_TK.shape[1]
     return (
         torch.empty_like(hidden_TH, memory_format=torch.contiguous_format),
-        hidden_TH.new_empty(num_pairs, gate_up_E2IH.shape[1]),
+        *fake_kept(hidden_TH, (num_pairs, gate_up_E2IH.shape[1]), caches_swiglu),
         index_TK.new_empty(num_pairs, dtype=torch.int64),
         index_TK.new_empty(gate_up_E2IH.shape[0], dtype=torch.int32),
     )
@@ -106,7 +111,8 @@ def _backward(  # noqa: PLR0913
     weight_TK: Tensor,
     gate_up_E2IH: Tensor,
     down_EHI: Tensor,
-    gate_up_S2I: Tensor,
+    kept_S2I: Tensor,
+    scales: Tensor,
     pair_S: Tensor,
     end_E: Tensor,
     pow2: bool,
@@ -118,6 +124,7 @@ def _backward(  # noqa: PLR0913
     grad_TH, hidden_TH = grad_TH.contiguous(), hidden_TH.contiguous()
     gate_up, down = quantised(gate_up_E2IH, pow2).transposed, quantised(down_EHI, pow2).transposed
     weight_S1 = weight_TK.reshape(-1, 1)[pair_S]
+    gate_up_S2I = restored(kept_S2I, scales, gate_up_E2IH.shape[1], dtype)
     gate_SI, up_SI = gate_up_S2I.chunk(2, dim=-1)
     silu_SI = F.silu(gate_SI)
     act_SI = silu_SI * up_SI
@@ -141,7 +148,8 @@ def _(  # noqa: PLR0913
     weight_TK: Tensor,
     gate_up_E2IH: Tensor,
     down_EHI: Tensor,
-    gate_up_S2I: Tensor,
+    kept_S2I: Tensor,
+    scales: Tensor,
     pair_S: Tensor,
     end_E: Tensor,
     pow2: bool,
@@ -157,14 +165,14 @@ def _(  # noqa: PLR0913
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep for the backward pass what can't be recomputed cheaply."""
-    hidden_TH, _, weight_TK, gate_up_E2IH, down_EHI, ctx.pow2, ctx.quantises_wgrad = inputs
+    hidden_TH, _, weight_TK, gate_up_E2IH, down_EHI, ctx.pow2, ctx.quantises_wgrad, _ = inputs
     ctx.save_for_backward(hidden_TH, weight_TK, gate_up_E2IH, down_EHI, *output[1:])
 
 
 def _gradients(ctx: Any, grad_TH: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients in the order of `_forward`'s arguments."""
     grads = _backward(grad_TH, *ctx.saved_tensors, ctx.pow2, ctx.quantises_wgrad)
-    return grads[0], None, *grads[1:], None, None
+    return grads[0], None, *grads[1:], None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

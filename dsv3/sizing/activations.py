@@ -41,6 +41,8 @@ class Workload:
     experts: str
     """Name of the expert backend."""
     gradient_checkpointing: bool = False
+    caches_swiglu: bool = False
+    """With an FP8 backend: the input of its SwiGLU waits in e4m3, with an fp32 scale per 128 numbers."""
 
     @property
     def num_tokens(self) -> int:
@@ -128,7 +130,8 @@ def _grouped_mm_pair(a: Architecture, w: Workload) -> int:
 
 def _cpu_pair(a: Architecture, w: Workload) -> int:
     """Bytes per pair: gate and up, and the order; everything else is computed again."""
-    return w.compute_bytes * 2 * a.moe_intermediate_size + INT64
+    gate_up = 2 * a.moe_intermediate_size
+    return ((128 + FP32) * -(-gate_up // 128) if w.caches_swiglu else w.compute_bytes * gate_up) + INT64
 
 
 PAIR_BYTES: dict[str, Callable[[Architecture, Workload], int]] = {

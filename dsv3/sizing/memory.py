@@ -121,6 +121,7 @@ def workload(train: TrainParams, device: Device) -> Workload:
         device=device,
         precision="fp32" if experts.endswith("_emulated") else precision,
         experts=experts,
+        caches_swiglu=train.use_fp8 and train.fp8_swiglu_cache,
         gradient_checkpointing=train.gradient_checkpointing,
     )
 

@@ -18,7 +18,7 @@ from aim.sdk.errors import MissingRunError
 from filelock import FileLock
 
 from dsv3.tracking.identity import RunIdentity, project_root
-from dsv3.tracking.metrics import TABLES, scores
+from dsv3.tracking.metrics import TABLES, Cell, place, scores
 
 SYSTEM_TRACKING_INTERVAL_S = 10
 INITIALISATION_S = 120
@@ -68,11 +68,9 @@ class AimSink:
         self._run["env"] = identity.env
         self._run["size"] = identity.size
 
-    def log(self, table: str, row: Mapping[str, float]) -> None:
-        """Track the row's numbers with the table's `subset`, and `layer` where it has one."""
-        context: dict[str, Any] = {"subset": TABLES[table].subset}
-        if "layer" in row:
-            context["layer"] = int(row["layer"])
+    def log(self, table: str, row: Mapping[str, Cell]) -> None:
+        """Track the row's numbers with the table's `subset`, and the row's layer, or module and operand."""
+        context: dict[str, Any] = {"subset": TABLES[table].subset, **place(table, row)}
         epoch = int(row["epoch"]) if "epoch" in row else None
         for name, value in row.items():
             if name not in TABLES[table].index:

@@ -10,13 +10,18 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+Cell = int | float | str
+"""What stands in a table: numbers, and in index columns names."""
+
 
 @dataclass(frozen=True)
 class Metric:
-    """One recorded number: its unit ("" for counts and ratios) and what it says."""
+    """One recorded column: its unit ("" for counts and ratios) and what it says."""
 
     unit: str
     description: str
+    is_text: bool = False
+    """Whether it is a name instead of a number: a column that tells rows apart, never a curve."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,10 @@ METRICS = MappingProxyType(
         # Where in the run
         "step": Metric("", "optimizer steps done"),
         "layer": Metric("", "decoder layer, counted from 0; MTP layers follow the main ones"),
+        "module": Metric("", "module with FP8 products; `model` is all of them together", is_text=True),
+        "operand": Metric(
+            "", "input, gradient (by the output), weight; of routed experts gate_up and down", is_text=True
+        ),
         "epoch": Metric("", "passes over the training tokens"),
         "tokens_seen": Metric("tokens", "training tokens consumed so far"),
         # Losses, always natural logarithms
@@ -72,6 +81,14 @@ METRICS = MappingProxyType(
         "bias_max": Metric("", "largest routing bias"),
         "load": Metric("", "share of a layer's routed tokens that went to an expert; 1 / experts when balanced"),
         "expert": Metric("", "routed expert, counted from 0"),
+        # FP8 (one operand of one module, on one micro-batch)
+        "underflow_share": Metric("", "share of the numbers that become zero in FP8"),
+        "saturation_share": Metric("", "share of the numbers stored at the end of the range; 1/128 or a little more"),
+        "outlier_block_share": Metric("", "share of the blocks whose largest number is 8 times their rms or more"),
+        "relative_error": Metric("", "norm of the rounding error / norm of the operand"),
+        "nonzero_grad_share": Metric(
+            "", "share of a weight's gradient that is not zero; experts without tokens left out"
+        ),
         # Speed and memory
         "step_s": Metric("s", "wall-clock time of one optimizer step, mean since the last row"),
         "tokens_per_s": Metric("tokens/s", "training tokens per second of wall-clock time"),
@@ -87,6 +104,7 @@ TABLES = MappingProxyType(
         "history": Table(index=("step",), subset="train"),
         "validation": Table(index=("step",), subset="val"),
         "router": Table(index=("step", "layer"), subset="train"),
+        "fp8": Table(index=("step", "module", "operand"), subset="train"),
     }
 )
 """The tables that `train` writes, each to `<name>.tsv`."""
@@ -118,6 +136,19 @@ def scores(stage: str, metrics: Mapping[str, Any]) -> list[tuple[str, str, float
     return shown
 
 
-def unknown_names(row: Mapping[str, float]) -> list[str]:
+def place(table: str, row: Mapping[str, Cell]) -> dict[str, int | str]:
+    """Return what tells the row's curves from others of the same name: its index without the step."""
+    others = [name for name in TABLES[table].index if name != "step"]
+    return {name: str(row[name]) if METRICS[name].is_text else int(row[name]) for name in others}
+
+
+def curve_names(table: str, row: Mapping[str, Cell]) -> dict[str, float]:
+    """Return the row's numbers under `<subset>/<name>`, with `/layer_<i>`, or `/<module>/<operand>`, behind it."""
+    parts = [value if isinstance(value, str) else f"{name}_{value}" for name, value in place(table, row).items()]
+    subset, index = TABLES[table].subset, TABLES[table].index
+    return {"/".join([subset, name, *parts]): float(row[name]) for name in row if name not in index}
+
+
+def unknown_names(row: Mapping[str, Cell]) -> list[str]:
     """Return the names in `row` that are not in the vocabulary, sorted."""
     return sorted(set(row) - set(METRICS))

@@ -15,7 +15,7 @@ from dsv3.artifacts import read_json
 from dsv3.cli import ParamsOption, command
 from dsv3.params import read_params
 from dsv3.tracking.aim import AimSink
-from dsv3.tracking.metrics import TABLES
+from dsv3.tracking.metrics import METRICS, TABLES
 from dsv3.tracking.recorder import Row, identity_of, read_record
 
 
@@ -51,14 +51,16 @@ def read_table(path: Path) -> list[Row]:
         return []
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t")
-        return [{name: float(cell) for name, cell in row.items() if cell} for row in rows]
+        return [
+            {name: cell if METRICS[name].is_text else float(cell) for name, cell in row.items() if cell} for row in rows
+        ]
 
 
 def read_loads(path: Path) -> dict[int, list[float]]:
     """Return the load of each expert by layer from evaluate's table."""
     loads: dict[int, list[float]] = {}
     for row in read_table(path):
-        loads.setdefault(int(row["layer"]), []).append(row["load"])
+        loads.setdefault(int(row["layer"]), []).append(float(row["load"]))
     return loads
 
 

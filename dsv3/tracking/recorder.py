@@ -15,11 +15,11 @@ from typing import Any
 from dsv3.artifacts import read_json, write_text
 from dsv3.errors import UserError
 from dsv3.tracking.identity import RunIdentity, native
-from dsv3.tracking.metrics import METRICS, TABLES, unknown_names
+from dsv3.tracking.metrics import METRICS, TABLES, Cell, unknown_names
 from dsv3.tracking.sink import IsolatedSink, Sink
 from dsv3.training.params import RuntimeParams
 
-Row = dict[str, int | float]
+Row = dict[str, Cell]
 
 
 class Recorder:
@@ -47,7 +47,7 @@ class Recorder:
         if directory is not None and is_owner:
             self._rewrite()
 
-    def log(self, table: str, row: Mapping[str, int | float]) -> None:
+    def log(self, table: str, row: Mapping[str, Cell]) -> None:
         """Append `row` to `<table>.tsv` and show it in the trackers. Numbers of any kind are stored as Python's."""
         assert table in TABLES, f"{table} is no table; known: {', '.join(TABLES)}"
         assert not unknown_names(row), f"not in dsv3/tracking/metrics.py: {', '.join(unknown_names(row))}"
@@ -82,7 +82,7 @@ class Recorder:
         """Return all rows so far, for a checkpoint."""
         return {table: [dict(row) for row in rows] for table, rows in self._rows.items()}
 
-    def restore(self, state: Mapping[str, Sequence[Mapping[str, int | float]]]) -> None:
+    def restore(self, state: Mapping[str, Sequence[Mapping[str, Cell]]]) -> None:
         """Replace all rows by a checkpoint's and rewrite the files; a tracker that lacks them is shown them again."""
         self._rows = {table: [dict(row) for row in state.get(table, [])] for table in TABLES}
         self._rewrite()
@@ -145,7 +145,7 @@ class Recorder:
         return self._directory / f"{table}.tsv"
 
 
-def _line(row: Mapping[str, int | float], columns: Sequence[str]) -> str:
+def _line(row: Mapping[str, Cell], columns: Sequence[str]) -> str:
     """Return one line of a table; nine significant digits give a float32 back exactly."""
     cells = (row.get(name, "") for name in columns)
     return "\t".join(f"{cell:.9g}" if isinstance(cell, float) else str(cell) for cell in cells) + "\n"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dsv3.tracking.identity import RunIdentity
+from dsv3.tracking.metrics import Cell
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class Sink(Protocol):
         """
         ...
 
-    def log(self, table: str, row: Mapping[str, float]) -> None:
+    def log(self, table: str, row: Mapping[str, Cell]) -> None:
         """Show one row of a table."""
         ...
 
@@ -69,7 +70,7 @@ class IsolatedSink:
         self._is_open = not self._has_failed
         return opened
 
-    def log(self, table: str, row: Mapping[str, float]) -> None:
+    def log(self, table: str, row: Mapping[str, Cell]) -> None:
         """Forward a row."""
         self._call(self._sink.log, table, row)
 

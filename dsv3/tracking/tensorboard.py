@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from dsv3.tracking.identity import RunIdentity, project_root
-from dsv3.tracking.metrics import TABLES, scores
+from dsv3.tracking.metrics import Cell, curve_names, scores
 
 
 class TensorBoardSink:
@@ -29,12 +29,10 @@ class TensorBoardSink:
         if is_owner:
             self._writer.add_text("params", _table(identity.params), 0)
 
-    def log(self, table: str, row: Mapping[str, float]) -> None:
+    def log(self, table: str, row: Mapping[str, Cell]) -> None:
         """Write the row's numbers as `<subset>/<name>`, of a layer as `<subset>/<name>/layer_<i>`."""
-        suffix = f"/layer_{int(row['layer'])}" if "layer" in row else ""
-        for name, value in row.items():
-            if name not in TABLES[table].index:
-                self._writer.add_scalar(f"{TABLES[table].subset}/{name}{suffix}", value, int(row["step"]))
+        for name, value in curve_names(table, row).items():
+            self._writer.add_scalar(name, value, int(row["step"]))
 
     def result(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
         """Write the scores of splits."""

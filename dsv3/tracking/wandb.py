@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dsv3.tracking.identity import RunIdentity, project_root
-from dsv3.tracking.metrics import TABLES
+from dsv3.tracking.metrics import Cell, curve_names
 
 wandb: Any = importlib.import_module("wandb")  # an extra, which type checkers need not find
 
@@ -37,15 +37,9 @@ class WandbSink:
         # our own x axis: W&B's counter refuses rows of an earlier step, which a resumed run has
         self._run.define_metric("*", step_metric="step")
 
-    def log(self, table: str, row: Mapping[str, float]) -> None:
+    def log(self, table: str, row: Mapping[str, Cell]) -> None:
         """Log the row's numbers as `<subset>/<name>`, of a layer as `<subset>/<name>/layer_<i>`."""
-        suffix = f"/layer_{int(row['layer'])}" if "layer" in row else ""
-        values = {
-            f"{TABLES[table].subset}/{name}{suffix}": value
-            for name, value in row.items()
-            if name not in TABLES[table].index
-        }
-        self._run.log({"step": int(row["step"]), **values})
+        self._run.log({"step": int(row["step"]), **curve_names(table, row)})
 
     def result(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
         """Put the metrics into the run's summary."""

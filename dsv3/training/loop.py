@@ -129,18 +129,25 @@ def accumulate_gradients(run: Run, batches: Iterator[Tensor], mtp_weight: float)
         tokens = next(batches).to(run.accelerator.device, non_blocking=True)
         is_last = micro == count - 1
         with nullcontext() if is_last else run.accelerator.no_sync(run.forward):
-            output = run.forward(
-                input_ids=tokens[:, :-1],
-                position_ids=run.position_ids(tokens[:, :-1]),
-                shift_labels=tokens[:, 1:],
-                mtp_loss_weight=mtp_weight,
-                sequence_loss_weight=run.plan.params.train.sequence_loss_weight,
-            )
+            output = micro_batch_output(run, run.forward, tokens, mtp_weight)
             assert output.loss is not None, "targets were given"
             run.accelerator.backward(output.loss / count)
         parts = (output.loss, output.cross_entropy_loss, output.mtp_loss, output.sequence_loss)
         sums += torch.stack([sums.new_zeros(()) if part is None else part.detach().double() for part in parts])
     return sums
+
+
+def micro_batch_output(
+    run: Run, forward: Callable[..., DeepseekV3CausalLMOutput], tokens: Tensor, mtp_weight: float
+) -> DeepseekV3CausalLMOutput:
+    """Return the losses that `forward`, the model in one of its forms, gives for a micro-batch (B, S + 1)."""
+    return forward(
+        input_ids=tokens[:, :-1],
+        position_ids=run.position_ids(tokens[:, :-1]),
+        shift_labels=tokens[:, 1:],
+        mtp_loss_weight=mtp_weight,
+        sequence_loss_weight=run.plan.params.train.sequence_loss_weight,
+    )
 
 
 def agreed(run: Run, loss_sums: Tensor, grad_norm: Tensor) -> Measured:

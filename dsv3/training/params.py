@@ -90,7 +90,8 @@ class TrainParams(Section):
     """lambda for the rest of the steps."""
 
     eval_steps: int = Field(ge=1)
-    """Optimizer steps between two validations; they also decide which weights are the best."""
+    """Optimizer steps between two validations, which decide which weights are the best; with use_fp8 also between two
+    measurements of what FP8 does to the numbers."""
 
     load_best_model_at_end: bool
     """Export the weights with the lowest validation loss instead of the last ones."""
@@ -106,6 +107,15 @@ class TrainParams(Section):
 
     fp8_activation_quant: bool
     """Quantise activations and their gradients in 1x128 tiles (with use_fp8)."""
+
+    fp8_power_of_two_scales: bool
+    """Round the scales of all blocks up to powers of two (with use_fp8): exact to multiply by, up to a bit coarser."""
+
+    fp8_wgrad_quant: bool
+    """Quantise the weight gradient's operands too (with use_fp8); false: bf16 on a GPU, unrounded in an emulation."""
+
+    fp8_swiglu_cache: bool
+    """Keep the input of the routed experts' SwiGLU in FP8 until the backward pass (report, section 3.3.3)."""
 
     experts: str = Field(min_length=1)
     """Backend of the expert computation; auto chooses by device and precision, and is recorded."""

@@ -14,7 +14,7 @@ from dsv3.assembly import export, model_card
 from dsv3.errors import Interrupted, UserError
 from dsv3.tracking.identity import project_root, run_identity
 from dsv3.tracking.recorder import Recorder, open_recorder
-from dsv3.training import hooks
+from dsv3.training import fp8_hooks, hooks
 from dsv3.training.checkpoint import check_checkpoint, checkpoints, delete, load_best, load_checkpoint, locked
 from dsv3.training.interruption import caught_signals
 from dsv3.training.loop import Hook, Run, train
@@ -120,10 +120,12 @@ def recorder_of(plan: Plan, chosen: Choices, digest: str, outputs: Outputs, save
 def training_hooks(run: Run, recorder: Recorder | None, directory: Path, bar: tqdm) -> list[Hook]:
     """Return what happens between steps. Checkpoints come last, so that they hold what the others recorded."""
     train, runtime = run.plan.params.train, run.plan.params.runtime
+    fp8 = [Hook(train.eval_steps, lambda run: fp8_hooks.log_fp8(run, recorder))] if train.use_fp8 else []
     return [
         Hook(1, lambda run: bar.update(run.state.step - bar.n)),
         Hook(runtime.logging_steps, lambda run: hooks.log_curves(run, recorder)),
         Hook(train.eval_steps, lambda run: hooks.validate(run, recorder, directory)),
+        *fp8,
         Hook(runtime.save_steps, saving(recorder, directory)),
     ]
 
@@ -167,7 +169,7 @@ def final_metrics(run: Run, recorder: Recorder, chosen: Choices) -> dict[str, An
         "loss": last["loss"],
         "validation": {name: validation[name] for name in ("loss", "nats_per_char", "best_loss", "best_step")},
         "exported_step": run.state.best_step if run.plan.params.train.load_best_model_at_end else run.state.step,
-        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows["history"]),
+        "tokens_per_s": statistics.median(float(row["tokens_per_s"]) for row in rows["history"]),
         "train_s": run.state.train_s,
         "peak_memory_bytes": last["peak_memory_bytes"],
         **asdict(chosen),

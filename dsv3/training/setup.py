@@ -22,6 +22,7 @@ from dsv3.training.interruption import Interruption
 from dsv3.training.loop import Run
 from dsv3.training.loss import chunked_cross_entropy, pays
 from dsv3.training.optimizer import Optimizer, parameter_groups
+from dsv3.training.params import TrainParams
 from dsv3.training.plan import Plan
 from dsv3.training.precision import COMPUTE_DTYPES, autocast_dtype, resolved_precision, uses_cpu
 from dsv3.training.state import TrainState
@@ -77,6 +78,17 @@ def start_accelerator(plan: Plan) -> Accelerator:
     return accelerator
 
 
+def fp8_recipe(train: TrainParams) -> Recipe:
+    """Return how `use_fp8` quantises: one recipe for the linear layers and the experts."""
+    return Recipe(
+        quantises_weights=train.fp8_weight_quant,
+        quantises_activations=train.fp8_activation_quant,
+        has_power_of_two_scales=train.fp8_power_of_two_scales,
+        quantises_wgrad=train.fp8_wgrad_quant,
+        caches_swiglu=train.fp8_swiglu_cache,
+    )
+
+
 def prepared_model(plan: Plan, device: torch.device) -> tuple[DeepseekV3ForCausalLM, Choices]:
     """Return the initialised model, made to compute on `device` as the parameters ask, and what that came to.
 
@@ -85,11 +97,11 @@ def prepared_model(plan: Plan, device: torch.device) -> tuple[DeepseekV3ForCausa
     train = plan.params.train
     model = build_model(Path(plan.params.model.config), plan.params.seed)
     precision = resolved_precision(train.precision, device)
-    recipe = Recipe(train.fp8_weight_quant, train.fp8_activation_quant)
+    recipe = fp8_recipe(train)
     experts = experts_backend(train.experts, device, COMPUTE_DTYPES[precision], train.use_fp8, recipe)
     model.set_experts_implementation(experts)
     if train.use_fp8:
-        precision = convert(model, train.fp8_weight_quant, train.fp8_activation_quant, device).precision
+        precision = convert(model, recipe, device).precision
     elif precision == "bf16" and autocast_dtype(train.precision, device) == torch.float32:
         precision = emulate_bf16(model).precision
     is_chunked = pays(train.per_device_train_batch_size * train.block_size, plan.architecture.vocab_size)

@@ -6,6 +6,7 @@ import torch
 from dsv3.artifacts import read_json
 from dsv3.fp8.convert import convert, emulate_bf16
 from dsv3.fp8.linear import LowPrecisionLinear
+from dsv3.fp8.recipe import Recipe
 from dsv3.kernels import registry
 from dsv3.kernels.registry import experts_backend
 from mini_model.configuration_deepseek import DeepseekV3Config
@@ -45,7 +46,7 @@ def loss_and_gradients(model: DeepseekV3ForCausalLM) -> tuple[float, dict[str, t
 
 
 def test_everything_that_multiplies_is_converted_but_the_head_and_the_router(model):
-    conversion = convert(model, weight_quant=True, activation_quant=True, device=CPU)
+    conversion = convert(model, Recipe(), CPU)
     assert conversion.precision == "fp8_emulated"
     assert conversion.kept == {"lm_head": "lm_head stays in high precision"}
     assert "model.layers.1.mlp.shared_experts.gate_proj" in conversion.converted
@@ -59,13 +60,13 @@ def test_everything_that_multiplies_is_converted_but_the_head_and_the_router(mod
 
 def test_a_layer_smaller_than_a_block_stays_and_is_listed(model):
     model.extra = torch.nn.Linear(64, 128)
-    conversion = convert(model, weight_quant=True, activation_quant=True, device=CPU)
+    conversion = convert(model, Recipe(), CPU)
     assert conversion.kept["extra"] == "128x64 is smaller than one 128x128 block"
 
 
 def test_the_checkpoint_knows_nothing_of_the_conversion(model):
     before = {name: value.data_ptr() for name, value in model.state_dict().items()}
-    convert(model, weight_quant=True, activation_quant=True, device=CPU)
+    convert(model, Recipe(), CPU)
     assert {name: value.data_ptr() for name, value in model.state_dict().items()} == before
     assert list(dict(model.named_parameters())) == [name for name in before if name in dict(model.named_parameters())]
 
@@ -73,7 +74,7 @@ def test_the_checkpoint_knows_nothing_of_the_conversion(model):
 def test_fp8_trains_every_weight_and_its_gradients_point_where_fp32s_do(model):
     exact_loss, exact = loss_and_gradients(model)
     model.set_experts_implementation(experts_backend("auto", CPU, torch.float32, use_fp8=True))
-    convert(model, weight_quant=True, activation_quant=True, device=CPU)
+    convert(model, Recipe(), CPU)
     loss, gradients = loss_and_gradients(model)
     assert loss == pytest.approx(exact_loss, rel=5e-3)
     assert loss != exact_loss
@@ -84,9 +85,16 @@ def test_fp8_trains_every_weight_and_its_gradients_point_where_fp32s_do(model):
         assert cosine > 0.9, (name, cosine)  # least for the router, whose gradient is a difference of near-equal sums
 
 
-def test_the_switches_are_recorded_in_the_name(model):
-    conversion = convert(model, weight_quant=True, activation_quant=False, device=CPU)
-    assert conversion.precision == "fp8_emulated_high_activations"
+@pytest.mark.parametrize(
+    ("recipe", "precision"),
+    [
+        (Recipe(quantises_activations=False), "fp8_emulated_high_activations"),
+        (Recipe(has_power_of_two_scales=True, quantises_wgrad=False), "fp8_emulated_pow2_high_wgrad"),
+    ],
+    ids=["one side", "scales and wgrad"],
+)
+def test_the_switches_are_recorded_in_the_name(model, recipe, precision):
+    assert convert(model, recipe, CPU).precision == precision
 
 
 def test_bf16_by_rounding_operands_is_close_to_fp32_but_not_equal(model, monkeypatch):

@@ -103,6 +103,25 @@ def expert_errors(inputs: Case, recipe: Recipe) -> dict[str, float]:
     return errors(triton, results(partial(cpu.experts, rounding=fp8_rounding(recipe)), inputs))
 
 
+def cache_differences(inputs: Case) -> dict[str, int]:
+    """Return the numbers that differ in what waits in FP8, and in the gradients, from what torch's quantiser gives."""
+    tensors = inputs.hidden, inputs.index, inputs.weight, inputs.gate_up, inputs.down
+    gate_up = triton_experts._forward(*tensors, False, True, False)[1]
+    _, values, scales, pair, end = triton_experts._forward(*tensors, False, True, True)
+    truth = quantize.quantised_rows(gate_up)
+    found = {
+        "values": differing_bits(values.view(torch.float8_e4m3fn), truth.values),
+        "scales": differing_bits(scales, truth.scales),
+    }
+    saved = inputs.grad, inputs.hidden, inputs.weight, inputs.gate_up, inputs.down
+    cached, whole = (
+        triton_experts._backward(*saved, *waiting, pair, end, False, True)
+        for waiting in ((values, scales), (quantize.dequantised(truth, (1, 128)), scales[:0]))
+    )
+    names = ["hidden", "weight", "gate_up", "down"]
+    return found | {name: differing_bits(*pair) for name, *pair in zip(names, cached, whole, strict=True)}
+
+
 def gemm_errors() -> dict[str, float]:
     """Return the relative error of each GEMM against float64 products of the operands as quantised by torch."""
     end = torch.tensor([130, 130, 131, 158], dtype=torch.int32)
@@ -135,7 +154,7 @@ def wgrad_truth(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return quantize.rounded_columns(grad).double().t() @ quantize.rounded_columns(x).double()
 
 
-def linear_errors(num_rows: int, num_inputs: int, num_outputs: int) -> dict[str, float]:
+def linear_errors(num_rows: int, num_inputs: int, num_outputs: int, recipe: Recipe) -> dict[str, float]:
     """Return the same for a linear layer whose dimensions are no multiples of 128."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"x": (num_rows, num_inputs), "weight": (num_outputs, num_inputs), "grad": (num_rows, num_outputs)}
@@ -147,8 +166,8 @@ def linear_errors(num_rows: int, num_inputs: int, num_outputs: int) -> dict[str,
         output.backward(tensors["grad"])
         return {"output": output.detach(), "x": x.grad, "weight": weight.grad}
 
-    emulated = run(partial(rounded_product, rounding=fp8_rounding(Recipe()).name))
-    return errors(run(partial(triton_linear.linear_product, recipe=Recipe())), emulated)
+    emulated = run(partial(rounded_product, rounding=fp8_rounding(recipe).name))
+    return errors(run(partial(triton_linear.linear_product, recipe=recipe)), emulated)
 
 
 def mutated(old: str, new: str, folder: Path) -> object:
@@ -190,8 +209,11 @@ def main() -> None:
     many = Case(gate_up=many.gate_up, down=many.down, **repeats)  # 148 rows per expert: two tiles, the second not full
     for name, recipe in RECIPES.items():
         found["experts"][f"two tiles, {name}"] = expert_errors(many, recipe)
+    found["cache"] = cache_differences(many)
     found["gemms"] = gemm_errors()
-    found["linear"] = linear_errors(130, 160, 200)
+    found["linear"] = linear_errors(130, 160, 200, Recipe())
+    inputs, recipe = case("empty experts", 128, 128), Recipe(quantises_wgrad=False)
+    found["bf16 wgrad"] = {"experts": expert_errors(inputs, recipe), "linear": linear_errors(130, 160, 200, recipe)}
     found["mutations"] = mutation_effects()
     json.dump(found, sys.stdout)
 

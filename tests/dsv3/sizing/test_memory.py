@@ -7,6 +7,7 @@ import torch
 from dsv3.errors import UserError
 from dsv3.fp8 import rounding
 from dsv3.fp8.convert import convert, emulate_bf16
+from dsv3.fp8.recipe import DEEPSEEK_RECIPE, Recipe
 from dsv3.kernels.registry import AUTO, BACKENDS, experts_backend
 from dsv3.params import read_params
 from dsv3.sizing import memory
@@ -49,15 +50,15 @@ CPU = torch.device("cpu")
 """Estimates of CUDA differ by two fused kernels, whose tensors only a GPU could show."""
 
 
-def model_of(sizes, precision, experts):
+def model_of(sizes, precision, experts, recipe=DEEPSEEK_RECIPE):
     torch.manual_seed(0)
     config = DeepseekV3Config(**sizes)
     config._attn_implementation = "sdpa"
     model = DeepseekV3ForCausalLM(config).train()
     use_fp8 = experts.startswith("fp8")
-    model.set_experts_implementation(experts_backend(experts, CPU, DTYPES[precision], use_fp8))
+    model.set_experts_implementation(experts_backend(experts, CPU, DTYPES[precision], use_fp8, recipe))
     if use_fp8:
-        convert(model, weight_quant=True, activation_quant=True, device=CPU)
+        convert(model, recipe, CPU)
     elif experts == "bf16_emulated":
         emulate_bf16(model)
     return model
@@ -106,14 +107,17 @@ def test_the_estimate_is_what_autograd_keeps_of_the_real_model_to_half_a_percent
     assert estimate == pytest.approx(measured, rel=0.005)
 
 
-@pytest.mark.parametrize(
-    ("experts", "precision"),
-    [(experts, precision) for experts in PAIR_BYTES for precision in ("fp32", "bf16") if "triton" not in experts],
-)
-def test_an_moe_layer_keeps_what_the_estimate_says_with_every_backend_to_two_percent(experts, precision):
-    if experts == "bf16_emulated" and precision == "fp32":
-        pytest.skip("bf16_emulated serves bf16 only")
-    model = model_of(NANO, precision, experts)
+CASES = [
+    (experts, precision, False)
+    for experts in PAIR_BYTES
+    for precision in ("fp32", "bf16")
+    if experts != "triton_fp8" and (experts, precision) != ("bf16_emulated", "fp32")
+]
+
+
+@pytest.mark.parametrize(("experts", "precision", "caches_swiglu"), [*CASES, ("fp8_emulated", "fp32", True)])
+def test_an_moe_layer_keeps_what_the_estimate_says_with_every_backend_to_two_percent(experts, precision, caches_swiglu):
+    model = model_of(NANO, precision, experts, Recipe(caches_swiglu=caches_swiglu))
     moe = next(module for module in model.modules() if isinstance(module, DeepseekV3MoE))
     hidden = torch.randn(2, 64, NANO["hidden_size"], requires_grad=True)
 
@@ -124,7 +128,7 @@ def test_an_moe_layer_keeps_what_the_estimate_says_with_every_backend_to_two_per
 
     # The input is the norm's output, which belongs to the layer.
     measured = saved_bytes(run, everything(model))
-    w = Workload(2, 64, "cpu", passed_precision(precision, experts), experts)
+    w = Workload(2, 64, "cpu", passed_precision(precision, experts), experts, caches_swiglu=caches_swiglu)
     assert moe_layer_bytes(Architecture(**NANO), w) == pytest.approx(measured, rel=0.02)
 
 
@@ -197,6 +201,24 @@ def test_the_constants_that_are_repeated_here_to_keep_torch_out_are_the_training
     for (device, use_fp8), experts in AUTO_EXPERTS.items():
         is_native = (device, use_fp8) != ("cpu", True)
         assert dict(AUTO)[device, use_fp8, is_native] == experts
+
+
+def test_a_swiglu_cache_in_fp8_is_estimated_where_fp8_is_trained_in_and_saves_nearly_three_quarters():
+    cached = {"fp8_swiglu_cache": True, "precision": "fp32"}
+    a = Architecture(**NANO)
+    estimates = {
+        use_fp8: [
+            training_memory(a, TRAIN.model_copy(update={"use_fp8": use_fp8, **change}), "cpu").activations_bytes
+            for change in ({"precision": "fp32"}, cached)
+        ]
+        for use_fp8 in (False, True)
+    }
+    assert estimates[False][0] == estimates[False][1]
+    num_tokens = TRAIN.per_device_train_batch_size * TRAIN.block_size
+    num_moe_layers = sum(a.is_moe(layer) for layer in range(a.num_hidden_layers))
+    gate_up = num_moe_layers * num_tokens * a.num_experts_per_tok * 2 * a.moe_intermediate_size
+    assert a.num_nextn_predict_layers == 0
+    assert estimates[True][0] - estimates[True][1] == gate_up * 4 - gate_up * 1 - gate_up // 128 * 4
 
 
 def test_an_unknown_expert_backend_is_a_users_mistake():

@@ -30,6 +30,7 @@ def test_a_run_carries_its_identity_and_curves_with_subset_and_layer(project, id
     recorder.log("history", {"step": 20, "epoch": 1.0, "loss": 3.5, "learning_rate": 1e-3})
     recorder.log("validation", {"step": 20, "loss": 3.75})
     recorder.log("router", {"step": 20, "layer": 2, "max_vio": 0.5})
+    recorder.log("fp8", {"step": 20, "module": "model.layers.0", "operand": "input", "relative_error": 0.25})
     recorder.close("finished")
     (run,) = indexed(project).iter_runs()
     assert run.hash == recorder.run_hash
@@ -44,6 +45,8 @@ def test_a_run_carries_its_identity_and_curves_with_subset_and_layer(project, id
     assert curve(run, "loss", {"subset": "train"}) == {10: 4.0, 20: 3.5}
     assert curve(run, "loss", {"subset": "val"}) == {20: 3.75}
     assert curve(run, "max_vio", {"subset": "train", "layer": 2}) == {20: 0.5}
+    context = {"subset": "train", "module": "model.layers.0", "operand": "input"}
+    assert curve(run, "relative_error", context) == {20: 0.25}
 
 
 def test_a_resumed_training_goes_on_in_its_run_without_doubles(project, identity, runtime, indexed):

@@ -1,6 +1,6 @@
 import pytest
 
-from dsv3.tracking.metrics import METRICS, SUBSETS, TABLES, unknown_names
+from dsv3.tracking.metrics import METRICS, SUBSETS, TABLES, curve_names, place, unknown_names
 
 
 def test_every_metric_says_what_it_is_and_names_carry_their_units():
@@ -21,7 +21,22 @@ def test_index_columns_are_metrics_and_come_first_in_a_table():
     names = list(METRICS)
     for table in TABLES.values():
         assert list(table.index) == sorted(table.index, key=names.index)
-        assert set(table.index) <= {"step", "layer"} == set(names[:2])
+        assert set(table.index) <= {"step", "layer", "module", "operand"} == set(names[:4])
+
+
+def test_a_name_stands_in_index_columns_only():
+    texts = {name for name, metric in METRICS.items() if metric.is_text}
+    assert texts == {"module", "operand"} == set(TABLES["fp8"].index[1:])
+
+
+def test_a_rows_place_is_its_index_without_the_step_and_is_part_of_its_curves_names():
+    layer = {"step": 3.0, "layer": 1.0, "max_vio": 0.5}  # as read back from a file
+    assert place("router", layer) == {"layer": 1}
+    assert curve_names("router", layer) == {"train/max_vio/layer_1": 0.5}
+    operand = {"step": 3, "module": "model.lm", "operand": "input", "relative_error": 0.03}
+    assert place("fp8", operand) == {"module": "model.lm", "operand": "input"}
+    assert curve_names("fp8", operand) == {"train/relative_error/model.lm/input": 0.03}
+    assert place("history", {"step": 3}) == {}
 
 
 def test_no_two_tables_of_curves_share_subset_and_index():

@@ -19,6 +19,7 @@ def results(project, identity, params):
     recorder.log("history", {"step": 10, "loss": 4.0})
     recorder.log("history", {"step": 20, "loss": 3.5, "grad_norm": 1.0})
     recorder.log("router", {"step": 20, "layer": 1, "max_vio": 0.5})
+    recorder.log("fp8", {"step": 20, "module": "model", "operand": "weight", "nonzero_grad_share": 1.0})
     write_json(folder / "train" / "run.json", recorder.run_record())
     write_json(folder / "train" / "metrics.json", {"loss": 3.5})
     recorder.close("finished")
@@ -43,6 +44,8 @@ def test_a_lost_run_is_built_again_from_its_results(project, results, indexed):
     steps, (losses, *_) = run.get_metric("loss", Context({"subset": "train"})).data.numpy()
     assert (steps.tolist(), losses.tolist()) == ([10, 20], [4.0, 3.5])
     assert run.get_metric("max_vio", Context({"subset": "train", "layer": 1})) is not None
+    operand = Context({"subset": "train", "module": "model", "operand": "weight"})
+    assert run.get_metric("nonzero_grad_share", operand) is not None
     assert run.get_metric("nats_per_char", Context({"subset": "heldout", "stage": "evaluate"})) is not None
     load = run.get_distribution_sequence("load", Context({"subset": "heldout", "layer": 1}))
     assert load.values.sparse_list()[1][0].weights.tolist() == [0.25, 0.75]

@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from dsv3.fp8.recipe import Recipe
+from dsv3.training.setup import fp8_recipe, prepared_model
+from tests.training_inputs import WIDE, plan_of
+
+CPU = torch.device("cpu")
+
+
+def chosen(folder, **train):
+    _, choices = prepared_model(plan_of(folder, architecture=WIDE, train={"use_fp8": True, **train}), CPU)
+    return choices.precision, choices.experts
+
+
+def test_params_yaml_asks_for_the_default_recipe(tmp_path):
+    assert fp8_recipe(plan_of(tmp_path).params.train) == Recipe()
+    assert chosen(tmp_path) == ("fp8_emulated", "dsv3_fp8_emulated")
+
+
+@pytest.mark.parametrize(
+    ("train", "word"),
+    [
+        ({"fp8_weight_quant": False}, "high_weights"),
+        ({"fp8_activation_quant": False}, "high_activations"),
+        ({"fp8_power_of_two_scales": True}, "pow2"),
+        ({"fp8_wgrad_quant": False}, "high_wgrad"),
+    ],
+    ids=str,
+)
+def test_linear_layers_and_experts_get_one_recipe_and_their_names_say_how_it_deviates(tmp_path, train, word):
+    assert chosen(tmp_path, **train) == (f"fp8_emulated_{word}", f"dsv3_fp8_emulated_{word}")
+
+
+def test_the_experts_alone_cache_their_swiglu_in_fp8(tmp_path):
+    assert chosen(tmp_path, fp8_swiglu_cache=True) == ("fp8_emulated", "dsv3_fp8_emulated_fp8_swiglu_cache")
+
+
+@pytest.mark.parametrize("train", [{"fp8_power_of_two_scales": True}, {"fp8_wgrad_quant": False}], ids=str)
+def test_a_deviation_changes_the_gradients_of_linear_layers_and_of_experts(tmp_path, train):
+    gradients = []
+    for change in ({}, train):
+        plan = plan_of(tmp_path, architecture=WIDE, train={"use_fp8": True, **change})
+        model, _ = prepared_model(plan, CPU)
+        tokens = torch.randint(0, 257, (2, 33), generator=torch.Generator().manual_seed(0))
+        model.train()(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:]).loss.backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters()})
+    for name in ("self_attn.o_proj.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"):
+        assert not torch.equal(*(found[f"model.layers.1.{name}"] for found in gradients)), name
