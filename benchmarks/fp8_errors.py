@@ -281,7 +281,7 @@ def main(
         if page is None:
             print(f"\n{name}, errors in percent\n\n{tabled}")
         else:
-            replace_section(page, name, f"{tabled}\n")
+            replace_section(page, name, tabled)
 
 
 if __name__ == "__main__":

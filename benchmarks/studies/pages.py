@@ -9,9 +9,9 @@ from dsv3.errors import UserError
 
 def replace_section(page: Path, name: str, text: str) -> None:
     """Put `text` between the comments `<!-- begin NAME -->` and `<!-- end NAME -->`; `UserError` without them."""
-    pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", flags=re.DOTALL)
+    pattern = re.compile(rf"(<!-- begin {name} -->).*?(<!-- end {name} -->)", flags=re.DOTALL)
     old = page.read_text(encoding="utf-8") if page.is_file() else ""
-    new, count = pattern.subn(lambda match: f"{match[1]}\n{text}\n{match[2]}", old)
+    new, count = pattern.subn(lambda match: f"{match[1]}\n\n{text.strip()}\n\n{match[2]}", old)
     if count != 1:
         raise UserError(f"{page}: {count} sections between <!-- begin {name} --> and <!-- end {name} -->; must be 1")
     write_text(page, new)
