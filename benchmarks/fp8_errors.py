@@ -123,15 +123,15 @@ def product_error(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) ->
 
 
 def normal_layer(outlier: float) -> Layer:
-    """Return normal numbers; every 64th channel of x and every 64th token's gradient are `outlier` times as large.
+    """Return normal numbers; every 512th channel of x and 64th token's gradient are `outlier` times as large.
 
     The weights of those channels are as much smaller, so that each channel means as much to the output as before.
     """
     generator = torch.Generator().manual_seed(0)
     x_RK, grad_RN = (torch.randn(512, 1024, generator=generator) for _ in range(2))
     weight_NK = torch.randn(1024, 1024, generator=generator)
-    x_RK[:, ::64] *= outlier
-    weight_NK[:, ::64] /= outlier
+    x_RK[:, ::512] *= outlier
+    weight_NK[:, ::512] /= outlier
     grad_RN[::64] *= outlier
     return Layer(x_RK, grad_RN, weight_NK)
 
