@@ -107,7 +107,8 @@ def _result(run: Any, variant: str, seed: int) -> Result:
         num_steps=train["step"],
         num_tokens=train["tokens_seen"],
         computed=f"{train['precision']}, {train['experts']} on {train['device']}",
-        conditions=f"commit `{(dvc['git_sha'] or 'unknown')[:7]}`, text `{dvc['data_source']}`, torch {env['torch']}",
+        conditions=f"commit `{(dvc['git_sha'] or 'unknown')[:7]}`, text `{dvc['data_source']}` (SHA-256 "
+        f"`{(dvc['corpus_sha256'] or 'unknown')[:8]}`), torch {env['torch']}",
         losses=curves["loss", "train", None],
         validation_losses=curves["loss", "val", None],
     )

@@ -22,7 +22,7 @@ def record(root, name: str, experiment: str = "study", score: float = 1.5, statu
         experiment=experiment,
         tags=(),
         params={},
-        dvc={"git_sha": "abcdef0123", "data_source": "plays"},
+        dvc={"git_sha": "abcdef0123", "data_source": "plays", "corpus_sha256": "0123456789"},
         env={"torch": "2"},
         size={"parameters_total": 9, "parameters_active": 5},
     )
@@ -51,7 +51,7 @@ def test_the_finished_runs_of_the_study_are_read_and_the_latest_of_a_name_counts
     assert (base.max_vio, base.max_vio_batch, base.dead_experts) == (0.75, pytest.approx(0.3), 1)
     assert base.losses == {10: 5.0, 20: 4.5}
     assert base.validation_losses == {20: 4.25}
-    assert base.conditions == "commit `abcdef0`, text `plays`, torch 2"
+    assert base.conditions == "commit `abcdef0`, text `plays` (SHA-256 `01234567`), torch 2"
 
 
 def test_without_an_aim_repository_the_remedy_is_told(tmp_path):
