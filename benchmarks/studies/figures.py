@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.studies.definition import Study
-from benchmarks.studies.report import finished
+from benchmarks.studies.report import emulated, finished
 from benchmarks.studies.results import Curve, Result
 from benchmarks.studies.statistics import Sample, of_variant, pairs
 from dsv3.figures import BLUE, STYLE, VERMILION
@@ -79,14 +79,15 @@ def curves(study: Study, results: Sequence[Result]) -> Figure:
         {"color": GREEN, "linestyle": "-.", "marker": "D"},
     ]
     for variant, style in zip(finished(study, results), styles, strict=False):
+        label = variant + emulated(of_variant(results, variant))
         mean = mean_curve([result.validation_losses for result in of_variant(results, variant)])
-        loss.plot(list(mean), list(mean.values()), label=variant, markersize=4, fillstyle="none", **style)
+        loss.plot(list(mean), list(mean.values()), label=label, markersize=4, fillstyle="none", **style)
         gaps = [relative_gap(own, other) for own, other in pairs(results, variant, study.baseline)]
         if variant != study.baseline and gaps:
             for one in gaps:
                 gap.plot(list(one), list(one.values()), color=style["color"], linewidth=0.7, alpha=0.45)
             mean = mean_curve(gaps)
-            gap.plot(list(mean), list(mean.values()), color=style["color"], linestyle=style["linestyle"], label=variant)
+            gap.plot(list(mean), list(mean.values()), color=style["color"], linestyle=style["linestyle"], label=label)
     if study.goal_percent is not None:
         goal = study.goal_percent
         gap.axhspan(-goal, goal, color="#eeeeee", zorder=0, label=f"goal: ± {goal:g} %")

@@ -71,7 +71,7 @@ def variant_row(study: Study, results: Sequence[Result], variant: str) -> list[s
     speed = ratios(results, variant, base, lambda r: r.tokens_per_s)
     is_compared = variant != base and difference.values
     return [
-        f"`{variant}`",
+        f"`{variant}`{emulated(own)}",
         str(len(own)),
         cell(lambda r: r.validation_loss, 4),
         cell(lambda r: r.nats_per_char, 4),
@@ -83,6 +83,11 @@ def variant_row(study: Study, results: Sequence[Result], variant: str) -> list[s
         f"{own[0].num_parameters:,} ({own[0].num_active:,})",
         f"{speed.mean:.2f}" if is_compared else "",
     ]
+
+
+def emulated(results: Iterable[Result]) -> str:
+    """Return what marks runs that only emulated their precision."""
+    return ", emulated" if any("emulated" in result.computed for result in results) else ""
 
 
 def sentence(study: Study, results: Sequence[Result], variant: str) -> str:

@@ -99,6 +99,7 @@ def test_the_goal_is_judged_by_the_mean_and_its_interval(losses, verdict):
 def test_an_emulated_variant_is_labelled():
     found = [replace(r, computed="fp8_emulated") if r.variant == "other" else r for r in results([0.1, 0.2, 0.3])]
     assert "changed other. Computed as fp8_emulated." in report(found)
+    assert "| `other`, emulated | 3 |" in report(found)
 
 
 @pytest.mark.parametrize("kind", ["dots", "curves"])
