@@ -9,16 +9,14 @@ from matplotlib.figure import Figure
 
 from benchmarks.studies.definition import Study
 from benchmarks.studies.report import emulated, finished
-from benchmarks.studies.results import Curve, Result
-from benchmarks.studies.statistics import Sample, of_variant, pairs
+from benchmarks.studies.results import Result
+from benchmarks.studies.statistics import Sample, mean_curve, of_variant, pairs, relative_gap
 from dsv3.figures import BLUE, STYLE, VERMILION
 
 GREEN = "#009E73"
 MARKERS = "osD^vP"
 SPREAD = 0.5
 """Height over which the seeds of a row are spread; rows are 1 apart."""
-SMOOTHING = 0.9
-"""Weight of the past in the smoothed training loss; the report smooths its curves so."""
 
 
 def figure(study: Study, results: Sequence[Result]) -> Figure:
@@ -72,13 +70,15 @@ def curves(study: Study, results: Sequence[Result]) -> Figure:
     """Return the validation loss of each variant, and the relative gap of its smoothed training loss by seed."""
     figure = Figure(figsize=(9.6, 3.9), layout="constrained")
     loss, gap = figure.subplots(1, 2)
-    styles: list[dict[str, Any]] = [
+    looks: list[dict[str, Any]] = [
         {"color": "black", "linestyle": ":", "marker": "o"},
         {"color": BLUE, "linestyle": "--", "marker": "s"},
         {"color": VERMILION, "linestyle": "-", "marker": "^"},
         {"color": GREEN, "linestyle": "-.", "marker": "D"},
     ]
-    for variant, style in zip(finished(study, results), styles, strict=False):
+    styles = dict(zip(study.variants, looks, strict=False))
+    for variant in finished(study, results):
+        style = styles[variant]
         label = variant + emulated(of_variant(results, variant))
         mean = mean_curve([result.validation_losses for result in of_variant(results, variant)])
         loss.plot(list(mean), list(mean.values()), label=label, markersize=4, fillstyle="none", **style)
@@ -99,25 +99,3 @@ def curves(study: Study, results: Sequence[Result]) -> Figure:
     for axes in (loss, gap):
         axes.legend(facecolor="white", edgecolor="none", framealpha=0.9)
     return figure
-
-
-def mean_curve(found: Sequence[Curve]) -> Curve:
-    """Return the mean of the curves at the steps that all of them have."""
-    steps = sorted(set.intersection(*(set(curve) for curve in found)))
-    return {step: sum(curve[step] for curve in found) / len(found) for step in steps}
-
-
-def relative_gap(own: Result, other: Result) -> Curve:
-    """Return the difference of the two smoothed training losses in percent of the second."""
-    ours, theirs = smoothed(own.losses), smoothed(other.losses)
-    return {step: 100 * (ours[step] / theirs[step] - 1) for step in ours if step in theirs}
-
-
-def smoothed(curve: Curve) -> Curve:
-    """Return the exponential moving average of the curve's points, without a bias towards its beginning."""
-    total = weight = 0.0
-    found: dict[int, float] = {}
-    for step, value in curve.items():
-        total, weight = SMOOTHING * total + (1 - SMOOTHING) * value, SMOOTHING * weight + (1 - SMOOTHING)
-        found[step] = total / weight
-    return found

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.studies.definition import Study
 from benchmarks.studies.results import Result
-from benchmarks.studies.statistics import Sample, Value, differences, of_variant, pairs, ratios
+from benchmarks.studies.statistics import Sample, Value, differences, of_variant, pairs, ratios, relative_gap
 
 HEADER = (
     "variant",
@@ -122,18 +122,24 @@ def effect(what: str, difference: Sample, unit: str, digits: int) -> str:
 
 
 def _goal(study: Study, results: Sequence[Result], variant: str) -> Iterable[str]:
-    """Return the sentence about the relative gap, where the study has a goal for it."""
+    """Yield the sentences about the relative gap, where the study has a goal for it."""
     if study.goal_percent is None:
-        return []
-    gap = gap_percent(results, variant, study.baseline)
-    goal, half = study.goal_percent, gap.half_interval
-    verdict = "within" if abs(gap.mean) < goal else "beyond"
-    interval = "in a single seed" if half is None else f"95 % interval ± {half:.3f}"
-    doubt = ", though the interval reaches beyond it" if half and abs(gap.mean) < goal <= abs(gap.mean) + half else ""
-    return [
-        f"Its final validation loss lies {gap.mean:+.3f} % ({interval}) from `{study.baseline}`'s, "
-        f"{verdict} the goal of {goal:g} %{doubt}."
-    ]
+        return
+    curves = [relative_gap(own, other) for own, other in pairs(results, variant, study.baseline)]
+    gaps = {
+        "The final validation loss": gap_percent(results, variant, study.baseline),
+        "The smoothed training loss, at the end,": Sample(tuple(list(curve.values())[-1] for curve in curves)),
+    }
+    for what, gap in gaps.items():
+        goal, half = study.goal_percent, gap.half_interval
+        verdict = "within" if abs(gap.mean) < goal else "beyond"
+        interval = "in a single seed" if half is None else f"95 % interval ± {half:.3f}"
+        is_unsure = half is not None and abs(gap.mean) < goal <= abs(gap.mean) + half
+        doubt = ", though the interval reaches beyond it" if is_unsure else ""
+        yield (
+            f"{what} lies {gap.mean:+.3f} % ({interval}) from `{study.baseline}`'s, "
+            f"{verdict} the goal of {goal:g} %{doubt}."
+        )
 
 
 def gap_percent(results: Sequence[Result], variant: str, baseline: str) -> Sample:

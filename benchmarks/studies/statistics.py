@@ -9,12 +9,15 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.studies.results import Result
+from benchmarks.studies.results import Curve, Result
 
 Value = Callable[[Result], float]
 
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Two-sided 95 % quantiles for 1, 2, 3 ... degrees of freedom; the last one serves beyond, where it is too strict."""
+
+SMOOTHING = 0.9
+"""Weight of the past in the smoothed training loss; the report smooths its curves so."""
 
 
 @dataclass(frozen=True)
@@ -66,3 +69,25 @@ def differences(results: Sequence[Result], variant: str, baseline: str, value: V
 def ratios(results: Sequence[Result], variant: str, baseline: str, value: Value) -> Sample:
     """Return the variant's value divided by the baseline's, by seed."""
     return Sample(tuple(value(own) / value(other) for own, other in pairs(results, variant, baseline)))
+
+
+def mean_curve(found: Sequence[Curve]) -> Curve:
+    """Return the mean of the curves at the steps that all of them have."""
+    steps = sorted(set.intersection(*(set(curve) for curve in found)))
+    return {step: sum(curve[step] for curve in found) / len(found) for step in steps}
+
+
+def relative_gap(own: Result, other: Result) -> Curve:
+    """Return the difference of the two smoothed training losses in percent of the second."""
+    ours, theirs = smoothed(own.losses), smoothed(other.losses)
+    return {step: 100 * (ours[step] / theirs[step] - 1) for step in ours if step in theirs}
+
+
+def smoothed(curve: Curve) -> Curve:
+    """Return the exponential moving average of the curve's points, without a bias towards its beginning."""
+    total = weight = 0.0
+    found: dict[int, float] = {}
+    for step, value in curve.items():
+        total, weight = SMOOTHING * total + (1 - SMOOTHING) * value, SMOOTHING * weight + (1 - SMOOTHING)
+        found[step] = total / weight
+    return found

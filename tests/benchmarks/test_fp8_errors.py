@@ -8,15 +8,13 @@ from benchmarks.fp8_errors import (
     TENSOR,
     TILE,
     Choice,
-    Layer,
     accumulated,
     cut,
     errors,
-    normal_layer,
     product_error,
     rounded,
-    watched,
 )
+from benchmarks.fp8_operands import Layer, normal_layer, watched
 from dsv3.fp8.convert import convert
 from dsv3.fp8.quantize import rounded_columns, rounded_rows, rounded_weight
 

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.studies.figures import figure, relative_gap, smoothed
+from benchmarks.studies.figures import figure
 from benchmarks.studies.pages import replace_section
 from benchmarks.studies.report import section
-from benchmarks.studies.statistics import Sample, differences
+from benchmarks.studies.statistics import Sample, differences, relative_gap, smoothed
 from dsv3.errors import UserError
 from tests.benchmarks.studies_made_up import RESULT, STUDY, results
 
@@ -93,7 +93,19 @@ def test_every_run_is_listed_with_its_gap_to_the_baseline_of_its_seed():
 def test_the_goal_is_judged_by_the_mean_and_its_interval(losses, verdict):
     base = results([0.0, 0.0, 0.0])
     found = base[::2] + [replace(own, validation_loss=loss) for own, loss in zip(base[1::2], losses, strict=True)]
-    assert verdict in report(found)
+    sentence = report(found).split("The final validation loss")[1].split(" The smoothed training loss")[0]
+    assert sentence.endswith(verdict)
+
+
+def test_the_training_loss_is_judged_too():
+    found = [
+        replace(r, losses={step: 1.003 * loss for step, loss in r.losses.items()}) if r.variant == "other" else r
+        for r in results([0.0, 0.0, 0.0])
+    ]
+    assert (
+        "The smoothed training loss, at the end, lies +0.300 % (95 % interval ± 0.000) from `base`'s, beyond"
+        in report(found)
+    )
 
 
 def test_an_emulated_variant_is_labelled():
