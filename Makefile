@@ -1,6 +1,6 @@
 # One word per need; `make help` lists them. Everything runs in .venv, which the first one that needs it makes.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test check format ui bench clean
+.PHONY: help setup repro test check format ui bench ablations clean
 
 BIN := .venv/bin
 # The first that runs and can make an environment: a name on the PATH may be a shim without a Python behind it.
@@ -16,7 +16,7 @@ TORCH = $$(nvidia-smi >/dev/null 2>&1 && echo 'torch!=$(shell sed -n s/^torch==/
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/.pipeline ## make .venv with the pinned dependencies
 
@@ -45,6 +45,11 @@ ui: setup ## compare runs in Aim, on this machine only: it asks for no password
 bench: .venv/.dev ## measure what the README claims, on this machine
 	@set -e; for script in benchmarks/[a-z]*.py; do \
 		name=benchmarks.$$(basename "$$script" .py); echo "python -m $$name"; $(BIN)/python -m "$$name"; done
+
+JOBS ?= 1
+ablations: setup ## train the recipe without each of its parts (hours; JOBS=2: two at a time), write docs/ablations.md
+	$(BIN)/python -m benchmarks.study run ablations --jobs $(JOBS)
+	$(BIN)/python -m benchmarks.study report ablations
 
 clean: ## remove caches and the checkpoints of unfinished trainings; data, results, runs and .venv stay
 	rm -rf .checkpoints .pytest_cache .ruff_cache .hypothesis .import_linter_cache .triton_cache

@@ -1,0 +1,85 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.studies.definition import Study, read_study, run_flags, run_names, study_names
+from dsv3.errors import UserError
+from dsv3.params import read_params, read_yaml, validated
+from dsv3.presets import merged
+from dsv3.sizing.architecture import read_architecture
+
+ROOT = Path(__file__).parents[2]
+STUDIES = {name: read_study(name) for name in study_names()}
+VARIANTS = [(name, variant) for name, study in STUDIES.items() for variant in study.variants]
+
+
+def overlay(study: Study, variant: str) -> dict:
+    return {**study.common, **study.variants[variant].set}
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_what_a_variant_sets_exists_and_gives_valid_parameters(name, variant, tmp_path):
+    params = read_yaml(ROOT / "params.yaml")
+    config = json.loads((ROOT / params["model"]["config"]).read_text())
+    values = overlay(STUDIES[name], variant)
+    of_params = {key: value for key, value in values.items() if ":" not in key}
+    for key, value in values.items():
+        if ":" in key:
+            file, field = key.split(":")
+            assert file == params["model"]["config"], "another architecture's file would change nothing"
+            assert field in config
+            config[field] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read_architecture(tmp_path / "config.json")
+    params["model"]["config"] = str(tmp_path / "config.json")
+    validated(merged(params, of_params), ROOT / "params.yaml")
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_every_variant_but_the_baseline_differs_from_the_defaults(name, variant):
+    study = STUDIES[name]
+    defaults = read_params(ROOT / "params.yaml").model_dump()
+    config = json.loads((ROOT / defaults["model"]["config"]).read_text())
+    changed = {}
+    for key, value in study.variants[variant].set.items():
+        section, _, field = key.replace(":", ".").rpartition(".")
+        changed[key] = value != (config[field] if ":" in key else defaults[section][field])
+    assert all(changed.values()) and bool(changed) == (variant != study.baseline), changed
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_has_a_baseline_distinct_seeds_and_a_page_with_its_section(name):
+    study = STUDIES[name]
+    assert study.baseline in study.variants
+    assert len(set(study.seeds)) == len(study.seeds) >= 3
+    assert f"<!-- begin {name} -->" in (ROOT / study.document).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_what_is_said_of_a_variant_is_no_result(name):
+    for variant in STUDIES[name].variants.values():
+        words = f"{variant.part} {variant.change}".lower()
+        assert not any(word in words for word in ("%", "nats", "±", "better", "worse", "no effect"))
+
+
+def test_a_run_is_named_and_flagged_by_study_variant_and_seed():
+    study = STUDIES["ablations"]
+    names = run_names("ablations", study)
+    assert names["ablations-adamw-4e-3-1338"] == ("adamw-4e-3", 1338)
+    assert len(names) == len(study.variants) * len(study.seeds)
+    assert list(names)[: len(study.variants)] == [f"ablations-{variant}-1337" for variant in study.variants]
+    flags = run_flags("ablations", study, "adamw-4e-3", 1338)
+    assert flags[::2] == ["-S"] * 5
+    assert flags[1::2] == [
+        "seed=1338",
+        "runtime.experiment=ablations",
+        "train.num_train_epochs=2.0",
+        "train.optim=adamw",
+        "train.learning_rate=0.004",
+    ]
+
+
+def test_an_unknown_study_is_answered_with_the_known_ones():
+    with pytest.raises(UserError, match=r"^none is no study; known: ablations, precision$"):
+        read_study("none")

@@ -1,0 +1,89 @@
+import json
+import subprocess
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.studies.results import checked_with_dvc, read_results
+from dsv3.errors import UserError
+from dsv3.tracking.identity import RunIdentity
+from dsv3.tracking.recorder import Recorder
+from tests.benchmarks.studies_made_up import RESULT
+
+NAMES = {"study-base-1": ("base", 1), "study-other-1": ("other", 1)}
+
+
+def record(root, name: str, experiment: str = "study", score: float = 1.5, status: str = "finished") -> None:
+    """Leave a run in Aim as train and evaluate do."""
+    from dsv3.tracking.aim import AimSink
+
+    identity = RunIdentity(
+        name=name,
+        experiment=experiment,
+        tags=(),
+        params={},
+        dvc={"git_sha": "abcdef0123", "data_source": "plays", "corpus_sha256": "0123456789"},
+        env={"torch": "2"},
+        size={"parameters_total": 9, "parameters_active": 5},
+    )
+    recorder = Recorder(None, identity, [AimSink(str(root))], None, is_owner=True, aim_repo=".aim")
+    for step, loss in ((10, 5.0), (20, 4.5)):
+        recorder.log("history", {"step": step, "loss": loss})
+        recorder.log("router", {"step": step, "layer": 1, "max_vio": 4.0 / step})
+        recorder.log("router", {"step": step, "layer": 2, "max_vio": 6.0 / step})
+    recorder.log("validation", {"step": 20, "loss": 4.25})
+    chosen = {"precision": "fp32", "experts": "cpu", "device": "cpu"}
+    train = {"step": 20, "tokens_seen": 40, "tokens_per_s": 7.0, "validation": {"loss": 4.25}, **chosen}
+    recorder.result("train", train, 20)
+    heldout = dict.fromkeys(("nats_per_token", "perplexity", "bits_per_byte"), 2.0) | {"nats_per_char": score}
+    recorder.result("evaluate", {"heldout": heldout, "router": {"max_vio_global_max": 0.75, "dead_experts": 1}}, 20)
+    recorder.close(status)
+
+
+def test_the_finished_runs_of_the_study_are_read_and_the_latest_of_a_name_counts(tmp_path):
+    record(tmp_path, "study-other-1")
+    record(tmp_path, "study-base-1", score=1.75)
+    record(tmp_path, "study-base-1", score=1.25)
+    record(tmp_path, "study-base-1", score=1.0, status="interrupted")
+    record(tmp_path, "study-base-1", experiment="another", score=1.0)
+    base, other = read_results(tmp_path, "study", NAMES)
+    assert (base.name, base.nats_per_char, other.variant) == ("study-base-1", 1.25, "other")
+    assert (base.max_vio, base.max_vio_batch, base.dead_experts) == (0.75, pytest.approx(0.3), 1)
+    assert base.losses == {10: 5.0, 20: 4.5}
+    assert base.validation_losses == {20: 4.25}
+    assert base.conditions == "commit `abcdef0`, text `plays` (SHA-256 `01234567`), torch 2"
+
+
+def test_without_an_aim_repository_the_remedy_is_told(tmp_path):
+    with pytest.raises(UserError, match="no Aim repository; run the study first"):
+        read_results(tmp_path, "study", NAMES)
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A repository with an experiment as DVC stores it: a commit under refs/exps."""
+
+    def git(*arguments: str) -> str:
+        author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(
+            ["git", *author, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    git("init", "--quiet")
+    metrics = tmp_path / "results" / "evaluate" / "metrics.json"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text(json.dumps({"heldout": {"nats_per_char": 1.5}}))
+    git("add", ".")
+    git("commit", "--quiet", "--message", "two at a time")
+    git("update-ref", "refs/exps/ab/cdef/study-base-1", "HEAD")
+    return tmp_path
+
+
+def test_results_that_dvc_confirms_come_back_with_how_they_were_made(repository):
+    found = [replace(RESULT, name="study-base-1"), replace(RESULT, name="study-other-1")]
+    assert checked_with_dvc(repository, found) == {"study-base-1": "two at a time"}
+
+
+def test_where_aim_and_dvc_disagree_dvc_is_the_truth(repository):
+    with pytest.raises(UserError, match=r"^study-base-1: Aim holds 1.6 nats/char, DVC 1.5; DVC is the truth"):
+        checked_with_dvc(repository, [replace(RESULT, name="study-base-1", nats_per_char=1.6)])
