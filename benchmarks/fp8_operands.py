@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3.fp8.linear import LowPrecisionLinear
+from dsv3.fp8.recipe import DEEPSEEK_RECIPE
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def captured_layers(params: Path, tokens: Path, sizes: Path, num_steps: int) -> 
     model, _ = prepared_model(plan, accelerator.device)
     run = prepared_run(plan, accelerator, model, Interruption())
     train(run, [], lambda run: None)
-    convert(model, weight_quant=True, activation_quant=True, device=accelerator.device)
+    convert(model, DEEPSEEK_RECIPE, accelerator.device)
     tokens_BS = plan.batches.sequences(plan.total_steps * plan.sequences_per_step, plan.sequences_per_step)
     return watched(model, lambda: model(input_ids=tokens_BS[:, :-1], shift_labels=tokens_BS[:, 1:]).loss)
 
