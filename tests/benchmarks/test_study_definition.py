@@ -66,17 +66,17 @@ def test_what_is_said_of_a_variant_is_no_result(name):
 def test_a_run_is_named_and_flagged_by_study_variant_and_seed():
     study = STUDIES["ablations"]
     names = run_names("ablations", study)
-    assert names["ablations-adamw-4e-3-1338"] == ("adamw-4e-3", 1338)
+    assert names["ablations-kv-rank-32-1338"] == ("kv-rank-32", 1338)
     assert len(names) == len(study.variants) * len(study.seeds)
     assert list(names)[: len(study.variants)] == [f"ablations-{variant}-1337" for variant in study.variants]
-    flags = run_flags("ablations", study, "adamw-4e-3", 1338)
+    flags = run_flags("ablations", study, "kv-rank-32", 1338)
     assert flags[::2] == ["-S"] * 5
     assert flags[1::2] == [
         "seed=1338",
         "runtime.experiment=ablations",
-        "train.num_train_epochs=2.0",
-        "train.optim=adamw",
-        "train.learning_rate=0.004",
+        "train.num_train_epochs=1.0",
+        "sample.max_new_tokens=8",
+        "mini_model/config_nano.json:kv_lora_rank=32",
     ]
 
 
