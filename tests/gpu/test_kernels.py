@@ -25,9 +25,9 @@ FLIPS = 2e-2
 """Relative difference between device and emulation after a second quantisation: sums that differ by 1e-4 round to the
 next e4m3 number, 9 % away, in one of about a thousand cases, which makes 3e-3 per quantisation. FP8 itself errs by
 3e-2 per product."""
-BF16 = 1.5e-2
-"""Relative error of experts in bf16: each of about eight roundings in a row errs by 2^-9 at most, half that on average;
-1e-2 would be a bit lost somewhere, 1 a row of another token."""
+BF16 = 3e-2
+"""Relative error of experts in bf16. About eight roundings in a row err by 6e-3 together; the routing weights of a
+single token are two sums whose terms cancel, for which a CPU gives 2.2e-2. A row of another token would err by 1."""
 
 
 def test_the_quantisers_give_the_emulations_bits_for_hostile_numbers(checks, fp8_device):
