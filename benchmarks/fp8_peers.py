@@ -141,7 +141,7 @@ def torch_tensorwise(data: Operands) -> Function:
 
 def torch_blockwise(data: Operands) -> Function:
     """Return torch's product of 1x128 and 128x128 blocks (cuBLAS), whose scales lie rows first, padded to four."""
-    recipes: Any = F.ScalingType  # pyright: ignore[reportAttributeAccessIssue] (torch does not declare it)
+    recipes: Any = F.ScalingType
     a, b = data.rows.values, data.weight.forward.values[0].t()
     scale_a = data.rows.scales.t().contiguous().t()
     scales = data.weight.forward.scales[0]
@@ -202,7 +202,9 @@ def layers(sizes: tuple[int, int, int], device: torch.device) -> dict[str, Funct
     def rowwise(model: nn.Module) -> nn.Module:
         torchao = import_module("torchao.float8")
         config = torchao.Float8LinearConfig.from_recipe_name("rowwise")
-        return torch.compile(torchao.convert_to_float8_training(model.bfloat16(), config=config))
+        changed: nn.Module = torchao.convert_to_float8_training(model.bfloat16(), config=config)
+        changed.compile()
+        return changed
 
     def blockwise(model: nn.Module) -> nn.Module:
         torchao = import_module("torchao.prototype.blockwise_fp8_training.linear")

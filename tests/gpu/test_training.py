@@ -12,7 +12,7 @@ from torch import nn
 from dsv3.fp8.convert import convert
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE
 from dsv3.training.loop import accumulate_gradients
-from tests.dsv3.kernels.cases import case, errors, results
+from tests.dsv3.kernels.cases import case, errors, relative_error, results
 from tests.gpu.sizes import NANO_SIZES
 from tests.training_inputs import ROOT, environment, history, stage_command, started_run, write_inputs
 
@@ -25,20 +25,28 @@ RUNS = {
     "triton_fp8 in bf16": {"precision": "bf16", "use_fp8": True, "experts": "auto"},
     "fp8_emulated": {"precision": "fp32", "use_fp8": True, "experts": "auto"},
 }
-BF16_LOSS = 1e-2
-FP8_LOSS = 2e-2
-SAME_FP8_LOSS = 5e-3
 NUM_STEPS = 30
+CALM = {"max_steps": NUM_STEPS, "learning_rate": 2e-4, "optim": "adamw", "per_device_train_batch_size": 8} | {
+    "gradient_accumulation_steps": 1, "block_size": 64
+}  # fmt: skip
+"""At rates that learn fast, 30 steps carry any rounding on: a relative noise of 1e-4 moved losses by 7 % at 1e-2."""
+LOSS = 2e-2
+"""Largest relative difference of the losses at one step. The emulations on a CPU differ from fp32 by 3e-3 (bf16) and
+6e-3 (FP8), because now and then a token goes to another expert; the loss falls from 5.7 to 2.5 meanwhile."""
+SAME_FP8_GRADIENT = 6e-2
+"""Relative difference of the whole first gradient. Sums that are a little off round to the next e4m3 number here and
+there, layer after layer, and move a token to another expert: noise of the size that tensor cores make in every product
+gives 3.4e-2, five times as much 3.9e-2. FP8 itself is 10e-2 away from fp32."""
 
 
-def run_of(folder, device, monkeypatch, name, **train):
+def run_of(folder, device, monkeypatch, name):
     """Return a training at step 0; the emulation's on a device that seems to lack FP8."""
     with monkeypatch.context() as patch:
         if name == "fp8_emulated":
             for module in ("dsv3.fp8.convert", "dsv3.kernels.registry"):
                 patch.setattr(f"{module}.multiplies_fp8", lambda device: False)
-        settings = {"max_steps": NUM_STEPS, **RUNS[name], **train}
-        return started_run(folder, architecture=NANO_SIZES, train=settings, runtime={"device": device.type})
+        train = {**CALM, **RUNS[name]}
+        return started_run(folder, architecture=NANO_SIZES, train=train, runtime={"device": device.type})
 
 
 @pytest.fixture(scope="module")
@@ -63,26 +71,40 @@ def largest_difference(one, other):
     return max(abs(x - y) / y for x, y in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("name", "tolerance"), [("grouped_mm", BF16_LOSS), ("triton_fp8", FP8_LOSS), ("triton_fp8 in bf16", FP8_LOSS)]
-)
-def test_a_training_with_kernels_follows_the_reference_in_fp32(losses_by, name, tolerance):
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "reference"])
+def test_a_training_with_kernels_follows_the_reference_in_fp32(losses_by, name):
     reference = losses_by("reference")
-    assert reference[-1] < 0.7 * reference[0]
-    assert largest_difference(losses_by(name), reference) < tolerance
+    assert reference[-1] < 0.6 * reference[0]
+    assert largest_difference(losses_by(name), reference) < LOSS
 
 
-def test_fp8_on_the_device_is_much_closer_to_emulated_fp8_than_either_is_to_fp32(losses_by):
-    apart = largest_difference(losses_by("triton_fp8"), losses_by("fp8_emulated"))
-    assert apart < SAME_FP8_LOSS
+def first_gradient(run):
+    """Return the gradients of a training's first step by name."""
+    run.model.train()
+    accumulate_gradients(run, run.micro_batches(), mtp_weight=0.0)
+    return {name: parameter.grad for name, parameter in run.model.named_parameters()}
+
+
+def test_fp8_on_the_device_is_much_closer_to_emulated_fp8_than_to_fp32(fp8_device, tmp_path, monkeypatch):
+    whole = {
+        name: torch.cat(
+            [
+                gradient.flatten()
+                for gradient in first_gradient(run_of(tmp_path / name, fp8_device, monkeypatch, name)).values()
+            ]
+        )
+        for name in ("reference", "fp8_emulated", "triton_fp8")
+    }
+    apart = relative_error(whole["triton_fp8"], whole["fp8_emulated"])
+    assert apart < SAME_FP8_GRADIENT
+    assert apart < 0.6 * relative_error(whole["triton_fp8"], whole["reference"])
 
 
 @pytest.mark.parametrize("name", ["grouped_mm", "triton_fp8", "triton_fp8 in bf16"])
 def test_nearly_every_weight_gets_a_gradient_that_is_not_zero(fp8_device, tmp_path, monkeypatch, name):
     """Of the linear layers and the experts. Underflow in a format shows as zeros, and so does a tile nobody wrote."""
-    run = run_of(tmp_path, fp8_device, monkeypatch, name)
-    accumulate_gradients(run, run.micro_batches(), mtp_weight=0.0)
-    matrices = {key: p.grad for key, p in run.model.named_parameters() if p.dim() >= 2 and "embed" not in key}
+    gradients = first_gradient(run_of(tmp_path, fp8_device, monkeypatch, name))
+    matrices = {key: grad for key, grad in gradients.items() if grad.dim() >= 2 and "embed" not in key}
     assert sum("experts" in key for key in matrices) >= 4
     shares = {key: (grad.count_nonzero() / grad.numel()).item() for key, grad in matrices.items()}
     assert min(shares.values()) >= 0.999, {key: share for key, share in shares.items() if share < 0.999}
