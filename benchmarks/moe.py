@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
-from benchmarks.timing import Functions, conditions, medians_s, synchronize
+from benchmarks.timing import Functions, best_device, conditions, medians_s
 from dsv3.cli import command
 from dsv3.kernels.devices import multiplies_fp8
 from dsv3.kernels.permute import expert_order
@@ -153,7 +153,6 @@ def measured(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     layer = Layer(shape, device, dtype)
     found = medians_s(contestants(layer, device), rounds, device)
-    synchronize(device)
     return {
         "shape": asdict(shape),
         "dtype": str(dtype).removeprefix("torch."),
@@ -179,12 +178,12 @@ def main(
     shape: Annotated[list[str] | None, typer.Option(help="E,K,H,I,T; may be repeated.")] = None,
     rounds: Annotated[int, typer.Option(help="Times that each contestant runs.")] = 15,
     threads: Annotated[int, typer.Option(help="Threads of the CPU.")] = 2,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     output: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ) -> None:
     """Time one layer of experts under every backend."""
     torch.set_num_threads(threads)
-    target = torch.device(device)
+    target = best_device(device)
     shapes = shape or (GPU_SHAPES if target.type == "cuda" else SHAPES)
     results = {"conditions": conditions(target), "shapes": []}
     print(json.dumps(results["conditions"]))

@@ -21,8 +21,8 @@ COLUMNS_PER_PROGRAM = 32
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 """The quantisers' products must be rounded before the addition that follows them."""
 HOPPER: dict[str, Any] = {"num_warps": 8, "num_stages": 4}
-ADA: dict[str, Any] = {"num_warps": 16, "num_stages": 3}
-"""With fewer warps the compiler spills the accumulator to memory (tests compile for both)."""
+ADA: dict[str, Any] = {"num_warps": 16, "num_stages": 2}
+"""With fewer warps, or a third stage, the compiler spills registers to memory (tests compile for both)."""
 
 
 class Schedule(NamedTuple):

@@ -27,6 +27,9 @@ class Case:
         moved = {name: value.to(dtype) for name, value in vars(self).items() if name != "index"}
         return Case(index=self.index, **moved)
 
+    def on(self, device: torch.device) -> "Case":
+        return Case(**{name: value.to(device) for name, value in vars(self).items()})
+
 
 def case(routing: str, hidden_size: int = 24, intermediate_size: int = 16, num_experts: int = 5, seed: int = 0) -> Case:
     """Return a case in fp32 with two experts per token."""

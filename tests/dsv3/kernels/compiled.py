@@ -1,7 +1,8 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and prints what came out as JSON.
 
 Called as `python compiled.py CAPABILITY`, in a process of its own because TRITON_INTERPRET must not be set when the
-kernels are decorated. Triton's wheel brings the assembler and the disassembler.
+kernels are decorated. Triton's wheel brings the assembler and the disassembler. Every combination that training
+launches is compiled: both kinds of scales, rows in fp32 and bf16, with and without gathering.
 """
 
 import json
@@ -28,29 +29,40 @@ POINTERS = {
 ROWS = {"ROWS": triton_launch.ROWS_PER_PROGRAM}
 COLUMNS = {"COLUMNS": triton_launch.COLUMNS_PER_PROGRAM}
 EXACT = triton_launch.EXACT
-CASES = {
-    "rows": (kernels.quantise_rows_kernel, {**ROWS, "POW2": False}, EXACT),
-    "rows, power of two": (kernels.quantise_rows_kernel, {**ROWS, "POW2": True}, EXACT),
-    "weight": (kernels.quantise_weight_kernel, {"POW2": False}, {"num_warps": 8, **EXACT}),
-    "columns": (kernels.quantise_columns_kernel, {**COLUMNS, "GATHERS": False, "POW2": False}, EXACT),
-    "columns, gathered": (kernels.quantise_columns_kernel, {**COLUMNS, "GATHERS": True, "POW2": False}, EXACT),
-    "gemm": (kernels.grouped_gemm_kernel, {"GATHERS": False}, None),
-    "gemm, gathered": (kernels.grouped_gemm_kernel, {"GATHERS": True}, None),
-    "wgrad": (kernels.grouped_wgrad_kernel, {}, None),
+FP32_ROWS, FP32_RESULT = {"x_ptr": "*fp32"}, {"y_ptr": "*fp32"}
+QUANTISERS = {
+    "rows": (kernels.quantise_rows_kernel, ROWS, EXACT, {}),
+    "weight": (kernels.quantise_weight_kernel, {}, {"num_warps": 8, **EXACT}, {}),
+    "columns": (kernels.quantise_columns_kernel, {**COLUMNS, "GATHERS": False}, EXACT, {}),
+    "columns, gathered": (kernels.quantise_columns_kernel, {**COLUMNS, "GATHERS": True}, EXACT, {}),
+    "rows of fp32": (kernels.quantise_rows_kernel, ROWS, EXACT, FP32_ROWS),
+    "columns of fp32, gathered": (kernels.quantise_columns_kernel, {**COLUMNS, "GATHERS": True}, EXACT, FP32_ROWS),
 }
+GEMMS = {
+    "gemm": (kernels.grouped_gemm_kernel, {"GATHERS": False}, None, {}),
+    "gemm, gathered": (kernels.grouped_gemm_kernel, {"GATHERS": True}, None, {}),
+    "gemm to fp32": (kernels.grouped_gemm_kernel, {"GATHERS": False}, None, FP32_RESULT),
+    "gemm to fp32, gathered": (kernels.grouped_gemm_kernel, {"GATHERS": True}, None, FP32_RESULT),
+    "wgrad": (kernels.grouped_wgrad_kernel, {}, None, {"x_ptr": "*fp8e4nv"}),
+}
+SCALES = {"fp32 scales": False, "power-of-two scales": True}
+CASES = GEMMS | {
+    f"{name}; {scales}": (kernel, {**constants, "POW2": pow2}, options, pointers)
+    for name, (kernel, constants, options, pointers) in QUANTISERS.items()
+    for scales, pow2 in SCALES.items()
+}
+"""Name -> kernel, constants, options (None: those of a GEMM on the device), types that differ from `POINTERS`."""
 
 
 def compiled(name: str, capability: int) -> triton.compiler.CompiledKernel:
     """Return the kernel as it is specialised for aligned pointers and dimensions that are multiples of 16."""
-    kernel, constants, options = CASES[name]
+    kernel, constants, options, pointers = CASES[name]
     options = options or (triton_launch.HOPPER if capability >= 90 else triton_launch.ADA)
-    signature, aligned = {}, {}
+    signature, aligned, types = {}, {}, POINTERS | pointers
     for position, argument in enumerate(kernel.arg_names):
-        signature[argument] = POINTERS.get(argument, "constexpr" if argument in constants else "i32")
+        signature[argument] = types.get(argument, "constexpr" if argument in constants else "i32")
         if argument in POINTERS or argument in ("N", "K"):
             aligned[(position,)] = [["tt.divisibility", 16]]
-    if name == "wgrad":
-        signature["x_ptr"] = "*fp8e4nv"
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -69,8 +81,10 @@ def report(name: str, capability: int) -> dict:
     usage = disassembled("cuobjdump", kernel.asm["cubin"], "-res-usage")
     sass = disassembled("nvdisasm", kernel.asm["cubin"])
     return {
+        "kernel": CASES[name][0].__name__,
         "ptx": sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync|cvt\.rn\.satfinite)[\w.]+", kernel.asm["ptx"]))),
-        "sass": sorted(set(re.findall(r"\b(?:QGMMA|HGMMA|QMMA|HMMA|STL|LDL)\b", sass))),
+        "tensor_cores": sorted(set(re.findall(r"\b(?:QGMMA|HGMMA|IGMMA|QMMA|HMMA|IMMA)\b", sass))),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),  # stores to and loads from local memory
         "divisions": sorted(set(re.findall(r"div\.[\w.]+f32", kernel.asm["ptx"]))),
         "fused": len(re.findall(r"fma\.rn", kernel.asm["ptx"])),
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),

@@ -76,6 +76,22 @@ def test_the_gpu_kernels_refuse_a_recipe_that_quantises_one_side_and_auto_emulat
         experts_backend("triton_fp8", CUDA, BF16, True, one_side)
 
 
+def test_ampere_is_refused_in_one_line_and_auto_emulates_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert auto_backend(CUDA, BF16, True) == "fp8_emulated"
+    with pytest.raises(UserError) as refused:
+        experts_backend("triton_fp8", CUDA, BF16, True)
+    message = "train.experts is triton_fp8; needs a GPU of compute capability 8.9 or higher, take auto"
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0)])
+def test_ada_and_hopper_take_the_gpu_kernels(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert auto_backend(CUDA, BF16, True) == "triton_fp8"
+    assert registry.refusal(BACKENDS["triton_fp8"], CUDA, BF16, True) is None
+
+
 @pytest.mark.parametrize("hidden_dtype", [FP32, BF16])
 @pytest.mark.parametrize(("name", "dtype"), [("cpu", BF16), ("grouped_mm", BF16), ("bf16_emulated", BF16)])
 def test_bf16_backends_cast_fp32_master_weights_and_give_back_the_dtype_they_got(name, dtype, hidden_dtype):

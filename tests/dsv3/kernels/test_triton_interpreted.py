@@ -41,12 +41,17 @@ def test_the_quantisers_give_torchs_bits_for_hostile_numbers(found):
     assert set(found["quantisers"].values()) == {0}, found["quantisers"]
 
 
+def test_hypothesis_finds_no_block_that_kernels_emulation_and_definition_store_differently(found):
+    """Rows, columns and weights, of numbers drawn from the same hostile ones, with both kinds of scales."""
+    assert found["hostile blocks"] >= 40
+
+
 def test_all_three_gemms_agree_with_float64_products_of_the_same_quantised_operands(found):
     assert max(found["gemms"].values()) < TOLERANCE, found["gemms"]
 
 
 def test_the_weight_gradient_of_an_expert_without_tokens_is_exactly_zero(found):
-    assert found["gemms"]["wgrad of the empty expert"] == 0
+    assert found["gemms"]["wgrad of empty experts"] == 0
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -75,6 +80,6 @@ def test_a_weight_gradient_that_is_not_quantised_takes_bf16_operands(found, kind
 
 def test_every_mutation_of_the_kernels_is_noticed(found):
     """The checks above can fail: each of these one-line mistakes moves one of them far past its tolerance."""
-    assert len(found["mutations"]) == 10
+    assert len(found["mutations"]) == 13
     missed = {name: effect for name, effect in found["mutations"].items() if effect < 100 * TOLERANCE}
     assert not missed

@@ -1,0 +1,242 @@
+"""What the Triton kernels are held to, on whatever device they run: the interpreter's CPU here, a GPU in tests/gpu.
+
+The witness is the emulation of `dsv3.fp8.quantize`, always on the CPU, and for single blocks the definition's scalars.
+Import only where kernels can run: Triton decides on import whether it interprets.
+
+Letters: T tokens, S rows sorted by expert, E experts, N outputs, K inputs.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dsv3.fp8 import definition, quantize
+from dsv3.fp8.definition import BLOCK
+from dsv3.fp8.linear import rounded_product
+from dsv3.fp8.recipe import Recipe
+from dsv3.fp8.rounding import fp8_rounding
+from dsv3.kernels import cpu, triton_experts, triton_launch, triton_linear
+from tests.dsv3.kernels.cases import Case, errors, results
+
+SPECIAL = [0.0, -0.0, 1e-45, -1e-40, 2.0**-100, 2.0**-101, 1e4, -1e4, 3.4e38, 448.0, 464.0, 1.0, math.inf, -math.inf]
+HOSTILE = st.one_of(st.floats(width=32, allow_nan=True, allow_infinity=True), st.sampled_from(SPECIAL))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Sizes of a grouped GEMM."""
+
+    rows: tuple[int, ...]
+    """Of each expert."""
+    num_tokens: int
+    """From which the rows are gathered."""
+    num_inputs: int
+    num_outputs: int
+
+    @property
+    def ends(self) -> list[int]:
+        return list(accumulate(self.rows))
+
+    @property
+    def slices(self) -> list[slice]:
+        return [slice(start, stop) for start, stop in pairwise([0, *self.ends])]
+
+
+SMALL = Groups(rows=(130, 0, 1, 27), num_tokens=60, num_inputs=256, num_outputs=128)
+"""Two tiles, the second not full; no row; one row; several blocks in every direction but one."""
+
+
+def hostile(num_rows: int, num_columns: int) -> Tensor:
+    """Return zeros, denormals, outliers of 1e4 and 1e-30, a NaN and both infinities among normal numbers."""
+    x = torch.randn(num_rows, num_columns, generator=torch.Generator().manual_seed(0))
+    x[:, ::37] *= 1e4
+    x[2::7] *= 1e-30
+    x[3::11] *= 1e-39
+    x[:1, :128] = 0
+    x[1, 130], x[4, 5], x[5, 6] = float("nan"), float("inf"), -float("inf")
+    return x
+
+
+def differing(x: Tensor, y: Tensor) -> int:
+    """Return how many numbers differ; any two NaNs are equal, and so are the two zeros."""
+    x, y = x.float().cpu(), y.float().cpu()
+    assert x.shape == y.shape
+    return int((~((x == y) | (x.isnan() & y.isnan()))).sum())
+
+
+def quantiser_differences(device: torch.device) -> dict[str, int]:
+    """Return for each quantiser the number of values and scales that differ from torch's."""
+    found = {}
+    for name, pow2 in (("fp32", False), ("pow2", True)):
+        x = hostile(75, 256)
+        for dtype in (torch.float32, torch.bfloat16):
+            pair = triton_launch.quantise_rows(x.to(device, dtype), pow2), quantize.quantised_rows(x.to(dtype), pow2)
+            found[f"rows {name} {dtype}"] = sum(map(differing, *pair))
+        weights = torch.stack([hostile(256, 384)[:, :256], torch.randn(256, 256) * 1e-3])
+        stored = triton_launch.quantise_weight(weights.to(device), pow2)
+        for expert, weight in enumerate(weights):
+            truth = quantize.quantised_weight(weight, pow2)
+            forward, transposed = ([part[expert] for part in stack] for stack in stored)
+            found[f"weight {expert} {name}"] = sum(map(differing, forward, truth))
+            found[f"transposed weight {expert} {name}"] = sum(map(differing, transposed, (t.t() for t in truth)))
+        found[f"columns {name}"] = column_differences(x, SMALL, pow2, device)
+    return found
+
+
+def column_differences(x_TK: Tensor, groups: Groups, pow2: bool, device: torch.device) -> int:
+    """Return the differences in columns of gathered rows, expert by expert."""
+    index_S = torch.randint(0, len(x_TK), (sum(groups.rows),), generator=torch.Generator().manual_seed(1))
+    tiles = triton_launch.schedule(torch.tensor(groups.ends, dtype=torch.int32, device=device), len(index_S))
+    stored = triton_launch.quantise_columns(x_TK.to(device), tiles, index_S.to(device), pow2)
+    found, tile = 0, 0
+    for rows in groups.slices:
+        num_tiles = (rows.stop - rows.start + BLOCK - 1) // BLOCK
+        if num_tiles:
+            truth = quantize.quantised_columns(x_TK[index_S[rows]], pow2)
+            found += differing(stored.values[:, tile * BLOCK : (tile + num_tiles) * BLOCK], truth.values)
+            found += differing(stored.scales[tile : tile + num_tiles].t(), truth.scales)
+        tile += num_tiles
+    return found
+
+
+def check_hostile_blocks(device: torch.device, max_examples: int) -> int:
+    """Assert that all three quantisers store a block as the definition says; return for how many blocks that was seen.
+
+    A block repeats a few hostile numbers. The same numbers, turned by one from row to row, are 128 rows of one scale
+    each, 32 columns likewise, and one block of a weight.
+    """
+    num_blocks = 0
+
+    @settings(max_examples=max_examples, derandomize=True, deadline=None, database=None)
+    @given(st.lists(HOSTILE, min_size=1, max_size=9), st.booleans())
+    def check(values: list[float], pow2: bool) -> None:
+        nonlocal num_blocks
+        num_blocks += 1
+        block = (values * BLOCK)[:BLOCK]
+        stored, scale = (torch.tensor(x, dtype=torch.float32) for x in definition.quantised_block(block, pow2))
+        turned = turns(torch.tensor(block, dtype=torch.float32)).to(device)
+        rows = triton_launch.quantise_rows(turned[:1], pow2)
+        end = torch.full((1,), BLOCK, dtype=torch.int32, device=device)
+        columns = triton_launch.quantise_columns(
+            turned[:, :32].contiguous(), triton_launch.schedule(end, BLOCK), None, pow2
+        )
+        weight = triton_launch.quantise_weight(turned[None], pow2)
+        truth = turns(stored)
+        seen = {
+            "rows": differing(rows.values, truth[:1]),
+            "columns": differing(columns.values[:, :BLOCK], truth[:, :32].t()),
+            "weight": differing(weight.forward.values[0], truth),
+            "transposed weight": differing(weight.transposed.values[0], truth.t()),
+            "scales": sum(
+                differing(s.reshape(-1), scale.expand(s.numel()))
+                for s in (rows.scales, columns.scales[:1], weight.forward.scales, weight.transposed.scales)
+            ),
+            "emulation": sum(map(differing, quantize.quantised_rows(turned[:1].cpu(), pow2), rows)),
+        }
+        assert not any(seen.values()), seen
+
+    check()
+    return num_blocks
+
+
+def turns(block: Tensor) -> Tensor:
+    """Return a square whose row r is the block turned by r."""
+    at = torch.arange(len(block))
+    return block[(at[:, None] + at[None, :]) % len(block)]
+
+
+def gemm_errors(groups: Groups, device: torch.device, outlier: float = 1e3) -> dict[str, float]:
+    """Return the relative error of each GEMM against float64 products of the operands as quantised by torch."""
+    num_rows, generator = sum(groups.rows), torch.Generator().manual_seed(0)
+    x = torch.randn(groups.num_tokens, groups.num_inputs, generator=generator)
+    x[:, 7] *= outlier
+    # Rows past the last one, which no kernel may look at.
+    grad = torch.randn(num_rows + BLOCK, groups.num_outputs, generator=generator)
+    weight = torch.randn(len(groups.rows), groups.num_outputs, groups.num_inputs, generator=generator) * 0.02
+    index = torch.randint(0, groups.num_tokens, (num_rows,), generator=generator)
+    tiles = triton_launch.schedule(torch.tensor(groups.ends, dtype=torch.int32, device=device), num_rows)
+    on_device = x.to(device), grad.to(device)[:num_rows], index.to(device)
+    found = products(*on_device, triton_launch.quantise_weight(weight.to(device), False), tiles)
+    grad = grad[:num_rows]
+    w, forward_rows, dgrad_rows = (
+        rounded.to(device).double()
+        for rounded in (quantize.rounded_weight(weight), quantize.rounded_rows(x), quantize.rounded_rows(grad))
+    )
+    experts = list(enumerate(groups.slices))
+    truth = {
+        "forward": torch.cat([forward_rows[on_device[2][rows]] @ w[expert].t() for expert, rows in experts]),
+        "dgrad": torch.cat([dgrad_rows[rows] @ w[expert] for expert, rows in experts]),
+        "wgrad": torch.stack([wgrad_truth(grad[rows], x[index[rows]], device) for rows in groups.slices]),
+    }
+    empty = [expert for expert, num_rows in enumerate(groups.rows) if num_rows == 0]
+    return {**errors(found, truth), "wgrad of empty experts": float(found["wgrad"][empty].abs().sum())}
+
+
+def products(
+    x: Tensor, grad: Tensor, index: Tensor, weight: triton_launch.QuantisedWeight, tiles: triton_launch.Schedule
+) -> dict[str, Tensor]:
+    """Return what the kernels give for the three products."""
+    rows = triton_launch.quantise_rows(x, False), triton_launch.quantise_rows(grad, False)
+    columns = [triton_launch.quantise_columns(*side, False) for side in ((grad, tiles, None), (x, tiles, index))]
+    return {
+        "forward": triton_launch.grouped_gemm(rows[0], index, weight.forward, tiles, len(index), torch.float32),
+        "dgrad": triton_launch.grouped_gemm(rows[1], None, weight.transposed, tiles, len(index), torch.float32),
+        "wgrad": triton_launch.grouped_wgrad(*columns, tiles, torch.float32),
+    }
+
+
+def wgrad_truth(grad: Tensor, x: Tensor, device: torch.device) -> Tensor:
+    """Return one expert's weight gradient in float64 from rounded operands."""
+    grad, x = (quantize.rounded_columns(side).to(device).double() for side in (grad, x))
+    return grad.t() @ x
+
+
+def expert_errors(inputs: Case, recipe: Recipe, device: torch.device) -> dict[str, float]:
+    """Return the relative difference of output and gradients between Triton and emulation."""
+    found = results(partial(triton_experts.experts, recipe=recipe), inputs.on(device))
+    truth = results(partial(cpu.experts, rounding=fp8_rounding(recipe)), inputs)
+    return errors({name: value.cpu() for name, value in found.items()}, truth)
+
+
+def cache_differences(inputs: Case) -> dict[str, int]:
+    """Return the numbers that differ in what waits in FP8, and in the gradients, from what torch's quantiser gives."""
+    tensors = inputs.hidden, inputs.index, inputs.weight, inputs.gate_up, inputs.down
+    gate_up = triton_experts._forward(*tensors, False, True, False)[1]
+    _, values, scales, pair, end = triton_experts._forward(*tensors, False, True, True)
+    truth = quantize.quantised_rows(gate_up)
+    found = {
+        "values": differing(values.view(torch.float8_e4m3fn), truth.values),
+        "scales": differing(scales, truth.scales),
+    }
+    saved = inputs.grad, inputs.hidden, inputs.weight, inputs.gate_up, inputs.down
+    cached, whole = (
+        triton_experts._backward(*saved, *waiting, pair, end, False, True)
+        for waiting in ((values, scales), (quantize.dequantised(truth, (1, 128)), scales[:0]))
+    )
+    names = ["hidden", "weight", "gate_up", "down"]
+    return found | {name: differing(*pair) for name, *pair in zip(names, cached, whole, strict=True)}
+
+
+def linear_errors(sizes: tuple[int, int, int], recipe: Recipe, device: torch.device) -> dict[str, float]:
+    """Return the relative difference between Triton and emulation of a layer of (rows, inputs, outputs), of any size."""
+    num_rows, num_inputs, num_outputs = sizes
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (num_rows, num_inputs), "weight": (num_outputs, num_inputs), "grad": (num_rows, num_outputs)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+    def run(product: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> dict[str, Tensor]:
+        x, weight = (tensors[name].to(device, copy=True).requires_grad_() for name in ("x", "weight"))
+        output = product(x, weight)
+        output.backward(tensors["grad"].to(device))
+        return {"output": output.detach().cpu(), "x": x.grad.cpu(), "weight": weight.grad.cpu()}
+
+    rounding = fp8_rounding(recipe).name
+    emulated = run(partial(rounded_product, rounding=rounding), torch.device("cpu"))
+    return errors(run(partial(triton_linear.linear_product, recipe=recipe), device), emulated)
