@@ -17,6 +17,7 @@ from benchmarks.fp8_errors import (
 from benchmarks.fp8_operands import Layer, normal_layer, watched
 from dsv3.fp8.convert import convert
 from dsv3.fp8.quantize import rounded_columns, rounded_rows, rounded_weight
+from dsv3.fp8.recipe import DEEPSEEK_RECIPE
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -77,7 +78,7 @@ def test_promotion_takes_back_most_of_what_fourteen_bits_lose():
 
 def test_the_operands_of_every_fp8_layer_are_captured():
     model = nn.Sequential(nn.Linear(128, 256, bias=False), nn.SiLU(), nn.Linear(256, 128, bias=False))
-    convert(model, weight_quant=True, activation_quant=True, device=torch.device("cpu"))
+    convert(model, DEEPSEEK_RECIPE, torch.device("cpu"))
     x = torch.randn(2, 3, 128)
     layers = watched(model, lambda: model(x).sum())
     assert list(layers) == ["0", "2"]

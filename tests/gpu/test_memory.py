@@ -8,6 +8,7 @@ import torch
 
 from dsv3.fp8 import rounding
 from dsv3.fp8.convert import convert, emulate_bf16
+from dsv3.fp8.recipe import DEEPSEEK_RECIPE
 from dsv3.kernels.registry import experts_backend
 from dsv3.params import read_params
 from dsv3.sizing.activations import PAIR_BYTES, Workload
@@ -61,7 +62,7 @@ def model_on(device, experts, precision, monkeypatch):
             patch.setattr("dsv3.fp8.convert.multiplies_fp8", lambda device: False)
         model.set_experts_implementation(experts_backend(experts, device, DTYPES[precision], use_fp8))
         if use_fp8:
-            convert(model, weight_quant=True, activation_quant=True, device=device)
+            convert(model, DEEPSEEK_RECIPE, device)
     if experts == "bf16_emulated":
         emulate_bf16(model)
     return model

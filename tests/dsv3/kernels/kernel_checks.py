@@ -225,7 +225,7 @@ def cache_differences(inputs: Case) -> dict[str, int]:
 
 
 def linear_errors(sizes: tuple[int, int, int], recipe: Recipe, device: torch.device) -> dict[str, float]:
-    """Return the relative difference between Triton and emulation of a layer of (rows, inputs, outputs), of any size."""
+    """Return the relative difference between Triton and emulation of a layer of (rows, inputs, outputs)."""
     num_rows, num_inputs, num_outputs = sizes
     generator = torch.Generator().manual_seed(0)
     shapes = {"x": (num_rows, num_inputs), "weight": (num_outputs, num_inputs), "grad": (num_rows, num_outputs)}

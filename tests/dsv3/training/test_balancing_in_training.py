@@ -89,7 +89,7 @@ def work(folder: Path, settings: dict[str, object]) -> None:
     """Train as one of several processes; write the loads that this one knows of."""
     rank = os.environ["RANK"]
     run = started_run(folder / f"rank-{rank}", train=settings, architecture=WIDE)
-    assert (run.layout.world_size, run.layout.num_micro_batches) == (2, 2)
+    assert (run.layout.world_size, run.layout.accumulation(0)) == (2, 4)
     loads = [load.tolist() for load in loads_of(run)]
     (folder / f"loads-{rank}.json").write_text(json.dumps(loads))
     run.accelerator.end_training()
