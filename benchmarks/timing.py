@@ -1,4 +1,8 @@
-"""Interleaved timing, and the conditions without which a number means nothing."""
+"""Interleaved timing, and the conditions without which a number means nothing.
+
+On a GPU time is taken by its own events, and its second-level cache is overwritten before each measurement: a tensor
+that the previous contestant left there would be read at several times the speed of memory.
+"""
 
 import os
 import platform
@@ -22,17 +26,45 @@ def medians_s(functions: Functions, rounds: int, device: torch.device) -> dict[s
     """
     names = list(functions)
     times: dict[str, list[float]] = {name: [] for name in names}
+    evict = cache_eviction(device)
     for name in names:
         functions[name]()
     for number in range(rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            synchronize(device)
-            start = time.perf_counter()
-            functions[name]()
-            synchronize(device)
-            times[name].append(time.perf_counter() - start)
+            evict()
+            times[name].append(elapsed_s(functions[name], device))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def elapsed_s(function: Callable[[], object], device: torch.device) -> float:
+    """Return the time that one call takes, in seconds."""
+    synchronize(device)
+    if device.type != "cuda":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    events[0].record()
+    function()
+    events[1].record()
+    synchronize(device)
+    return events[0].elapsed_time(events[1]) / 1e3
+
+
+def cache_eviction(device: torch.device) -> Callable[[], object]:
+    """Return a function that overwrites a GPU's second-level cache; on a CPU it does nothing."""
+    if device.type != "cuda":
+        return lambda: None
+    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(4 * cache_bytes, dtype=torch.uint8, device=device).zero_
+
+
+def best_device(name: str) -> torch.device:
+    """Return the device of that name; auto is the GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def synchronize(device: torch.device) -> None:

@@ -178,6 +178,26 @@ def started_run(folder: Path, **sections: dict) -> Any:
     return prepared_run(plan, accelerator, model, Interruption())
 
 
+def no_save(run: Any) -> None:
+    raise AssertionError(f"nothing is to be saved at step {run.state.step}")
+
+
+def history(run: Any) -> list[dict[str, Any]]:
+    """Train to the end; return the sums of each step."""
+    from dsv3.training.loop import Hook, train
+
+    rows: list[dict[str, Any]] = []
+    seen = {"loss": 0.0, "grad_norm": 0.0}
+
+    def remember(run: Any) -> None:
+        sums = run.state.window.sums
+        rows.append({name: sums[name] - seen[name] for name in seen})
+        seen.update({name: sums[name] for name in seen})
+
+    train(run, [Hook(1, remember)], no_save)
+    return rows
+
+
 def plan_of(folder: Path, **sections: dict) -> Any:
     """Write the inputs into `folder` and return the plan that the stage makes of them."""
     from dsv3.params import read_params

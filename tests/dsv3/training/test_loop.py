@@ -1,7 +1,6 @@
 import math
 import signal
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -9,25 +8,7 @@ import torch
 from dsv3.errors import Interrupted, UserError
 from dsv3.training.balancing import max_vio
 from dsv3.training.loop import Hook, Run, train
-from tests.training_inputs import started_run
-
-
-def no_save(run: Run) -> None:
-    raise AssertionError(f"nothing is to be saved at step {run.state.step}")
-
-
-def history(run: Run) -> list[dict[str, Any]]:
-    """Train to the end; return the sums of each step."""
-    rows: list[dict[str, Any]] = []
-    seen = {"loss": 0.0, "grad_norm": 0.0}
-
-    def remember(run: Run) -> None:
-        sums = run.state.window.sums
-        rows.append({name: sums[name] - seen[name] for name in seen})
-        seen.update({name: sums[name] for name in seen})
-
-    train(run, [Hook(1, remember)], no_save)
-    return rows
+from tests.training_inputs import history, no_save, started_run
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:

@@ -1,0 +1,119 @@
+"""What a device's allocator hands out, against the estimates of dsv3.sizing (their twin is tests/dsv3/sizing)."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3.fp8 import rounding
+from dsv3.fp8.convert import convert, emulate_bf16
+from dsv3.kernels.registry import experts_backend
+from dsv3.params import read_params
+from dsv3.sizing.activations import PAIR_BYTES, Workload
+from dsv3.sizing.architecture import Architecture
+from dsv3.sizing.memory import moe_layer_bytes, training_memory
+from dsv3.training.optimizer import Optimizer, parameter_groups
+from mini_model.configuration_deepseek import DeepseekV3Config
+from mini_model.modeling_deepseek import DeepseekV3ForCausalLM, DeepseekV3MoE
+from tests.gpu.sizes import NANO_SIZES
+from tests.training_inputs import MICRO
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SIZES = MICRO | NANO_SIZES | {"vocab_size": 2048, "max_position_embeddings": 512}
+SERVED = [
+    (experts, precision)
+    for experts in PAIR_BYTES
+    for precision in DTYPES
+    # What runs on a CPU only, grouped_mm's loop over experts in fp32, and emulations where nothing is to be emulated.
+    if experts != "cpu" and (experts, precision) not in {("grouped_mm", "fp32"), ("bf16_emulated", "fp32")}
+    if not (experts == "fp8_emulated" and precision == "bf16")
+]
+
+
+def allocated_bytes() -> int:
+    """Bytes that are asked for and alive; `memory_allocated` counts what the allocator rounds them up to."""
+    return torch.cuda.memory_stats()["requested_bytes.all.current"]
+
+
+def peak_bytes() -> int:
+    return torch.cuda.memory_stats()["requested_bytes.all.peak"]
+
+
+def start_libraries(device: torch.device) -> None:
+    """Let cuBLAS take its workspaces, for this thread and for the one of the backward pass."""
+    for dtype in DTYPES.values():
+        x = torch.randn(256, 256, device=device, dtype=dtype, requires_grad=True)
+        (x @ x).sum().backward()
+    torch.cuda.synchronize()
+
+
+def model_on(device, experts, precision, monkeypatch):
+    torch.manual_seed(0)
+    config = DeepseekV3Config(**SIZES)
+    config._attn_implementation = "sdpa"
+    model = DeepseekV3ForCausalLM(config).train().to(device)
+    use_fp8 = "fp8" in experts
+    with monkeypatch.context() as patch:
+        if experts == "fp8_emulated":
+            patch.setattr("dsv3.fp8.convert.multiplies_fp8", lambda device: False)
+        model.set_experts_implementation(experts_backend(experts, device, DTYPES[precision], use_fp8))
+        if use_fp8:
+            convert(model, weight_quant=True, activation_quant=True, device=device)
+    if experts == "bf16_emulated":
+        emulate_bf16(model)
+    return model
+
+
+def computes_in_bf16(experts, precision):
+    """An emulation runs in fp32, without autocast."""
+    return precision == "bf16" and not experts.endswith("_emulated")
+
+
+@pytest.mark.parametrize(("experts", "precision"), SERVED)
+def test_an_moe_layer_keeps_what_the_estimate_says_with_every_backend(hopper, monkeypatch, experts, precision):
+    start_libraries(hopper)
+    model = model_on(hopper, experts, precision, monkeypatch)
+    moe = next(module for module in model.modules() if isinstance(module, DeepseekV3MoE))
+    is_bf16 = computes_in_bf16(experts, precision)
+
+    def run(hidden):
+        with torch.autocast(hopper.type, torch.bfloat16, enabled=is_bf16):
+            output, logits, _ = moe(hidden)
+            return output, (logits.sigmoid() * 2).exp()  # the sequence-wise loss keeps the scores once more
+
+    for _ in range(2):  # the first pass quantises weights, and is forgotten
+        gc.collect()
+        before = allocated_bytes()
+        hidden = torch.randn(8, 256, SIZES["hidden_size"], device=hopper, requires_grad=True)
+        results = run(hidden)
+        rounding._latest.clear()
+        kept = allocated_bytes() - before - results[0].nbytes  # the output belongs to whoever takes it
+        del results, hidden
+    w = Workload(8, 256, hopper.type, "bf16" if is_bf16 else "fp32", experts)
+    assert kept == pytest.approx(moe_layer_bytes(Architecture(**SIZES), w), rel=0.1)
+
+
+@pytest.mark.parametrize(("experts", "precision"), [("grouped_mm", "bf16"), ("triton_fp8", "bf16")])
+def test_the_peak_of_two_real_optimizer_steps_is_the_estimate_to_a_tenth(hopper, monkeypatch, experts, precision):
+    start_libraries(hopper)
+    train = read_params(Path("params.yaml")).train.model_copy(
+        update={"per_device_train_batch_size": 16, "block_size": 512, "precision": precision, "experts": experts}
+        | {"use_fp8": experts == "triton_fp8", "optim": "adamw", "gradient_accumulation_steps": 1}
+    )
+    gc.collect()
+    before = allocated_bytes()
+    model = model_on(hopper, experts, precision, monkeypatch)
+    stepper = Optimizer(parameter_groups(model, train), train, DTYPES[precision])
+    tokens = torch.randint(0, SIZES["vocab_size"], (16, 512), device=hopper)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        with torch.autocast(hopper.type, torch.bfloat16):
+            loss = model(tokens, labels=tokens, sequence_loss_weight=1e-4).loss
+        loss.backward()
+        stepper.step()
+        stepper.zero_grad(set_to_none=True)
+    estimate = training_memory(Architecture(**SIZES), train, hopper.type).peak_bytes
+    assert estimate == pytest.approx(peak_bytes() - before, rel=0.1)
