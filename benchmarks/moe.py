@@ -23,8 +23,9 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
-from benchmarks.timing import Functions, conditions, medians_s, synchronize
+from benchmarks.timing import Functions, best_device, conditions, medians_s
 from dsv3.cli import command
+from dsv3.fp8 import rounding
 from dsv3.kernels.devices import multiplies_fp8
 from dsv3.kernels.permute import expert_order
 from dsv3.kernels.registry import experts_backend
@@ -85,6 +86,7 @@ class Layer:
         """Return a function that runs forward and backward once."""
 
         def run() -> None:
+            rounding._derived.clear()  # as after an optimizer step: quantised weights are made anew
             self.config._experts_implementation = implementation
             with torch.autocast(self.hidden_TH.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 output = self.module(self.hidden_TH, self.index_TK, self.weight_TK)
@@ -116,20 +118,21 @@ def bound(shape: Shape, device: torch.device, dtype: torch.dtype) -> Callable[[]
         shape.intermediate_size,
     )
 
-    def empty(*sizes: int) -> Tensor:
-        return torch.zeros(sizes, device=device, dtype=dtype)
+    def random(*sizes: int) -> Tensor:  # a GPU multiplies zeros faster
+        return torch.randn(sizes, device=device, dtype=dtype)
 
-    x, act, gate_up = empty(rows, hidden), empty(rows, intermediate), empty(rows, 2 * intermediate)
-    w_up, w_down = empty(2 * intermediate, hidden), empty(hidden, intermediate)
+    x, act, gate_up = random(rows, hidden), random(rows, intermediate), random(rows, 2 * intermediate)
+    w_up, w_down = random(2 * intermediate, hidden), random(hidden, intermediate)
+    to_x, to_act, to_gate_up, to_up, to_down = (torch.empty_like(y) for y in (x, act, gate_up, w_up, w_down))
 
     def run() -> None:
         for _ in range(shape.num_experts):
-            torch.mm(x, w_up.t(), out=gate_up)
-            torch.mm(act, w_down.t(), out=x)
-            torch.mm(x, w_down, out=act)
-            torch.mm(x.t(), act, out=w_down)
-            torch.mm(gate_up, w_up, out=x)
-            torch.mm(gate_up.t(), x, out=w_up)
+            torch.mm(x, w_up.t(), out=to_gate_up)
+            torch.mm(act, w_down.t(), out=to_x)
+            torch.mm(x, w_down, out=to_act)
+            torch.mm(x.t(), act, out=to_down)
+            torch.mm(gate_up, w_up, out=to_x)
+            torch.mm(gate_up.t(), x, out=to_up)
 
     return run
 
@@ -153,7 +156,6 @@ def measured(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     layer = Layer(shape, device, dtype)
     found = medians_s(contestants(layer, device), rounds, device)
-    synchronize(device)
     return {
         "shape": asdict(shape),
         "dtype": str(dtype).removeprefix("torch."),
@@ -179,12 +181,12 @@ def main(
     shape: Annotated[list[str] | None, typer.Option(help="E,K,H,I,T; may be repeated.")] = None,
     rounds: Annotated[int, typer.Option(help="Times that each contestant runs.")] = 15,
     threads: Annotated[int, typer.Option(help="Threads of the CPU.")] = 2,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     output: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ) -> None:
     """Time one layer of experts under every backend."""
     torch.set_num_threads(threads)
-    target = torch.device(device)
+    target = best_device(device)
     shapes = shape or (GPU_SHAPES if target.type == "cuda" else SHAPES)
     results = {"conditions": conditions(target), "shapes": []}
     print(json.dumps(results["conditions"]))
