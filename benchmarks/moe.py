@@ -25,6 +25,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Exper
 
 from benchmarks.timing import Functions, best_device, conditions, medians_s
 from dsv3.cli import command
+from dsv3.fp8 import rounding
 from dsv3.kernels.devices import multiplies_fp8
 from dsv3.kernels.permute import expert_order
 from dsv3.kernels.registry import experts_backend
@@ -85,6 +86,7 @@ class Layer:
         """Return a function that runs forward and backward once."""
 
         def run() -> None:
+            rounding._derived.clear()  # as after an optimizer step: quantised weights are made anew
             self.config._experts_implementation = implementation
             with torch.autocast(self.hidden_TH.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 output = self.module(self.hidden_TH, self.index_TK, self.weight_TK)
@@ -116,20 +118,21 @@ def bound(shape: Shape, device: torch.device, dtype: torch.dtype) -> Callable[[]
         shape.intermediate_size,
     )
 
-    def empty(*sizes: int) -> Tensor:
-        return torch.zeros(sizes, device=device, dtype=dtype)
+    def random(*sizes: int) -> Tensor:  # a GPU multiplies zeros faster
+        return torch.randn(sizes, device=device, dtype=dtype)
 
-    x, act, gate_up = empty(rows, hidden), empty(rows, intermediate), empty(rows, 2 * intermediate)
-    w_up, w_down = empty(2 * intermediate, hidden), empty(hidden, intermediate)
+    x, act, gate_up = random(rows, hidden), random(rows, intermediate), random(rows, 2 * intermediate)
+    w_up, w_down = random(2 * intermediate, hidden), random(hidden, intermediate)
+    to_x, to_act, to_gate_up, to_up, to_down = (torch.empty_like(y) for y in (x, act, gate_up, w_up, w_down))
 
     def run() -> None:
         for _ in range(shape.num_experts):
-            torch.mm(x, w_up.t(), out=gate_up)
-            torch.mm(act, w_down.t(), out=x)
-            torch.mm(x, w_down, out=act)
-            torch.mm(x.t(), act, out=w_down)
-            torch.mm(gate_up, w_up, out=x)
-            torch.mm(gate_up.t(), x, out=w_up)
+            torch.mm(x, w_up.t(), out=to_gate_up)
+            torch.mm(act, w_down.t(), out=to_x)
+            torch.mm(x, w_down, out=to_act)
+            torch.mm(x.t(), act, out=to_down)
+            torch.mm(gate_up, w_up, out=to_x)
+            torch.mm(gate_up.t(), x, out=to_up)
 
     return run
 
