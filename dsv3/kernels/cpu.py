@@ -98,7 +98,9 @@ def _backward(  # noqa: PLR0913
     weight_S1 = weight_TK.reshape(-1, 1)[pair_S]
     grad_gate_up_E2IH, grad_down_EHI = torch.empty_like(gate_up_E2IH), torch.empty_like(down_EHI)
     idle_E = torch.diff(end_E, prepend=end_E.new_zeros(1)) == 0
-    grad_gate_up_E2IH[idle_E], grad_down_EHI[idle_E] = 0, 0
+    for expert in idle_E.nonzero().flatten().tolist():  # by mask, both stacks would be read and written whole
+        grad_gate_up_E2IH[expert].zero_()
+        grad_down_EHI[expert].zero_()
     grad_hidden_SH = hidden_TH.new_empty(len(pair_S), hidden_TH.shape[1])
     grad_weight_S = weight_S1.new_empty(len(pair_S))
     for expert, rows in slices(end_E):
