@@ -122,6 +122,22 @@ def cache_differences(inputs: Case) -> dict[str, int]:
     return found | {name: differing_bits(*pair) for name, *pair in zip(names, cached, whole, strict=True)}
 
 
+def check_operators() -> list[str]:
+    """Check the operators' schemas, shapes of fake tensors and gradients under compilation; return what was checked."""
+    inputs = case("one token", hidden_size=128, intermediate_size=128, num_experts=2)
+    tensors = [inputs.hidden, inputs.index, inputs.weight, inputs.gate_up, inputs.down]
+    leaves = [x.clone().requires_grad_() if x.is_floating_point() else x for x in tensors]
+    weight = torch.randn(200, 160, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    checks = {
+        "experts": (torch.ops.dsv3.experts_triton, (*leaves, False, True, False)),
+        "experts, SwiGLU in FP8": (torch.ops.dsv3.experts_triton, (*leaves, False, True, True)),
+        "linear": (torch.ops.dsv3.linear_triton, (torch.randn(3, 160).requires_grad_(), weight, False, True)),
+    }
+    for operator, arguments in checks.values():
+        torch.library.opcheck(operator, arguments)
+    return list(checks)
+
+
 def gemm_errors() -> dict[str, float]:
     """Return the relative error of each GEMM against float64 products of the operands as quantised by torch."""
     end = torch.tensor([130, 130, 131, 158], dtype=torch.int32)
@@ -214,6 +230,7 @@ def main() -> None:
     found["linear"] = linear_errors(130, 160, 200, Recipe())
     inputs, recipe = case("empty experts", 128, 128), Recipe(quantises_wgrad=False)
     found["bf16 wgrad"] = {"experts": expert_errors(inputs, recipe), "linear": linear_errors(130, 160, 200, recipe)}
+    found["operators"] = check_operators()
     found["mutations"] = mutation_effects()
     json.dump(found, sys.stdout)
 
