@@ -71,6 +71,22 @@ def mutation_effects() -> dict[str, float]:
     return effects
 
 
+def check_operators() -> list[str]:
+    """Check the operators' schemas, shapes of fake tensors and gradients under compilation; return what was checked."""
+    inputs = case("one token", hidden_size=128, intermediate_size=128, num_experts=2)
+    tensors = [inputs.hidden, inputs.index, inputs.weight, inputs.gate_up, inputs.down]
+    leaves = [x.clone().requires_grad_() if x.is_floating_point() else x for x in tensors]
+    weight = torch.randn(200, 160, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    operators = {
+        "experts": (torch.ops.dsv3.experts_triton, (*leaves, False, True, False)),
+        "experts, SwiGLU in FP8": (torch.ops.dsv3.experts_triton, (*leaves, False, True, True)),
+        "linear": (torch.ops.dsv3.linear_triton, (torch.randn(3, 160).requires_grad_(), weight, False, True)),
+    }
+    for operator, arguments in operators.values():
+        torch.library.opcheck(operator, arguments)
+    return list(operators)
+
+
 def main() -> None:
     """Print everything as one line of JSON."""
     torch.use_deterministic_algorithms(True)  # fills what is not initialised with NaN, so that nobody finds old results
@@ -94,6 +110,7 @@ def main() -> None:
         "experts": checks.expert_errors(inputs, recipe, CPU),
         "linear": checks.linear_errors(ODD_LINEAR, recipe, CPU),
     }
+    found["operators"] = check_operators()
     found["mutations"] = mutation_effects()
     json.dump(found, sys.stdout)
 

@@ -78,6 +78,11 @@ def test_a_weight_gradient_that_is_not_quantised_takes_bf16_operands(found, kind
         assert low <= error < high, (name, error)
 
 
+def test_the_operators_pass_opcheck(found):
+    """Shapes and dtypes that they promise to torch.compile are those that the kernels give, forward and backward."""
+    assert found["operators"] == ["experts", "experts, SwiGLU in FP8", "linear"]
+
+
 def test_every_mutation_of_the_kernels_is_noticed(found):
     """The checks above can fail: each of these one-line mistakes moves one of them far past its tolerance."""
     assert len(found["mutations"]) == 13
