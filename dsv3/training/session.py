@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,8 @@ def started_from(run: Run) -> dict[str, Any]:
         saved = load_checkpoint(folder, run.model, run.optimizer)
     except ValueError as error:  # parameter groups of another optimizer
         raise UserError(f"train.resume_from_checkpoint is {name}; {error}; keep train.optim as it was") from None
-    run.state = TrainState.from_json(saved)
+    # The other training's best weights lie in its own folder, and may go: the best ones are looked for from here on.
+    run.state = replace(TrainState.from_json(saved), best_loss=None, best_step=0)
     return {**saved, "aim_run_hash": None}
 
 

@@ -147,6 +147,15 @@ def test_going_on_from_a_named_checkpoint_equals_going_on(tmp_path, monkeypatch)
     assert metrics["validation"] == whole["validation"]
 
 
+def test_a_training_that_goes_on_from_another_exports_its_own_best_weights(tmp_path, monkeypatch):
+    """Those of the other lie in a folder that is not this training's, even where they were better."""
+    best = {"load_best_model_at_end": True, "eval_steps": 2}
+    name = interrupted_at_seven(tmp_path, monkeypatch, **best)
+    metrics = trained(tmp_path / "rest", train={**best, "resume_from_checkpoint": name, "learning_rate": 1.0})
+    assert 8 <= metrics["exported_step"] <= 12
+    assert metrics["validation"]["best_step"] == metrics["exported_step"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
