@@ -4,8 +4,10 @@ What is slow elsewhere, and what is done about it:
 
 * Indexing `weight[e]` in an autograd loop gives each of the E experts a gradient as large as the whole stack, mostly
   zeros. Here every product writes its slice of one gradient tensor (`mm(out=)`).
-* A token's rows are gathered expert by expert, just before they are multiplied, so that they are still in the cache,
-  and the activation runs on that slice while it is there too.
+* A few experts are taken at a time: as many as make the activation long enough for every thread to get its share of
+  it, and no more than stay in the cache, so that rows are multiplied just after they were gathered. One at a time,
+  64 small experts are 1,400 operations that a single thread does, or that two spend their time waiting for each other
+  in; all at once, every operand comes from memory.
 * The routing weight scales the activation (I columns) instead of the expert's output (H columns). With
   p = weight * swiglu and o = p @ down.T its gradient is sum(swiglu * (do @ down)), so neither o nor the gathered input
   has to be kept: the backward pass needs the layer's input, the (S, 2I) input of the activation (in FP8, if the
@@ -14,7 +16,7 @@ What is slow elsewhere, and what is done about it:
 Both passes are custom operators, so that torch.compile takes each as one opaque node: the loop's bounds are data.
 
 Letters: T tokens, K experts per token, S = T * K pairs sorted by expert, E experts, H hidden size, I intermediate size,
-n rows of one expert.
+n rows of a few experts, X and Y widths of any two operands.
 """
 
 from typing import Any
@@ -25,8 +27,12 @@ from torch import Tensor
 
 from dsv3.fp8.cache import fake_kept, kept, restored
 from dsv3.fp8.rounding import EXACT, ROUNDINGS, Rounding
-from dsv3.kernels.permute import expert_order, slices, sum_per_token, with_inverse
+from dsv3.kernels.permute import Parts, expert_order, neighbours, sum_per_token, with_inverse
 from dsv3.kernels.swiglu import swiglu_backward
+
+NUMBERS_AT_A_TIME = 1 << 18
+"""Numbers in the activation (n, I) that are computed together. torch gives a thread 32,768 at least; 2^17 and 2^19 were
+slower (docs/log.md)."""
 
 
 def experts(
@@ -44,6 +50,23 @@ def experts(
     return _forward(hidden_TH, index_TK, weight_TK, gate_up_E2IH, down_EHI, rounding.name)[0]
 
 
+def rows_at_a_time(down_EHI: Tensor) -> int:
+    """Return how many rows the activation should have at a time, at least."""
+    return NUMBERS_AT_A_TIME // down_EHI.shape[-1]
+
+
+def _multiply(parts: Parts, rows_nX: Tensor, weight_EXY: Tensor, out: Tensor) -> None:
+    """Write each expert's rows times its weight to its rows of `out`, (n, Y)."""
+    for expert, part in parts:
+        torch.mm(rows_nX[part], weight_EXY[expert], out=out[part])
+
+
+def _weight_gradients(parts: Parts, grad_nX: Tensor, input_nY: Tensor, to: Rounding, out: Tensor) -> None:
+    """Write each expert's gradient, the product of its rows, to its place in `out`, (E, X, Y)."""
+    for expert, part in parts:
+        torch.mm(to.of_columns(grad_nX[part]).t(), to.of_columns(input_nY[part]), out=out[expert])
+
+
 @torch.library.custom_op("dsv3::experts_cpu", mutates_args=())
 def _forward(
     hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, rounding: str
@@ -56,12 +79,12 @@ def _forward(
     weight_S1 = weight_TK.reshape(-1, 1)[order.pair_S]
     gate_up_S2I = hidden_TH.new_empty(len(weight_S1), gate_up_E2IH.shape[1])
     output_SH = hidden_TH.new_empty(len(weight_S1), hidden_TH.shape[1])
-    for expert, rows in slices(order.end_E):
-        operand_nH = operand_TH.index_select(0, order.token_S[rows])
-        gate_up_n2I = torch.mm(operand_nH, gate_up_EH2I[expert], out=gate_up_S2I[rows])
+    for rows, parts in neighbours(order.end_E, rows_at_a_time(down_EHI)):
+        gate_up_n2I = gate_up_S2I[rows]
+        _multiply(parts, operand_TH.index_select(0, order.token_S[rows]), gate_up_EH2I, out=gate_up_n2I)
         gate_nI, up_nI = gate_up_n2I.chunk(2, dim=-1)
         act_nI = F.silu(gate_nI).mul_(up_nI).mul_(weight_S1[rows])
-        torch.mm(to.of_rows(act_nI), down_EIH[expert], out=output_SH[rows])
+        _multiply(parts, to.of_rows(act_nI), down_EIH, out=output_SH[rows])
     return sum_per_token(output_SH, order.position_TK), *kept(gate_up_S2I, to.cache), order.pair_S, order.end_E
 
 
@@ -103,21 +126,21 @@ def _backward(  # noqa: PLR0913
         grad_down_EHI[expert].zero_()
     grad_hidden_SH = hidden_TH.new_empty(len(pair_S), hidden_TH.shape[1])
     grad_weight_S = weight_S1.new_empty(len(pair_S))
-    for expert, rows in slices(end_E):
-        token_n = order.token_S[rows]
+    for rows, parts in neighbours(end_E, rows_at_a_time(down_EHI)):
+        token_n, weight_n1 = order.token_S[rows], weight_S1[rows]
         gate_up_n2I = restored(kept_S2I[rows], scales[rows], gate_up_E2IH.shape[1], hidden_TH.dtype)
         gate_nI, up_nI = gate_up_n2I.chunk(2, dim=-1)
         operand_nH = operand_TH.index_select(0, token_n)
-        grad_act_nI = operand_nH @ operand_down[expert]  # by weight * swiglu
+        grad_act_nI = hidden_TH.new_empty(gate_nI.shape)  # by weight * swiglu
+        _multiply(parts, operand_nH, operand_down, out=grad_act_nI)
         silu_nI = F.silu(gate_nI)
         act_nI = silu_nI * up_nI
         torch.sum(grad_act_nI * act_nI, dim=-1, out=grad_weight_S[rows])
-        grad_nH = operand_nH if to is EXACT else to.of_columns(grad_TH.index_select(0, token_n))
-        torch.mm(grad_nH.t(), to.of_columns(act_nI.mul_(weight_S1[rows])), out=grad_down_EHI[expert])
-        grad_n2I = swiglu_backward(grad_act_nI.mul_(weight_S1[rows]), gate_up_n2I, silu_nI)
-        hidden_nH = hidden_TH.index_select(0, token_n)
-        torch.mm(to.of_columns(grad_n2I).t(), to.of_columns(hidden_nH), out=grad_gate_up_E2IH[expert])
-        torch.mm(to.of_rows(grad_n2I), operand_gate_up[expert], out=grad_hidden_SH[rows])
+        grad_nH = operand_nH if to is EXACT else grad_TH.index_select(0, token_n)
+        _weight_gradients(parts, grad_nH, act_nI.mul_(weight_n1), to, out=grad_down_EHI)
+        grad_n2I = swiglu_backward(grad_act_nI.mul_(weight_n1), gate_up_n2I, silu_nI)
+        _weight_gradients(parts, grad_n2I, hidden_TH.index_select(0, token_n), to, out=grad_gate_up_E2IH)
+        _multiply(parts, to.of_rows(grad_n2I), operand_gate_up, out=grad_hidden_SH[rows])
     grad_weight_TK = grad_weight_S[order.position_TK]
     return sum_per_token(grad_hidden_SH, order.position_TK), grad_weight_TK, grad_gate_up_E2IH, grad_down_EHI
 

@@ -43,13 +43,23 @@ def with_inverse(pair_S: Tensor, end_E: Tensor, num_experts_per_tok: int) -> Exp
     return ExpertOrder(pair_S, position_S.view(-1, num_experts_per_tok), pair_S // num_experts_per_tok, end_E)
 
 
-def slices(end_E: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yield each expert that has rows, and the slice of its rows."""
-    start = 0
+Parts = list[tuple[int, slice]]
+"""Experts that follow one another, each with its rows, counted from the first row of the first of them."""
+
+
+def neighbours(end_E: Tensor, num_rows: int) -> Iterator[tuple[slice, Parts]]:
+    """Yield the experts that have rows, at a time as few as have `num_rows` or more together, with the rows of all."""
+    first = start = 0
+    parts: Parts = []
     for expert, end in enumerate(end_E.tolist()):
         if end > start:
-            yield expert, slice(start, end)
+            parts.append((expert, slice(start - first, end - first)))
         start = end
+        if parts and end - first >= num_rows:
+            yield slice(first, end), parts
+            first, parts = end, []
+    if parts:
+        yield slice(first, start), parts
 
 
 def sum_per_token(rows_SH: Tensor, position_TK: Tensor) -> Tensor:

@@ -60,6 +60,19 @@ def test_a_registered_backend_gives_what_stock_transformers_eager_loop_gives(nam
     assert max(errors(outcomes[1], outcomes[0]).values()) < FP32_TOLERANCE
 
 
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("rounding", [EXACT, BF16, fp8_rounding(Recipe())], ids=lambda rounding: rounding.name)
+def test_how_many_experts_the_cpu_backend_takes_at_a_time_changes_no_bit(rounding, routing, monkeypatch):
+    inputs = case(routing)
+    outcomes = []
+    for numbers in (1, 20 * 16, 1 << 30):  # each by itself, 20 rows or more, all at once
+        monkeypatch.setattr(cpu, "NUMBERS_AT_A_TIME", numbers)
+        outcomes.append(results(partial(cpu.experts, rounding=rounding), inputs))
+    for name, tensor in outcomes[0].items():
+        assert torch.equal(outcomes[1][name], tensor)
+        assert torch.equal(outcomes[2][name], tensor)
+
+
 def test_the_cpu_backends_gradients_agree_with_finite_differences_in_fp64():
     inputs = case("ragged", hidden_size=4, intermediate_size=3, num_experts=3).to(torch.float64)
     tensors = [inputs.hidden[:5], inputs.weight[:5], inputs.gate_up, inputs.down]
