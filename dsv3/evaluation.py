@@ -5,7 +5,8 @@ each almost without context, and so measure the cutting. Here the window moves b
 the first, only those last tokens are scored that no earlier window has scored. So each token counts once, and has at
 least `block_size - stride` tokens before it (or all there are). A smaller stride is kinder to the model and dearer: the
 text is computed block_size / stride times over. The last window is moved back to the end of the text rather than
-padded, so no padding is ever computed, scored or routed.
+padded, so no padding is ever computed, scored or routed. Where documents are not to see one another, a token has at
+least that many before it or all of its document, and the first word of a document is foretold from nothing.
 
 Nats per token depend on the tokenizer; per character and per byte they do not, which is what runs are compared by.
 
@@ -15,6 +16,7 @@ Letters: B windows in a batch, T positions in a window, V vocab_size, E n_routed
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,11 +27,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dsv3.acceptance import Acceptance
+from dsv3.data.batches import document_positions
 from dsv3.errors import UserError
 from dsv3.evaluation_params import EvaluateParams
 from dsv3.expert_load import ExpertLoad, router_summary
 
 Floats = npt.NDArray[np.float64]
+Positions = Callable[[Tensor], Tensor | None]
+"""From tokens (B, T) to their positions, or to None, which counts them from each window's beginning."""
 SPLITS = ("validation", "test")
 
 
@@ -119,13 +124,14 @@ def windows(num_tokens: int, block_size: int, stride: int) -> Iterator[Window]:
 
 
 @torch.inference_mode()
-def score_split(
+def score_split(  # noqa: PLR0913 (the last three have defaults)
     model: PreTrainedModel,
     tokens: TokenSequence,
     params: EvaluateParams,
     positions: PositionLoss,
     progress: Callable[[int], object] = lambda num_scored: None,
     acceptance: Acceptance | None = None,
+    position_ids: Positions = lambda _: None,
 ) -> float:
     """Return the sum of nats over tokens 1 … end of a split; add every window's losses to `positions`.
 
@@ -136,7 +142,7 @@ def score_split(
     pending: list[Window] = []
     for window in [*windows(len(tokens), params.block_size, params.stride), None]:
         if pending and (window is None or len(pending) == params.per_device_eval_batch_size):
-            loss_BT = _losses(model, tokens, pending, acceptance)
+            loss_BT = _losses(model, tokens, pending, acceptance, position_ids)
             positions.add(loss_BT)
             nats += sum(float(loss_T[-w.num_scored :].sum()) for w, loss_T in zip(pending, loss_BT, strict=True))
             progress(sum(w.num_scored for w in pending))
@@ -147,16 +153,21 @@ def score_split(
 
 
 def _losses(
-    model: PreTrainedModel, tokens: TokenSequence, batch: Sequence[Window], acceptance: Acceptance | None
+    model: PreTrainedModel,
+    tokens: TokenSequence,
+    batch: Sequence[Window],
+    acceptance: Acceptance | None,
+    position_ids: Positions,
 ) -> Floats:
     """Return the cross-entropy in nats of every target of a batch of equally long windows."""
     rows = [tokens[w.start : w.start + w.length + 1].astype(np.int64) for w in batch]
     ids = torch.from_numpy(np.stack(rows)).to(model.device)
+    positions_BT = position_ids(ids[:, :-1])
     logits_BTV: Tensor
     if acceptance is None:
-        logits_BTV = model(input_ids=ids[:, :-1], use_cache=False).logits
+        logits_BTV = model(input_ids=ids[:, :-1], position_ids=positions_BT, use_cache=False).logits
     else:
-        logits_BTV = acceptance.logits(ids, [w.num_scored for w in batch])
+        logits_BTV = acceptance.logits(ids, [w.num_scored for w in batch], positions_BT)
     loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
     return loss.view(len(batch), -1).double().cpu().numpy()
 
@@ -196,18 +207,21 @@ class Evaluation:
 def evaluate(
     model: PreTrainedModel,
     streams: Mapping[str, TokenSequence],
-    sizes: Mapping[str, Mapping[str, int]],
+    meta: Mapping[str, Any],
     params: EvaluateParams,
     progress: Callable[[int], object] = lambda num_scored: None,
 ) -> Evaluation:
-    """Return the scores of each split in `streams` and of all together; `sizes` gives their characters and bytes."""
+    """Return the scores of each split in `streams` and of all together; `meta` is what lies beside the tokens."""
     positions = PositionLoss.zeros(params.block_size)
     scores: dict[str, SplitScore] = {}
     acceptance = Acceptance(model) if model.config.num_nextn_predict_layers else None
+    apart: Positions = partial(document_positions, end_of_text=meta["eos_token_id"])
+    position_ids: Positions = (lambda _: None) if params.cross_document_attention else apart
     with ExpertLoad(model) as load:
         for split, stream in streams.items():
-            nats = score_split(model, stream, params, positions, progress, acceptance)
-            scores[split] = SplitScore(nats, len(stream) - 1, sizes[split]["characters"], sizes[split]["bytes"])
+            nats = score_split(model, stream, params, positions, progress, acceptance, position_ids)
+            size = meta["splits"][split]
+            scores[split] = SplitScore(nats, len(stream) - 1, size["characters"], size["bytes"])
     first, *others = scores.values()
     return Evaluation(scores | {"heldout": sum(others, start=first)}, positions, load.counts, acceptance)
 

@@ -18,6 +18,9 @@ class EvaluateParams(Section):
     stride: int = Field(ge=1)
     """Tokens by which the window moves on; each token is scored once, with at least block_size - stride before it."""
 
+    cross_document_attention: bool
+    """True: documents in one window see the ones before; false: each sees itself only, whatever the training did."""
+
 
 class SampleParams(Section):
     """Section `sample`: what is generated."""

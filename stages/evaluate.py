@@ -50,7 +50,7 @@ def main(
     loaded = load_model(model, device)
     check_fits(loaded, meta, settings)
     with tqdm(total=num_tokens, unit="token", desc="evaluate") as bar:
-        evaluation = evaluate(loaded, streams, meta["splits"], settings, bar.update)
+        evaluation = evaluate(loaded, streams, meta, settings, bar.update)
     write(evaluation, output)
     recorder = reopen_recorder(record, parameters.runtime)
     show(evaluation, output, recorder, record["step"])

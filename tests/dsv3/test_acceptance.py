@@ -13,6 +13,7 @@ from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 from tests.drafting_model import drafting_model
 
 SIZES = {name: {"characters": 100, "bytes": 100} for name in ("validation", "test")}
+META = {"splits": SIZES, "eos_token_id": 0}
 
 
 def tokens_of(count: int) -> np.ndarray:
@@ -20,20 +21,24 @@ def tokens_of(count: int) -> np.ndarray:
 
 
 def settings(**changes) -> EvaluateParams:
-    return EvaluateParams(**{"per_device_eval_batch_size": 4, "block_size": 16, "stride": 6, **changes})
+    defaults = {"per_device_eval_batch_size": 4, "block_size": 16, "stride": 6, "cross_document_attention": True}
+    return EvaluateParams(**{**defaults, **changes})
 
 
 @torch.no_grad()
 def slow_twin(model: DeepseekV3ForCausalLM, tokens: np.ndarray, params: EvaluateParams, depth: int):
-    """Count accepted guesses, nats and tokens of one module, each guess from the tokens before it alone."""
+    """Count accepted guesses, nats and tokens of one module, each guess from the tokens of its document before it."""
     accepted, nats, count = 0, 0.0, 0
     for window in windows(len(tokens), params.block_size, params.stride):
         ids = torch.tensor(tokens[window.start : window.start + window.length + 1].astype(np.int64))
         for target in range(window.length - window.num_scored + 1, window.length + 1):
-            origin = target - 1 - depth  # the position whose state module 1 starts from
+            begin = 0
+            if not params.cross_document_attention:
+                begin = max([0, *(ids[:target] == 0).nonzero().flatten().tolist()])
+            origin = target - 1 - depth - begin  # the position whose state module 1 starts from
             if origin < 0:
                 continue
-            known = ids[None, :target]
+            known = ids[None, begin:target]
             trunk = model.model(known, use_cache=False).last_hidden_state
             guesses = islice(model.model.predictions_ahead(trunk, model.model.embed_tokens(known)), depth)
             said = [model.lm_head(state[0, origin]) for state in guesses]
@@ -46,12 +51,22 @@ def slow_twin(model: DeepseekV3ForCausalLM, tokens: np.ndarray, params: Evaluate
 
 @pytest.mark.parametrize(
     ("num_modules", "num_tokens", "changes"),
-    [(1, 70, {}), (3, 70, {}), (2, 40, {"stride": 16}), (2, 10, {}), (3, 3, {}), (1, 2, {})],
+    [
+        (1, 70, {}),
+        (3, 70, {}),
+        (2, 70, {"cross_document_attention": False}),
+        (2, 40, {"stride": 16}),
+        (2, 10, {}),
+        (3, 3, {}),
+        (1, 2, {}),
+    ],
 )
 def test_acceptance_is_that_of_one_token_at_a_time(num_modules, num_tokens, changes):
     model, params, tokens = drafting_model("sometimes", num_modules), settings(**changes), tokens_of(num_tokens)
-    acceptance = Acceptance(model)
-    score_split(model, tokens, params, PositionLoss.zeros(16), acceptance=acceptance)
+    tokens[::9] = 0
+    streams = {"validation": tokens}
+    acceptance = evaluate(model, streams, META, params).acceptance
+    assert acceptance is not None
     for depth in range(1, num_modules + 1):
         accepted, nats, count = slow_twin(model, tokens, params, depth)
         assert (acceptance.accepted[depth - 1], acceptance.tokens[depth - 1]) == (accepted, count)
@@ -64,7 +79,7 @@ def test_acceptance_is_that_of_one_token_at_a_time(num_modules, num_tokens, chan
 @pytest.mark.parametrize(("foresight", "share"), [("always", 1.0), ("never", 0.0)])
 def test_modules_that_always_or_never_foresee_the_trunk_are_scored_so(foresight, share):
     model = drafting_model(foresight, 2)
-    metrics = evaluate(model, {"validation": tokens_of(60), "test": tokens_of(30)}, SIZES, settings()).metrics()
+    metrics = evaluate(model, {"validation": tokens_of(60), "test": tokens_of(30)}, META, settings()).metrics()
     assert [row["mtp_acceptance"] for row in metrics["mtp"].values()] == [share, share]
     # a split's first token has nothing before it; module k has no position from which to guess the k after it
     assert [row["tokens"] for row in metrics["mtp"].values()] == [59 + 29 - 2, 59 + 29 - 4]
@@ -74,7 +89,7 @@ def test_a_deep_guess_counts_only_where_all_shallower_ones_were_right():
     model = drafting_model("always", 2)
     with torch.no_grad():  # module 1 sees the opposite, module 2 what the trunk sees
         model.model.layers[2].eh_proj.weight.neg_()
-    metrics = evaluate(model, {"validation": tokens_of(60), "test": tokens_of(30)}, SIZES, settings()).metrics()
+    metrics = evaluate(model, {"validation": tokens_of(60), "test": tokens_of(30)}, META, settings()).metrics()
     assert [row["mtp_acceptance"] for row in metrics["mtp"].values()] == [0.0, 0.0]
 
 
@@ -91,7 +106,7 @@ def test_a_model_without_prediction_modules_has_no_such_numbers_and_computes_not
     calls = []
     model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     streams = {"validation": tokens_of(60), "test": tokens_of(30)}
-    assert list(evaluate(model, streams, SIZES, settings()).metrics()) == ["validation", "test", "heldout", "router"]
+    assert list(evaluate(model, streams, META, settings()).metrics()) == ["validation", "test", "heldout", "router"]
     batches = [-(-len(list(windows(len(tokens), 16, 6))) // 4) for tokens in streams.values()]
     assert len(calls) == sum(batches)
 

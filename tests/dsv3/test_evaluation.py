@@ -28,7 +28,8 @@ def tokens_of(count: int) -> np.ndarray:
 
 
 def settings(**changes) -> EvaluateParams:
-    return EvaluateParams(**{"per_device_eval_batch_size": 4, "block_size": 16, "stride": 6, **changes})
+    defaults = {"per_device_eval_batch_size": 4, "block_size": 16, "stride": 6, "cross_document_attention": True}
+    return EvaluateParams(**{**defaults, **changes})
 
 
 @given(st.integers(0, 300), st.integers(2, 40), st.data())
@@ -69,6 +70,24 @@ def test_the_score_is_that_of_one_window_at_a_time(model, num_tokens):
     assert sum(told) == num_tokens - 1
 
 
+@pytest.mark.parametrize("does_cross", [False, True])
+def test_documents_that_do_not_see_one_another_are_scored_as_if_each_stood_alone(model, does_cross):
+    params, tokens = settings(cross_document_attention=does_cross), tokens_of(60)
+    tokens[[0, 5, 6, 21, 40]] = 0  # the second document is empty
+    splits = {"validation": {"characters": 100, "bytes": 100}}
+    evaluation = evaluate(model, {"validation": tokens}, {"splits": splits, "eos_token_id": 0}, params)
+    expected = 0.0
+    for window in windows(60, 16, 6):
+        for target in range(window.start + window.length - window.num_scored + 1, window.start + window.length + 1):
+            begins = np.flatnonzero(tokens[:target] == 0)[-1]  # of the document that foretells the target
+            known = tokens[window.start if does_cross else max(window.start, begins) : target].astype(np.int64)
+            with torch.no_grad():
+                logits = model(input_ids=torch.from_numpy(known)[None]).logits[0, -1]
+            expected -= logits.log_softmax(-1)[int(tokens[target])].double().item()
+    # fp32 logits of batches of another size round differently
+    assert evaluation.scores["heldout"].nats == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_score_is_the_same_every_time_and_nearly_so_in_other_batches(model):
     scores = [
         score_split(model, tokens_of(200), settings(per_device_eval_batch_size=size), PositionLoss.zeros(16))
@@ -100,7 +119,7 @@ def test_heldout_is_the_sum_of_both_splits_and_units_are_right():
 def test_an_evaluation_holds_every_number_that_the_metrics_file_promises(model):
     streams = {"validation": tokens_of(60), "test": tokens_of(30)}
     sizes = {"validation": {"characters": 200, "bytes": 210}, "test": {"characters": 100, "bytes": 100}}
-    evaluation = evaluate(model, streams, sizes, settings())
+    evaluation = evaluate(model, streams, {"splits": sizes, "eos_token_id": 0}, settings())
     metrics = evaluation.metrics()
     assert list(metrics) == ["validation", "test", "heldout", "router", "mtp"]
     assert metrics["heldout"]["tokens"] == 59 + 29
