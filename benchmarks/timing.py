@@ -21,17 +21,17 @@ Functions = Mapping[str, Callable[[], object]]
 def medians_s(functions: Functions, rounds: int, device: torch.device) -> dict[str, float]:
     """Return the median time of each function in seconds.
 
-    Every round calls each function once, in an order that rotates, so that a disturbance of the machine strikes all of
-    them alike and no function always follows the same one.
+    Every round times each function once, in an order that rotates, so that a disturbance of the machine strikes all of
+    them alike. Each is called once more just before, untimed: it would else pay for what the one before it left behind
+    (freed memory that the allocator gives back to the system at the next occasion, which doubled a time).
     """
     names = list(functions)
     times: dict[str, list[float]] = {name: [] for name in names}
     evict = cache_eviction(device)
-    for name in names:
-        functions[name]()
     for number in range(rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
+            functions[name]()
             evict()
             times[name].append(elapsed_s(functions[name], device))
     return {name: statistics.median(values) for name, values in times.items()}

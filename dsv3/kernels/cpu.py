@@ -5,9 +5,8 @@ What is slow elsewhere, and what is done about it:
 * Indexing `weight[e]` in an autograd loop gives each of the E experts a gradient as large as the whole stack, mostly
   zeros. Here every product writes its slice of one gradient tensor (`mm(out=)`).
 * A few experts are taken at a time: as many as make the activation long enough for every thread to get its share of
-  it, and no more than stay in the cache, so that rows are multiplied just after they were gathered. One at a time,
-  64 small experts are 1,400 operations that a single thread does, or that two spend their time waiting for each other
-  in; all at once, every operand comes from memory.
+  it, and no more than stay in the cache, so that rows are multiplied just after they were gathered. One by one, small
+  experts are a thousand short operations in which the threads mostly meet; all at once, everything comes from memory.
 * The routing weight scales the activation (I columns) instead of the expert's output (H columns). With
   p = weight * swiglu and o = p @ down.T its gradient is sum(swiglu * (do @ down)), so neither o nor the gathered input
   has to be kept: the backward pass needs the layer's input, the (S, 2I) input of the activation (in FP8, if the
@@ -31,8 +30,7 @@ from dsv3.kernels.permute import Parts, expert_order, neighbours, sum_per_token,
 from dsv3.kernels.swiglu import swiglu_backward
 
 NUMBERS_AT_A_TIME = 1 << 18
-"""Numbers in the activation (n, I) that are computed together. torch gives a thread 32,768 at least; 2^17 and 2^19 were
-slower (docs/log.md)."""
+"""Numbers of the activation (n, I) that are computed together, at least. A thread of torch's takes 32,768 or more."""
 
 
 def experts(
