@@ -23,7 +23,8 @@ def write_exported(folder: Path, **sections: dict) -> Path:
     model = build_model(folder / "config.json", seed=0)
     export(model, model.state_dict(), folder / "tokens", folder / "final_model", "A card\n")
     values = Params.model_validate(YAML(typ="safe").load(params.read_text()))
-    identity = run_identity(values, "f" * 64, read_json(folder / "tokens" / "meta.json"), {}, {"device": "cpu"})
+    architecture, meta = read_json(folder / "config.json"), read_json(folder / "tokens" / "meta.json")
+    identity = run_identity(values, "f" * 64, architecture, meta, {}, {"device": "cpu"})
     record = Recorder(None, identity, [], None, is_owner=True, aim_repo=".aim").run_record()
     write_json(folder / "run.json", {**record, "step": 12})
     return params

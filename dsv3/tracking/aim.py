@@ -64,6 +64,7 @@ class AimSink:
             if tag not in self._run.tags:
                 self._run.add_tag(tag)
         self._run["params"] = identity.params
+        self._run["architecture"] = identity.architecture
         self._run["dvc"] = identity.dvc
         self._run["env"] = identity.env
         self._run["size"] = identity.size

@@ -19,7 +19,9 @@ import numpy as np
 from pydantic import BaseModel
 
 RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "dvc", "aim")
-CODE_ONLY = ("--untracked-files=no", "--", ".", ":(exclude)results", ":(exclude)dvc.lock")
+NO_CODE = ("results", "dvc.lock", "params.yaml", "mini_model/config*.json")
+"""What may differ from the commit without leaving a run in doubt: results, and what the run records whole (`dvc exp
+run -S` changes these files). In Git's patterns."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class RunIdentity:
     params: dict[str, Any]
     """The whole params.yaml, validated."""
 
+    architecture: dict[str, Any]
+    """The model's configuration, the file that `model.config` names."""
+
     dvc: dict[str, Any]
     """Experiment, baseline, stage, commit, data and fingerprint."""
 
@@ -49,33 +54,36 @@ class RunIdentity:
 def run_identity(
     params: BaseModel,
     fingerprint: str,
+    architecture: Mapping[str, Any],
     data: Mapping[str, Any],
     size: Mapping[str, Any],
     env: Mapping[str, Any],
-    tags: tuple[str, ...] = (),
 ) -> RunIdentity:
     """Return the identity of the training that is about to start in this process.
 
-    `params` are the validated parameters, `data` the token data's meta.json, `size` the size report, `env` what only
-    the training knows (device, world_size, precision, experts ...); versions and platform are added here.
+    `params` are the validated parameters, `architecture` the content of the file that they name, `data` the token
+    data's meta.json, `size` the size report, `env` what only the training knows (device, world_size, precision,
+    experts ...); versions and platform are added here.
     """
     values = native(params.model_dump())
     source = os.environ
     corpus = data.get("corpus", {})
-    architecture = Path(values["model"]["config"]).stem
+    config = Path(values["model"]["config"]).stem
+    code = ["--untracked-files=no", "--", ".", *(f":(exclude){name}" for name in NO_CODE)]
     commit = git("rev-parse", "HEAD")
     told = (corpus.get("source"), values["train"]["optim"], env.get("precision"))
     return RunIdentity(
         name=source.get("DVC_EXP_NAME") or f"workspace-{commit[:7] if commit else 'untracked'}",
-        experiment=values["runtime"]["experiment"] or architecture,
-        tags=tuple(dict.fromkeys(tag for tag in (architecture, *told, *tags) if tag)),
+        experiment=values["runtime"]["experiment"] or config,
+        tags=tuple(dict.fromkeys(tag for tag in (config, *told) if tag)),
         params=values,
+        architecture=native(architecture),
         dvc={
             "exp_name": source.get("DVC_EXP_NAME"),
             "baseline_rev": source.get("DVC_EXP_BASELINE_REV"),
             "stage": source.get("DVC_STAGE"),
             "git_sha": commit,
-            "git_dirty": None if commit is None else bool(git("status", "--porcelain", *CODE_ONLY)),
+            "git_dirty": None if commit is None else bool(git("status", "--porcelain", *code)),
             "data_source": corpus.get("source"),
             "data_sha256": data.get("sha256"),
             "corpus_sha256": corpus.get("sha256"),

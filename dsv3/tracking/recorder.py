@@ -107,6 +107,7 @@ class Recorder:
             "env": identity.env,
             "size": identity.size,
             "params": identity.params,
+            "architecture": identity.architecture,
         }
 
     def close(self, status: str) -> None:
@@ -182,6 +183,7 @@ def identity_of(record: Mapping[str, Any]) -> RunIdentity:
         experiment=record["experiment"],
         tags=tuple(record["tags"]),
         params=record["params"],
+        architecture=record.get("architecture", {}),  # early records have none
         dvc=record["dvc"],
         env=record["env"],
         size=record["size"],

@@ -28,6 +28,7 @@ class TensorBoardSink:
         self._writer = SummaryWriter(str(folder))
         if is_owner:
             self._writer.add_text("params", _table(identity.params), 0)
+            self._writer.add_text("architecture", _table(identity.architecture), 0)
 
     def log(self, table: str, row: Mapping[str, Cell]) -> None:
         """Write the row's numbers as `<subset>/<name>`, of a layer as `<subset>/<name>/layer_<i>`."""

@@ -31,7 +31,13 @@ class WandbSink:
             group=identity.experiment,
             tags=list(identity.tags),
             resume="allow",
-            config={"params": identity.params, "dvc": identity.dvc, "env": identity.env, "size": identity.size},
+            config={
+                "params": identity.params,
+                "architecture": identity.architecture,
+                "dvc": identity.dvc,
+                "env": identity.env,
+                "size": identity.size,
+            },
         )
         self.resumed = bool(self._run.resumed)
         # our own x axis: W&B's counter refuses rows of an earlier step, which a resumed run has

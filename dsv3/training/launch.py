@@ -45,5 +45,6 @@ def run_workers(num_processes: int, module: str, arguments: Sequence[str]) -> No
     except SignalException as stopped:
         raise SystemExit(128 + stopped.sigval) from None
     except ChildFailedError as failed:
-        statuses = [failure.exitcode for _, failure in sorted(failed.failures.items())]
-        raise SystemExit(statuses[0] if statuses[0] > 0 else 128 - statuses[0]) from None
+        # In the order in which they were noticed: the others were only told to stop, because of the first.
+        status = next(iter(failed.failures.values())).exitcode
+        raise SystemExit(status if status > 0 else 128 - status) from None

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dsv3.artifacts import write_json
+from dsv3.artifacts import read_json, write_json
 from dsv3.assembly import export, model_card
 from dsv3.errors import Interrupted, UserError
 from dsv3.tracking.identity import project_root, run_identity
@@ -111,7 +111,8 @@ def started_from(run: Run) -> dict[str, Any]:
 def recorder_of(plan: Plan, chosen: Choices, digest: str, outputs: Outputs, saved: Mapping[str, Any]) -> Recorder:
     """Return the run's recorder, with the rows up to the checkpoint where the training goes on from one."""
     data = {**plan.meta, "corpus": {**plan.meta.get("corpus", {}), **outputs.manifest}}
-    identity = run_identity(plan.params, digest, data, plan.sizes, asdict(chosen))
+    architecture = read_json(Path(plan.params.model.config))
+    identity = run_identity(plan.params, digest, architecture, data, plan.sizes, asdict(chosen))
     recorder = open_recorder(outputs.results, plan.params.runtime, identity, saved.get("aim_run_hash"))
     if saved:
         recorder.restore(saved["rows"])

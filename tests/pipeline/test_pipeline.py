@@ -69,8 +69,15 @@ def test_an_experiment_is_a_run_of_its_own_beside_the_first(laboratory, tmp_path
 
 
 def test_a_temporary_experiment_reports_into_the_same_aim_repository(laboratory, tmp_path):
-    laboratory.run("dvc", "exp", "run", "--temp", "--name", "aside", "-S", "train.optim=adamw")
-    assert {"aside", "slower"} <= set(laboratory.aim_runs(tmp_path))
+    changes = ["-S", "train.optim=adamw", "-S", "mini_model/config_nano.json:kv_lora_rank=24"]
+    laboratory.run("dvc", "exp", "run", "--temp", "--name", "aside", *changes)
+    runs = laboratory.aim_runs(tmp_path)
+    assert {"aside", "slower"} <= set(runs)
+    assert runs["aside"]["architecture"]["kv_lora_rank"] == 24
+    assert runs["aside"]["dvc"]["git_dirty"] is False  # what -S changes is recorded
+    header = laboratory.run("dvc", "exp", "show", "--csv", "--only-changed").stdout.splitlines()[0].split(",")
+    assert {"train.optim", "kv_lora_rank"} <= set(header)
+    assert "n_routed_experts" not in header
     assert laboratory.run("git", "status", "--porcelain").stdout == ""
 
 

@@ -37,6 +37,7 @@ def test_a_run_carries_its_identity_and_curves_with_subset_and_layer(project, id
     assert (run.name, run.experiment) == ("union-brig", "config_nano")
     assert set(run.tags) == set(identity.tags)
     assert run["params"] == identity.params
+    assert run["architecture", "rope_scaling", "type"] == "yarn"
     assert run["dvc", "exp_name"] == "union-brig"
     assert run["env", "device"] == "cpu"
     assert run["size", "parameters"] == 5

@@ -13,39 +13,41 @@ def test_the_experiments_name_of_dvc_is_the_runs_name(identity, params):
     assert identity.name == "union-brig"
     assert identity.dvc["exp_name"] == "union-brig"
     assert identity.experiment == "config_nano"
-    assert identity.tags == ("config_nano", "plays", params.train.optim, "bf16", "mine")
+    assert identity.tags == ("config_nano", "plays", params.train.optim, "bf16")
 
 
 def test_without_dvc_the_run_is_named_after_the_workspaces_commit(params, monkeypatch, tmp_path):
     monkeypatch.delenv("DVC_EXP_NAME", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert run_identity(params, "f", {}, {}, {}).name == "workspace-untracked"
+    assert run_identity(params, "f", {}, {}, {}, {}).name == "workspace-untracked"
     subprocess.run(["git", "init", "-q"], check=True)
     author = ["-c", "user.name=n", "-c", "user.email=e@x"]
     subprocess.run(["git", *author, "commit", "-q", "--allow-empty", "-m", "m"], check=True)
     sha = git("rev-parse", "HEAD")
     assert sha is not None
-    assert run_identity(params, "f", {}, {}, {}).name == f"workspace-{sha[:7]}"
+    assert run_identity(params, "f", {}, {}, {}, {}).name == f"workspace-{sha[:7]}"
 
 
-def test_dirty_means_changed_code_not_changed_results(params, monkeypatch, tmp_path):
+def test_dirty_means_changed_code_not_changed_results_or_what_the_run_records_whole(params, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     subprocess.run(["git", "init", "-q"], check=True)
     (tmp_path / "results").mkdir()
-    for name in ("code.py", "results/metrics.json", "dvc.lock"):
+    (tmp_path / "mini_model").mkdir()
+    for name in ("code.py", "results/metrics.json", "dvc.lock", "params.yaml", params.model.config):
         Path(name).write_text("1")
     subprocess.run(["git", "add", "."], check=True)
     subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e@x", "commit", "-q", "-m", "m"], check=True)
     Path("results/metrics.json").unlink()
-    Path("dvc.lock").write_text("2")
-    assert run_identity(params, "f", {}, {}, {}).dvc["git_dirty"] is False
+    for name in ("dvc.lock", "params.yaml", params.model.config):
+        Path(name).write_text("2")
+    assert run_identity(params, "f", {}, {}, {}, {}).dvc["git_dirty"] is False
     Path("code.py").write_text("2")
-    assert run_identity(params, "f", {}, {}, {}).dvc["git_dirty"] is True
+    assert run_identity(params, "f", {}, {}, {}, {}).dvc["git_dirty"] is True
 
 
 def test_the_experiment_parameter_wins_over_the_configurations_name(params):
     runtime = params.runtime.model_copy(update={"experiment": "fp8 or not"})
-    assert run_identity(params.model_copy(update={"runtime": runtime}), "f", {}, {}, {}).experiment == "fp8 or not"
+    assert run_identity(params.model_copy(update={"runtime": runtime}), "f", {}, {}, {}, {}).experiment == "fp8 or not"
 
 
 @pytest.mark.parametrize(
