@@ -93,6 +93,21 @@ def test_only_metrics_and_plots_stay_out_of_the_cache():
             assert isinstance(entry, str), f"{name}: {entry} has flags"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_table_is_drawn_over_an_axis_of_its_own_under_a_title_that_dvcs_page_can_show(name: str):
+    for entry in STAGES[name].get("plots", []):
+        (path, options) = next(iter(entry.items()))
+        if path.endswith(".tsv"):
+            assert {"x", "y", "title"} <= set(options), path
+            assert not set("'\"") & set(options["title"]), path  # the page is JavaScript, and quotes nothing
+
+
+def test_dvcs_page_can_show_the_titles_of_the_plots_of_several_tables():
+    titles = [next(iter(plot)) for plot in PIPELINE["plots"] if isinstance(plot, dict)]
+    assert titles
+    assert [title for title in titles if set("'\"") & set(title)] == []
+
+
 def test_every_line_of_params_yaml_is_commented():
     lines = (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines()
     keyed = [line for line in lines if re.match(r"\s+[a-z_0-9]+:", line)]
