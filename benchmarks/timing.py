@@ -32,14 +32,18 @@ def medians_s(functions: Functions, rounds: int, device: torch.device) -> dict[s
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             functions[name]()
-            evict()
-            times[name].append(elapsed_s(functions[name], device))
+            times[name].append(elapsed_s(functions[name], device, evict))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def elapsed_s(function: Callable[[], object], device: torch.device) -> float:
-    """Return the time that one call takes, in seconds."""
+def elapsed_s(function: Callable[[], object], device: torch.device, evict: Callable[[], object]) -> float:
+    """Return the time that one call takes after `evict`, in seconds.
+
+    On a GPU nothing waits between the two, so that the call's kernels are launched while the eviction still runs: the
+    kernels are timed, not the host.
+    """
     synchronize(device)
+    evict()
     if device.type != "cuda":
         start = time.perf_counter()
         function()

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dsv3.errors import UserError
+
 CHUNK_BYTES = 1 << 20
 
 
@@ -66,8 +68,24 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the JSON value in `path`."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Return the JSON value in `path`; raise `UserError` where it holds none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON's and UTF-8's
+        raise UserError(f"{path}: not JSON ({error}); dvc checkout brings an output back, dvc repro makes it") from None
+
+
+def check_weights(folder: Path) -> None:
+    """Raise `UserError` where a weight file in `folder` is damaged or cut off; no weight is read."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except SafetensorError as error:
+            message = f"{file}: damaged or cut off ({error}); dvc checkout brings an output back, dvc repro makes it"
+            raise UserError(message) from None
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -33,12 +33,20 @@ def command(main: Callable[..., None]) -> None:
 
 
 def run_app(app: typer.Typer) -> None:
-    """Run a command line; a `UserError` is printed as one line and ends the process with status 2."""
+    """Run a command line; a `UserError` is printed as one line and ends the process with status 2.
+
+    So is what the system refuses about a file that it names: no permission, no space, a folder where a file should be.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         app()
     except UserError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
         raise SystemExit(2) from None
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)

@@ -7,7 +7,7 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import HF_MODULES_CACHE
 
-from dsv3.artifacts import read_json
+from dsv3.artifacts import check_weights, read_json
 from dsv3.errors import UserError
 
 LOCK_S = 120
@@ -29,6 +29,7 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
     The weights keep their stored type on a GPU; on a CPU they become fp32, since most CPUs multiply nothing else fast.
     """
     check_model(folder)
+    check_weights(folder)
     dtype = torch.float32 if device.type == "cpu" else "auto"
     cache = Path(HF_MODULES_CACHE)
     cache.mkdir(parents=True, exist_ok=True)

@@ -19,18 +19,10 @@ from ruamel.yaml.error import MarkedYAMLError
 from dsv3.data.params import DataParams, TokenizeParams
 from dsv3.errors import UserError
 from dsv3.evaluation_params import EvaluateParams, SampleParams
-from dsv3.section import Section
+from dsv3.section import Section, one_line
 from dsv3.sizing.architecture import Architecture, read_architecture
 from dsv3.sizing.params import EstimateSizeParams
 from dsv3.training.params import RuntimeParams, TrainParams
-
-BOUNDS = {
-    "greater_than": ("gt", "must be >"),
-    "greater_than_equal": ("ge", "must be >="),
-    "less_than": ("lt", "must be <"),
-    "less_than_equal": ("le", "must be <="),
-    "literal_error": ("expected", "must be one of"),
-}
 
 
 class ModelParams(Section):
@@ -43,7 +35,7 @@ class ModelParams(Section):
 class Params(Section):
     """The whole of params.yaml."""
 
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**63)
     """Every random stream of every stage is derived from it."""
 
     model: ModelParams
@@ -77,7 +69,7 @@ def validated(values: Any, path: Path) -> Params:
     try:
         params = Params.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {one_line(_most_telling(error.errors()))}") from None
+        raise UserError(f"{path}: {told(_most_telling(error.errors()))}") from None
     _check_relations(params, read_architecture(Path(params.model.config)), path)
     return params
 
@@ -87,27 +79,10 @@ def _most_telling(errors: list[ErrorDetails]) -> ErrorDetails:
     return next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
 
 
-def one_line(error: ErrorDetails) -> str:
-    """Return a pydantic error as `where is value; bound`."""
-    where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"{where} is no parameter{_suggestion(error['loc'])}"
-    if error["type"] == "missing":
-        return f"{where} is missing; every parameter must be stated"
-    if error["type"] in BOUNDS:
-        key, words = BOUNDS[error["type"]]
-        bound = error.get("ctx", {})[key]
-        return f"{where} is {_shown(error['input'])}; {words} {f'{bound:g}' if isinstance(bound, float) else bound}"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{where}: {message}"
-    return f"{where} is {_shown(error['input'])}; {message[0].lower()}{message[1:]}"
-
-
-def _shown(value: Any) -> str:
-    """Return a value as the user wrote it, shortened."""
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def told(error: ErrorDetails) -> str:
+    """Return a pydantic error as one line; of a key that is no parameter, with the one that may have been meant."""
+    line = one_line(error)
+    return line + _suggestion(error["loc"]) if error["type"] == "extra_forbidden" else line
 
 
 def _suggestion(location: tuple[int | str, ...]) -> str:
@@ -160,15 +135,28 @@ def _check_relations(params: Params, architecture: Architecture, path: Path) -> 
             tokenize.validation_fraction + tokenize.test_fraction >= 1,
             "tokenize.validation_fraction + tokenize.test_fraction must be < 1",
         ),
-        (
-            params.sample.speculative and architecture.num_nextn_predict_layers == 0,
-            "sample.speculative is true; needs a model with prediction modules, and num_nextn_predict_layers of "
-            f"{config} is 0; set it to 1, or sample.speculative to false",
-        ),
+        *_sample_rules(params, architecture),
     ]
     for is_broken, message in rules:
         if is_broken:
             raise UserError(f"{path}: {message}")
+
+
+def _sample_rules(params: Params, architecture: Architecture) -> list[tuple[bool, str]]:
+    """Return what the architecture allows `sample`: whether each rule is broken, and what is said then."""
+    sample, config, limit = params.sample, params.model.config, architecture.max_position_embeddings
+    return [
+        (
+            sample.max_new_tokens >= limit,
+            f"sample.max_new_tokens is {sample.max_new_tokens}; must be < {limit}, the max_position_embeddings "
+            f"of {config}, which prompts share",
+        ),
+        (
+            sample.speculative and architecture.num_nextn_predict_layers == 0,
+            "sample.speculative is true; needs a model with prediction modules, and num_nextn_predict_layers of "
+            f"{config} is 0; set it to 1, or sample.speculative to false",
+        ),
+    ]
 
 
 def schema_text() -> str:

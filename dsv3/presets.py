@@ -3,7 +3,9 @@
 A preset states only what it changes. `flags` prints that as arguments for one experiment, which leaves params.yaml
 alone:
 
-    dvc exp run $(python -m dsv3.presets flags tiny)
+    python -m dsv3.presets flags tiny | xargs -r dvc exp run
+
+(Between `$(` and `)` a misspelt name would leave no flags, and start the default.)
 
 `apply` writes it into params.yaml, whose comments stay.
 """
@@ -113,7 +115,7 @@ def list_presets() -> None:
 
 @app.command("flags")
 def print_flags(name: PresetArgument) -> None:
-    """Print the preset as flags: dvc exp run $(python -m dsv3.presets flags NAME)."""
+    """Print the preset as flags: python -m dsv3.presets flags NAME | xargs -r dvc exp run."""
     typer.echo(shlex.join(flags(read_preset(name))))
 
 

@@ -1,6 +1,10 @@
-"""The base class of every section of params.yaml."""
+"""The base class of every section of params.yaml, and how a value that it refuses is told."""
+
+import re
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from pydantic_core import ErrorDetails
 
 
 class Section(BaseModel):
@@ -9,3 +13,38 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
     )
+
+
+BOUNDS = {
+    "greater_than": ("gt", "must be >"),
+    "greater_than_equal": ("ge", "must be >="),
+    "less_than": ("lt", "must be <"),
+    "less_than_equal": ("le", "must be <="),
+    "multiple_of": ("multiple_of", "must be a multiple of"),
+    "literal_error": ("expected", "must be one of"),
+}
+"""Type of pydantic's error -> where it keeps the bound, and the words before it."""
+
+
+def one_line(error: ErrorDetails) -> str:
+    """Return a pydantic error as `where is value; bound`."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{where} is no parameter"
+    if error["type"] == "missing":
+        return f"{where} is missing; every parameter must be stated"
+    if error["type"] in BOUNDS:
+        key, words = BOUNDS[error["type"]]
+        bound = error.get("ctx", {})[key]
+        return f"{where} is {shown(error['input'])}; {words} {f'{bound:g}' if isinstance(bound, float) else bound}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        names_field = re.match(r"\w+ (is|must|would) ", message)
+        return f"{where}{'.' if where and names_field else ': ' if where else ''}{message}"
+    return f"{where} is {shown(error['input'])}; {message[0].lower()}{message[1:]}"
+
+
+def shown(value: Any) -> str:
+    """Return a value as the user wrote it, shortened."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -97,6 +97,7 @@ def write_inputs(folder: Path, seed: int = 0, **sections: dict) -> Path:
     params["model"]["config"] = str(folder / "config.json")
     params["tokenize"]["vocab_size"] = 257
     params["evaluate"].update(block_size=32, stride=16)
+    params["sample"].update(max_new_tokens=12)
     for section, values in {"train": TRAIN, "runtime": RUNTIME}.items():
         params[section].update({**values, **sections.pop(section, {})})
     for section, values in sections.items():

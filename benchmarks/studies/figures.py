@@ -18,6 +18,9 @@ MARKERS = "osD^vP"
 SPREAD = 0.5
 """Height over which the seeds of a row are spread; rows are 1 apart."""
 
+LINEAR_NATS = 0.02
+"""Differences up to here are drawn to scale."""
+
 
 def figure(study: Study, results: Sequence[Result]) -> Figure:
     """Return the study's figure."""
@@ -40,9 +43,12 @@ def dots(study: Study, results: Sequence[Result]) -> Figure:
         axes.axvline(0, color="black", linewidth=1)
     loss.set_yticks(range(len(shown)), shown)
     loss.set_ylim(len(shown) - 0.5, -0.5)
-    loss.set_xlabel(f"held-out loss minus {study.baseline}'s of the same seed, nats/char")
+    loss.set_xscale("symlog", linthresh=LINEAR_NATS, linscale=2)  # one bad variant would press the others onto zero
+    loss.set_xlabel(
+        f"held-out loss minus {study.baseline}'s of the same seed,\nnats/char; logarithmic beyond ± {LINEAR_NATS:g}"
+    )
     loss.set_title("← better   |   worse →", fontsize=10)
-    vio.set_xlabel("MaxVio of the worst layer, held-out text")
+    vio.set_xlabel("MaxVio of the worst layer,\nheld-out text; not paired")
     vio.set_title("← even   |   uneven →", fontsize=10)
     for seed, marker in zip(study.seeds, MARKERS, strict=False):
         vio.plot([], [], marker, color=BLUE, markersize=5, label=f"seed {seed}")

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsv3.artifacts import read_json, replacing_directory, write_json
+from dsv3.artifacts import check_weights, read_json, replacing_directory, write_json
 from dsv3.errors import UserError
 from dsv3.fp8.convert import KEPT
 from dsv3.fp8.definition import BLOCK
@@ -39,12 +39,20 @@ INDEX = "model.safetensors.index.json"
 
 
 def export_fp8(model: Path, output: Path) -> None:
-    """Write the folder `model` to `output` with its matrices in FP8; every other file is copied."""
+    """Write the folder `model` to `output` with its matrices in FP8; every other file is copied.
+
+    A former export in `output` is replaced. Raises `UserError`, before anything is written, for any other folder with
+    something in it, for `model` itself, and for a model that is quantised or damaged.
+    """
     if not (model / "config.json").is_file():
         raise UserError(f"{model} holds no config.json; name a folder that save_pretrained wrote")
     files = sorted(model.glob("*.safetensors"))
     if not files:
         raise UserError(f"{model} holds no *.safetensors; name a folder that save_pretrained wrote")
+    if "quantization_config" in read_json(model / "config.json"):
+        raise UserError(f"{model}: is quantised already; name the folder that was quantised, in full precision")
+    check_output(output, model)
+    check_weights(model)
     kept = kept_modules(shapes_of_matrices(files))
     with replacing_directory(output) as folder:
         ignored = shutil.ignore_patterns("*.safetensors", INDEX)
@@ -61,6 +69,18 @@ def export_fp8(model: Path, output: Path) -> None:
         config = read_json(model / "config.json")
         quantization = quantization_config(server_names(kept, config["num_hidden_layers"]))
         write_json(folder / "config.json", {**config, "quantization_config": quantization})
+
+
+def check_output(output: Path, model: Path) -> None:
+    """Raise `UserError` where `output` holds what an export must not replace."""
+    if output.resolve() == model.resolve():
+        raise UserError(f"{output}: is the model itself; name another folder")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: is a file; name a folder")
+    config = output / "config.json"
+    is_former = config.is_file() and "quantization_config" in read_json(config)
+    if output.is_dir() and any(output.iterdir()) and not is_former:
+        raise UserError(f"{output}: holds something else than a former export; name a new folder")
 
 
 def shapes_of_matrices(files: Iterable[Path]) -> dict[str, list[int]]:

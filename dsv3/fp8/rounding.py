@@ -74,7 +74,7 @@ EXACT = ROUNDINGS.setdefault("exact", Rounding("exact", None, None, None))
 BF16 = ROUNDINGS.setdefault("bf16", Rounding("bf16", bf16_values, bf16_values, bf16_values))
 
 _derived = WeakIdKeyDictionary()
-"""Tensor -> name -> ((version, address), derived value)."""
+"""Storage -> (name, address, shape) -> (version, derived value)."""
 
 
 def _forget_derived(*_: Any) -> None:
@@ -88,18 +88,19 @@ register_optimizer_step_post_hook(_forget_derived)
 def until_changed(weight: Tensor, name: str, derive: Callable[[Tensor], Any]) -> Any:
     """Return `derive(weight)`, computed again only after `weight` was written to or replaced.
 
-    The micro-batches between two optimizer steps share one result. A change is seen by the tensor's version, which
-    every in-place operation raises, except for torch's fused optimizers and writes through `.data`; therefore the step
-    of any torch optimizer clears all entries, too. Entries vanish with their tensor.
+    The micro-batches between two optimizer steps share one result, and so do a parameter and what stands for it in the
+    backward pass of a checkpointed layer, which is another tensor of the same storage. A change is seen by the version,
+    which every in-place operation raises, except for torch's fused optimizers and writes through `.data`; therefore
+    the step of any torch optimizer clears all entries, too. Entries vanish with their storage.
     """
     if weight.is_inference():
         return derive(weight)
-    state = (weight._version, weight.data_ptr())
-    entries: Any = _derived.setdefault(weight, {})
-    if name not in entries or entries[name][0] != state:
+    entries: Any = _derived.setdefault(weight.untyped_storage(), {})
+    key = name, weight.data_ptr(), weight.shape
+    if key not in entries or entries[key][0] != weight._version:
         with torch.no_grad():
-            entries[name] = (state, derive(weight))
-    return entries[name][1]
+            entries[key] = (weight._version, derive(weight))
+    return entries[key][1]
 
 
 _latest: dict[str, tuple[Tensor, int, Tensor]] = {}
@@ -111,8 +112,11 @@ def while_same(x: Tensor, name: str, derive: Callable[[Tensor], Tensor]) -> Tens
 
     Several layers read one activation (gate and up, queries and latents). The entry holds `x`, so that its memory can't
     become another tensor's meanwhile; this keeps one activation and its rounded copy alive until the next call.
+
+    Only for what requires a gradient: the code that torch.compile generates writes to its own buffers, which never do,
+    again and again without raising their version.
     """
-    if x.is_inference():
+    if not x.requires_grad:
         return derive(x)
     entry = _latest.get(name)
     if entry is not None and _is_same(entry[0], x) and entry[1] == x._version:

@@ -17,7 +17,7 @@ from gguf.quants import quantize
 from safetensors import safe_open
 from torch import Tensor
 
-from dsv3.artifacts import read_json, replacing
+from dsv3.artifacts import check_weights, read_json, replacing
 from dsv3.errors import UserError
 from dsv3.gguf.metadata import ARCHITECTURE, network_metadata
 from dsv3.gguf.tensors import gguf_tensors
@@ -39,6 +39,8 @@ def export_gguf(model: Path, output: Path, dtype: Dtype) -> str:
     Raises `UserError`, before anything is written, where the folder holds no model that a GGUF file can express.
     """
     config = read_config(model)
+    if output.is_dir():
+        raise UserError(f"{output}: is a folder; name the file to be written")
     metadata: dict[str, Any] = {
         "general.name": model.resolve().name,
         "general.file_type": int(TYPES[dtype][1]),
@@ -81,6 +83,7 @@ def read_config(model: Path) -> DeepseekV3Config:
 
 def stored_weights(model: Path, stack: ExitStack) -> dict[str, safe_open]:
     """Return, by name of weight, the open file in the folder `model` that holds it; `stack` closes the files."""
+    check_weights(model)
     files = [stack.enter_context(safe_open(path, framework="pt")) for path in sorted(model.glob("*.safetensors"))]
     return {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no mapping)
 

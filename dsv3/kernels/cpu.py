@@ -166,12 +166,15 @@ def _(  # noqa: PLR0913
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep for the backward pass what can't be recomputed cheaply."""
+    ctx.set_materialize_grads(False)  # else zeros as large as gate and up, which nobody reads
     hidden_TH, _, weight_TK, gate_up_E2IH, down_EHI, ctx.rounding = inputs
     ctx.save_for_backward(hidden_TH, weight_TK, gate_up_E2IH, down_EHI, *output[1:])
 
 
-def _gradients(ctx: Any, grad_TH: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad_TH: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     """Return the gradients in the order of `_forward`'s arguments."""
+    if grad_TH is None:
+        return (None,) * 6
     grad_hidden, grad_weight, grad_gate_up, grad_down = _backward(grad_TH, *ctx.saved_tensors, ctx.rounding)
     return grad_hidden, None, grad_weight, grad_gate_up, grad_down, None
 

@@ -10,7 +10,9 @@ BF16_CAPABILITY = (8, 0)
 
 def multiplies_fp8(device: torch.device) -> bool:
     """Return whether the device has e4m3 matrix instructions that Triton can reach."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+    if device.type != "cuda" or torch.version.hip is not None:  # AMD's GPUs have a capability, too, and other formats
+        return False
+    return torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
 def multiplies_bf16(device: torch.device) -> bool:

@@ -6,7 +6,7 @@ experts module as first argument, so each backend is registered once per computi
 runs: `dsv3_cpu_fp32`, `dsv3_grouped_mm_bf16`, `dsv3_fp8_emulated`. That name is what a run records.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -64,6 +64,14 @@ class Backend:
     is_fp8: bool = False
     is_emulated: bool = False
     """Computes in fp32 whatever it stands for."""
+    alignment_bytes: int = 1
+    """The rows that it multiplies are a multiple of so many bytes long."""
+
+    def unsuited(self, widths: Sequence[int], compute_dtype: torch.dtype) -> str | None:
+        """Return why rows of these widths can't be multiplied, or None."""
+        multiple = max(1, self.alignment_bytes // (1 if self.is_fp8 else compute_dtype.itemsize))
+        odd = [width for width in widths if width % multiple]
+        return f"multiplies widths that are multiples of {multiple}, not {odd[0]}" if odd else None
 
 
 ANY_DEVICE = ("cpu", "cuda")
@@ -71,9 +79,9 @@ FP64, FP32, BF16_DTYPE = torch.float64, torch.float32, torch.bfloat16
 BACKENDS = {
     "reference": Backend(_reference, ANY_DEVICE, (FP64, FP32, BF16_DTYPE)),
     "cpu": Backend(_cpu, ("cpu",), (FP64, FP32, BF16_DTYPE)),
-    "grouped_mm": Backend(_grouped_mm, ANY_DEVICE, (FP32, BF16_DTYPE)),
+    "grouped_mm": Backend(_grouped_mm, ANY_DEVICE, (FP32, BF16_DTYPE), alignment_bytes=16),
     "bf16_emulated": Backend(_bf16_emulated, ANY_DEVICE, (BF16_DTYPE,), is_emulated=True),
-    "triton_fp8": Backend(_triton_fp8, ("cuda",), (FP32, BF16_DTYPE), is_fp8=True),
+    "triton_fp8": Backend(_triton_fp8, ("cuda",), (FP32, BF16_DTYPE), is_fp8=True, alignment_bytes=128),
     "fp8_emulated": Backend(_fp8_emulated, ANY_DEVICE, (FP32, BF16_DTYPE), is_fp8=True, is_emulated=True),
 }
 
@@ -88,32 +96,46 @@ AUTO = (
     (("cuda", True, False), "fp8_emulated"),
 )
 """What `train.experts: auto` stands for."""
+AUTO_UNSUITED = {"grouped_mm": "reference", "triton_fp8": "fp8_emulated"}
+"""What it stands for where the first choice can't multiply the model's widths."""
 
 
 def auto_backend(
-    device: torch.device, compute_dtype: torch.dtype, use_fp8: bool, recipe: Recipe = DEEPSEEK_RECIPE
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    use_fp8: bool,
+    recipe: Recipe = DEEPSEEK_RECIPE,
+    widths: Sequence[int] = (),
 ) -> str:
     """Return the backend that `auto` stands for."""
     is_fp8_native = multiplies_fp8(device) and recipe.quantises_both_sides
     is_native = is_fp8_native if use_fp8 else compute_dtype != BF16_DTYPE or multiplies_bf16(device)
-    return dict(AUTO)[device.type, use_fp8, is_native]
+    name = dict(AUTO)[device.type, use_fp8, is_native]
+    return AUTO_UNSUITED[name] if BACKENDS[name].unsuited(widths, compute_dtype) else name
 
 
 def experts_backend(
-    name: str, device: torch.device, compute_dtype: torch.dtype, use_fp8: bool, recipe: Recipe = DEEPSEEK_RECIPE
+    name: str,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    use_fp8: bool,
+    recipe: Recipe = DEEPSEEK_RECIPE,
+    widths: Sequence[int] = (),
 ) -> str:
     """Return the name to give to `model.set_experts_implementation`, after registering the backend under it.
 
-    `name` is `train.experts`. Raises `UserError` for an unknown name and for a backend that can't run here.
+    `name` is `train.experts`, `widths` are the model's `hidden_size` and `moe_intermediate_size`. Raises `UserError`
+    for an unknown name and for a backend that can't run here.
     """
     if use_fp8 and not (recipe.quantises_weights or recipe.quantises_activations):
         raise UserError(
             "train.use_fp8 is true with fp8_weight_quant and fp8_activation_quant both false; set one to true"
         )
-    name = auto_backend(device, compute_dtype, use_fp8, recipe) if name == "auto" else name
+    name = auto_backend(device, compute_dtype, use_fp8, recipe, widths) if name == "auto" else name
     if name not in BACKENDS:
         raise UserError(f"train.experts is {name}; must be one of auto, {', '.join(BACKENDS)}")
-    reason = refusal(BACKENDS[name], device, compute_dtype, use_fp8)
+    backend = BACKENDS[name]
+    reason = refusal(backend, device, compute_dtype, use_fp8) or backend.unsuited(widths, compute_dtype)
     if reason:
         raise UserError(f"train.experts is {name}; {reason}, take auto")
     if name == "triton_fp8" and not recipe.quantises_both_sides:

@@ -6,11 +6,13 @@ this one exists because importing that one imports torch, which three of the six
 
 import json
 from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 from typing_extensions import Self
 
 from dsv3.errors import UserError
+from dsv3.section import one_line
 
 GROUP_SCORE_TERMS = 2
 """A group is ranked by the sum of its two best experts, so it must hold at least two."""
@@ -39,9 +41,16 @@ class Architecture(BaseModel):
     qk_rope_head_dim: int = Field(ge=2, multiple_of=2)
     v_head_dim: int = Field(ge=1)
     max_position_embeddings: int = Field(ge=1)
-    tie_word_embeddings: bool
+    tie_word_embeddings: StrictBool
     num_nextn_predict_layers: int = Field(ge=0)
+    num_key_value_heads: int | None = None
     attention_bias: bool = False
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+    initializer_range: float = Field(default=0.02, ge=0)
+    model_type: Literal["deepseek_v3"] = "deepseek_v3"
+    rope_parameters: dict[str, Any] | None = None
+    hidden_act: Literal["silu"] = "silu"
+    """The activation that the expert backends compute; the model would compute others, with other experts."""
 
     @property
     def qk_head_dim(self) -> int:
@@ -56,6 +65,24 @@ class Architecture(BaseModel):
     def num_moe_layers(self) -> int:
         """Number of layers with experts, MTP modules left out."""
         return max(0, self.num_hidden_layers - self.first_k_dense_replace)
+
+    @model_validator(mode="after")
+    def heads_and_positions_hold(self) -> Self:
+        """Check what transformers accepts, then ignores or fails on."""
+        heads = self.num_key_value_heads
+        if heads not in (None, self.num_attention_heads):
+            raise ValueError(
+                f"num_key_value_heads is {heads}; must be num_attention_heads ({self.num_attention_heads}): "
+                "every head has a key and a value of its own"
+            )
+        rope = self.rope_parameters or {}
+        ignored = {"rope_theta", "rope_scaling"} & set(self.model_extra or {})
+        if rope and ignored:
+            raise ValueError(f"{min(ignored)} would be ignored beside rope_parameters; state it there")
+        factor = rope.get("factor")
+        if rope.get("rope_type") == "yarn" and not (isinstance(factor, (int, float)) and factor >= 1):
+            raise ValueError(f"rope_parameters.factor is {json.dumps(factor)}; must be >= 1 for rope_type yarn")
+        return self
 
     @model_validator(mode="after")
     def topology_holds(self) -> Self:
@@ -90,7 +117,4 @@ def read_architecture(path: Path) -> Architecture:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{path}: {where + ': ' if where else ''}{message}") from None
+        raise UserError(f"{path}: {one_line(error.errors()[0])}") from None

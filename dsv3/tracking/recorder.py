@@ -202,9 +202,10 @@ def sinks(runtime: RuntimeParams) -> list[Sink]:
 
 def _sink(name: str, runtime: RuntimeParams) -> Sink:
     if importlib.util.find_spec(name) is None:
+        group = "pipeline" if name == "aim" else name
         raise UserError(
             f"params.yaml: runtime.trackers names {name}, which is not installed; "
-            f"pip install '.[{name}]', or take it from the list"
+            f"pip install --group {group} -c constraints.txt, or take it from the list"
         )
     if name == "aim":
         from dsv3.tracking.aim import AimSink

@@ -25,7 +25,7 @@ Routers = Sequence[tuple[int, DeepseekV3TopkRouter]]
 def taken_loads(routers: Routers, summed: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the counts of all routers as int64 (L, E), added up over processes by `summed`; zero the routers' own."""
     if not routers:
-        return torch.zeros(0, 0, dtype=torch.int64)
+        return torch.zeros(0, 1, dtype=torch.int64)  # of no layers; a largest load needs experts to look at
     load_LE = torch.stack([router.expert_load for _, router in routers])
     for _, router in routers:
         router.expert_load.zero_()

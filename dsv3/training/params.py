@@ -117,7 +117,7 @@ class TrainParams(Section):
     fp8_swiglu_cache: bool
     """Keep the input of the routed experts' SwiGLU in FP8 until the backward pass (report, section 3.3.3)."""
 
-    experts: str = Field(min_length=1)
+    experts: Literal["auto", "reference", "cpu", "grouped_mm", "bf16_emulated", "triton_fp8", "fp8_emulated"]
     """Backend of the expert computation; auto chooses by device and precision, and is recorded."""
 
     resume_from_checkpoint: str | None

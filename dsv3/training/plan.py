@@ -80,7 +80,7 @@ class Plan:
                 f"cost     {self.flops_per_token:.3g} FLOPs per token, "
                 f"{self.flops_per_token * total_tokens:.3g} in all",
                 f"memory   {self.sizes['training_cpu_peak_gib']} GiB estimated on a CPU, "
-                f"{self.sizes['training_cuda_peak_gib']} GiB on a GPU",
+                f"{self.sizes['training_cuda_peak_gib']} GiB on a GPU, by the last estimate_size",
             )
         )
 

@@ -54,7 +54,7 @@ def run_training(plan: Plan, outputs: Outputs) -> dict[str, Any] | None:
                 recorder = recorder_of(plan, chosen, digest, outputs, saved)
             status = "failed"
             try:
-                with progress_bar(run) as bar:
+                with progress_bar(run, chosen) as bar:
                     train(run, training_hooks(run, recorder, directory, bar), saving(recorder, directory))
                 metrics = exported(run, recorder, chosen, directory, outputs)
                 status = "finished"
@@ -137,9 +137,11 @@ def saving(recorder: Recorder | None, directory: Path) -> Callable[[Run], None]:
     return lambda run: hooks.save(run, recorder, directory)
 
 
-def progress_bar(run: Run) -> tqdm:
-    """Return the bar that the main process shows."""
+def progress_bar(run: Run, chosen: Choices) -> tqdm:
+    """Return the bar that the main process shows, under a line that says how it computes."""
     is_hidden = not run.accelerator.is_main_process
+    if not is_hidden:
+        tqdm.write(chosen.summary())
     return tqdm(total=run.plan.total_steps, initial=run.state.step, unit="step", desc="train", disable=is_hidden)
 
 
@@ -174,7 +176,7 @@ def final_metrics(run: Run, recorder: Recorder, chosen: Choices) -> dict[str, An
         "tokens_per_s": statistics.median(float(row["tokens_per_s"]) for row in rows["history"]),
         "train_s": run.state.train_s,
         "peak_memory_bytes": last["peak_memory_bytes"],
-        **asdict(chosen),
+        **chosen.metrics(),
     }
 
 

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from dsv3.artifacts import read_json, sha256_tree
 from dsv3.assembly import build_model
 from dsv3.data.batches import StepLayout
 from dsv3.errors import UserError
-from dsv3.fp8.convert import convert, emulate_bf16
+from dsv3.fp8.convert import Conversion, convert, emulate_bf16
 from dsv3.fp8.recipe import Recipe
 from dsv3.kernels.registry import experts_backend
 from dsv3.training.checkpoint import fingerprint
@@ -47,6 +47,18 @@ class Choices:
 
     experts: str
     cross_entropy: str
+    high_precision_linears: tuple[str, ...]
+    """Linear layers that were left out when the others were converted."""
+
+    def summary(self) -> str:
+        """Return a line for the terminal."""
+        kept = ", ".join(name.removeprefix("model.") for name in self.high_precision_linears)
+        beside = f"; in high precision: {kept}" if kept else ""
+        return f"runs     on {self.device}, linear layers in {self.precision}, experts by {self.experts}{beside}"
+
+    def metrics(self) -> dict[str, str | int]:
+        """Return what stands among a training's metrics, where DVC takes no lists."""
+        return {name: value for name, value in asdict(self).items() if isinstance(value, (str, int))}
 
 
 def start_accelerator(plan: Plan) -> Accelerator:
@@ -98,12 +110,14 @@ def prepared_model(plan: Plan, device: torch.device) -> tuple[DeepseekV3ForCausa
     model = build_model(Path(plan.params.model.config), plan.params.seed)
     precision = resolved_precision(train.precision, device)
     recipe = fp8_recipe(train)
-    experts = experts_backend(train.experts, device, COMPUTE_DTYPES[precision], train.use_fp8, recipe)
+    widths = plan.architecture.hidden_size, plan.architecture.moe_intermediate_size
+    experts = experts_backend(train.experts, device, COMPUTE_DTYPES[precision], train.use_fp8, recipe, widths)
     model.set_experts_implementation(experts)
+    conversion = Conversion(precision)
     if train.use_fp8:
-        precision = convert(model, recipe, device).precision
+        conversion = convert(model, recipe, device)
     elif precision == "bf16" and autocast_dtype(train.precision, device) == torch.float32:
-        precision = emulate_bf16(model).precision
+        conversion = emulate_bf16(model)
     is_chunked = pays(train.per_device_train_batch_size * train.block_size, plan.architecture.vocab_size)
     if is_chunked:
         model.cross_entropy = chunked_cross_entropy
@@ -117,9 +131,10 @@ def prepared_model(plan: Plan, device: torch.device) -> tuple[DeepseekV3ForCausa
     return model, Choices(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         num_processes=int(os.environ.get("WORLD_SIZE", "1")),
-        precision=precision,
+        precision=conversion.precision,
         experts=experts,
         cross_entropy="chunked" if is_chunked else "plain",
+        high_precision_linears=tuple(conversion.kept),
     )
 
 

@@ -13,6 +13,7 @@ from dsv3.artifacts import (
     write_json,
     write_text,
 )
+from dsv3.errors import UserError
 
 
 def names(folder):
@@ -77,6 +78,13 @@ def test_json_refuses_numbers_that_json_does_not_have_and_writes_nothing(tmp_pat
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "value.json", {"loss": number})
     assert names(tmp_path) == []
+
+
+def test_json_that_is_damaged_is_one_line_with_the_remedy(tmp_path):
+    for content in (b'{"step": 1', b"", b"\xff"):
+        (tmp_path / "run.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"run\.json: not JSON \(.*\); dvc checkout brings an output back"):
+            read_json(tmp_path / "run.json")
 
 
 def test_digests_are_sha_256(tmp_path):

@@ -24,6 +24,14 @@ def test_a_users_mistake_is_one_line_on_stderr_and_status_2(monkeypatch, capsys)
     assert captured.out == ""
 
 
+def test_what_the_system_refuses_about_a_file_is_one_line_and_status_2(monkeypatch, capsys, tmp_path):
+    def main() -> None:
+        tmp_path.read_text()
+
+    assert status(main, monkeypatch) == 2
+    assert capsys.readouterr().err == f"{tmp_path}: Is a directory\n"
+
+
 def test_an_interrupted_training_ends_with_the_signals_status(monkeypatch, capsys):
     def main() -> None:
         raise Interrupted("saved at step 3", 143)

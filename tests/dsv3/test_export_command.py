@@ -44,6 +44,36 @@ def test_fp8_writes_a_folder(model, tmp_path):
     assert read_json(tmp_path / "fp8" / "config.json")["quantization_config"]["quant_method"] == "fp8"
 
 
+def test_fp8_replaces_a_former_export_and_nothing_else(model, tmp_path):
+    precious = tmp_path / "precious" / "thesis.tex"
+    precious.parent.mkdir()
+    precious.write_text("thesis")
+    assert_refused(run("fp8", model, precious.parent), "holds something else than a former export; name a new folder")
+    assert_refused(run("fp8", model, precious), "thesis.tex: is a file; name a folder")
+    before = (model / "config.json").read_bytes()
+    assert_refused(run("fp8", model, model), "is the model itself; name another folder")
+    assert (precious.read_text(), (model / "config.json").read_bytes()) == ("thesis", before)
+    for _ in range(2):
+        assert run("fp8", model, tmp_path / "fp8").returncode == 0
+
+
+def test_a_model_is_not_quantised_twice(model, tmp_path):
+    assert run("fp8", model, tmp_path / "fp8").returncode == 0
+    assert_refused(run("fp8", tmp_path / "fp8", tmp_path / "again"), "is quantised already")
+
+
+@pytest.mark.parametrize("form", ["gguf", "fp8"])
+def test_weights_that_are_cut_off_are_refused_and_nothing_is_written(model, tmp_path, form):
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert_refused(run(form, model, tmp_path / "out"), "model.safetensors: damaged or cut off")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_file_is_not_written_over_a_folder(model, tmp_path):
+    assert_refused(run("gguf", model, tmp_path), "is a folder; name the file to be written")
+
+
 def test_an_fp8_model_becomes_no_gguf(model, tmp_path):
     assert run("fp8", model, tmp_path / "fp8").returncode == 0
     assert_refused(run("gguf", tmp_path / "fp8", tmp_path / "x.gguf"), "config.json: has a quantization_config")

@@ -9,6 +9,7 @@ from dsv3.fp8 import quantize
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE, Recipe
 from dsv3.kernels import grouped_mm, reference
 from tests.dsv3.kernels.cases import ROUTINGS, case, errors, results
+from tests.gpu.conftest import poison
 
 # Libraries warn of devices and drivers that this project can't foresee.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -118,7 +119,9 @@ def test_fp8_experts_err_by_their_formats_precision(checks, fp8_device, routing,
 def test_bf16_experts_agree_with_the_reference_in_fp64(device, backend, routing):
     inputs = case(routing, hidden_size=256, intermediate_size=128)
     truth = results(reference.experts, inputs.to(torch.float64))
-    found = results(backend.experts, inputs.to(torch.bfloat16).on(device))
+    inputs = inputs.to(torch.bfloat16).on(device)
+    poison(device)
+    found = results(backend.experts, inputs)
     found = errors({name: value.cpu() for name, value in found.items()}, truth)
     assert max(found.values()) < BF16, found
 

@@ -1,3 +1,4 @@
+import math
 from functools import partial
 
 import pytest
@@ -71,6 +72,18 @@ def test_how_many_experts_the_cpu_backend_takes_at_a_time_changes_no_bit(roundin
     for name, tensor in outcomes[0].items():
         assert torch.equal(outcomes[1][name], tensor)
         assert torch.equal(outcomes[2][name], tensor)
+
+
+def test_the_backward_pass_makes_no_zero_gradients_of_what_only_waits():
+    inputs = case("random")
+    leaves = [tensor.requires_grad_() for tensor in (inputs.hidden, inputs.weight, inputs.gate_up, inputs.down)]
+    output = cpu.experts(leaves[0], inputs.index, *leaves[1:])
+    with torch.profiler.profile(record_shapes=True) as profile:
+        torch.autograd.grad(output, leaves, inputs.grad)
+    num_kept = inputs.index.numel() * inputs.gate_up.shape[1]
+    made = [event for event in profile.events() if event.name in ("aten::zeros", "aten::zeros_like", "aten::zero_")]
+    sizes = [math.prod(shape) for event in made for shape in event.input_shapes if shape]
+    assert num_kept not in sizes
 
 
 def test_the_cpu_backends_gradients_agree_with_finite_differences_in_fp64():

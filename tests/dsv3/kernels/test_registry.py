@@ -1,11 +1,14 @@
+from typing import get_args
+
 import pytest
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dsv3.errors import UserError
 from dsv3.fp8.recipe import Recipe
-from dsv3.kernels import registry
+from dsv3.kernels import grouped_mm, registry
 from dsv3.kernels.registry import AUTO, BACKENDS, auto_backend, experts_backend
+from dsv3.training.params import TrainParams
 from tests.dsv3.kernels.cases import case
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -41,6 +44,10 @@ def test_auto_takes_the_fastest_backend_that_the_device_runs_natively(
     assert auto_backend(device, dtype, use_fp8) == backend
 
 
+def test_the_parameter_admits_the_backends_that_exist():
+    assert get_args(TrainParams.model_fields["experts"].annotation) == ("auto", *BACKENDS)
+
+
 def test_auto_names_only_backends_that_exist():
     assert {backend for _, backend in AUTO} <= set(BACKENDS)
 
@@ -61,6 +68,44 @@ def test_a_backend_that_cannot_run_says_why_in_one_line(name, device, dtype, use
         experts_backend(name, device, dtype, use_fp8)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "dtype", "use_fp8", "fitting", "odd", "instead"),
+    [
+        ("grouped_mm", BF16, False, (256, 136), (256, 132), "reference"),
+        ("grouped_mm", FP32, False, (256, 132), (254, 132), "reference"),
+        ("triton_fp8", BF16, True, (256, 128), (256, 192), "fp8_emulated"),
+    ],
+)
+def test_widths_that_a_kernel_cannot_multiply_are_refused_before_anything_runs_and_auto_takes_another(
+    monkeypatch, chosen, dtype, use_fp8, fitting, odd, instead
+):
+    monkeypatch.setattr(registry, "multiplies_bf16", lambda _: True)
+    monkeypatch.setattr(registry, "multiplies_fp8", lambda _: True)
+    assert auto_backend(CUDA, dtype, use_fp8, widths=fitting) == chosen
+    assert auto_backend(CUDA, dtype, use_fp8, widths=odd) == instead
+    wrong = next(width for width, right in zip(odd, fitting, strict=True) if width != right)
+    with pytest.raises(UserError, match=rf"train.experts is {chosen}; multiplies widths .* not {wrong}, take auto"):
+        experts_backend(chosen, CUDA, dtype, use_fp8, widths=odd)
+
+
+def test_grouped_mm_multiplies_the_widths_that_are_let_through_and_no_others():
+    for width, works in ((20, True), (18, False)):
+        inputs = case("random", hidden_size=24, intermediate_size=width)
+        arguments = inputs.hidden, inputs.index, inputs.weight, inputs.gate_up, inputs.down
+        assert (BACKENDS["grouped_mm"].unsuited((24, width), FP32) is None) == works
+        if works:
+            grouped_mm.experts(*arguments)
+        else:
+            with pytest.raises(RuntimeError, match="16 bytes"):
+                grouped_mm.experts(*arguments)
+
+
+def test_a_gpu_of_amd_is_not_taken_for_one_that_multiplies_nvidias_e4m3(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert auto_backend(CUDA, BF16, True) == "fp8_emulated"
 
 
 def test_fp8_of_neither_side_is_refused():

@@ -156,5 +156,7 @@ def test_a_tracker_that_is_not_installed_is_told_in_one_line_with_the_remedy(
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == name else find_spec(wanted))
     runtime = params.runtime.model_copy(update={"trackers": [name]})
-    with pytest.raises(UserError, match=rf"runtime.trackers names {name}.*pip install '\.\[{name}\]'"):
+    with pytest.raises(
+        UserError, match=rf"runtime.trackers names {name}.*pip install --group {name} -c constraints\.txt"
+    ):
         open_recorder(tmp_path, runtime, identity)

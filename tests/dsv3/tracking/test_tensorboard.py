@@ -3,7 +3,7 @@ from PIL import Image
 
 from dsv3.tracking.recorder import open_recorder, reopen_recorder
 
-pytest.importorskip("tensorboard", reason="an extra: pip install '.[tensorboard]'")
+pytest.importorskip("tensorboard", reason="a group of its own: pip install --group tensorboard")
 
 
 SCORES = {"nats_per_token": 4.0, "perplexity": 54.6, "nats_per_char": 1.5, "bits_per_byte": 2.2, "tokens": 7}

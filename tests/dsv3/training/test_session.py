@@ -78,6 +78,21 @@ def test_what_ran_is_recorded(tmp_path):
     assert record["fingerprint"] == fingerprint_of(tmp_path, train={"max_steps": 2})
 
 
+def test_layers_that_are_left_out_of_fp8_are_listed_with_the_run(tmp_path, capsys):
+    metrics = trained(tmp_path, train={"max_steps": 2, "use_fp8": True})
+    listed = json.loads((tmp_path / "results" / "run.json").read_text())["env"]["high_precision_linears"]
+    assert "lm_head" in listed
+    assert "high_precision_linears" not in metrics  # DVC's metrics are numbers and words
+    assert f"in high precision: {listed[0].removeprefix('model.')}" in capsys.readouterr().out
+
+
+def test_a_model_without_experts_trains(tmp_path):
+    dense = {"first_k_dense_replace": 9, "num_nextn_predict_layers": 0}
+    metrics = trained(tmp_path, architecture=dense, train={"max_steps": 4})
+    assert metrics["loss"] < 6
+    assert (tmp_path / "results" / "router.tsv").read_text().count("\n") == 1
+
+
 def test_it_must_go_on_only_where_there_is_something_to_go_on_from(tmp_path):
     with pytest.raises(UserError, match=r"runtime\.resume is must; no checkpoint in"):
         trained(tmp_path, runtime={"resume": "must"})
