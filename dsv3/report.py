@@ -16,6 +16,7 @@ NEXT = (
     ("make ui", "the run in Aim: curves, routing, samples, figures"),
     ("cat outputs/samples.md", "what the model writes"),
     ("dvc metrics show", "every number of every stage"),
+    ("dvc metrics diff", "your numbers beside the committed ones"),
     ("dvc plots show", "curves and figures as one HTML page"),
     ("dvc exp run -S train.learning_rate=4.0e-3", "a first experiment: another learning rate"),
     ("dvc exp show --only-changed", "experiments side by side"),
