@@ -134,8 +134,11 @@ def _goal(study: Study, results: Sequence[Result], variant: str) -> Iterable[str
         goal, half = study.goal_percent, gap.half_interval
         verdict = "within" if abs(gap.mean) < goal else "beyond"
         interval = "in a single seed" if half is None else f"95 % interval ± {half:.3f}"
-        is_unsure = half is not None and abs(gap.mean) < goal <= abs(gap.mean) + half
-        doubt = ", though the interval reaches beyond it" if is_unsure else ""
+        doubt = ""
+        if half is not None and abs(gap.mean) < goal <= abs(gap.mean) + half:
+            doubt = ", though the interval reaches beyond it"
+        elif half is not None and goal <= abs(gap.mean) < half:
+            doubt = ", though zero lies within the interval"
         yield (
             f"{what} lies {gap.mean:+.3f} % ({interval}) from `{study.baseline}`'s, "
             f"{verdict} the goal of {goal:g} %{doubt}."

@@ -41,8 +41,8 @@ INDEX = "model.safetensors.index.json"
 def export_fp8(model: Path, output: Path) -> None:
     """Write the folder `model` to `output` with its matrices in FP8; every other file is copied.
 
-    A former export in `output` is replaced. Raises `UserError`, before anything is written, for any other folder with
-    something in it, for `model` itself, and for a model that is quantised or damaged.
+    Raises `UserError`, before anything is written, for an `output` with anything in it, and for a model that is
+    quantised or damaged.
     """
     if not (model / "config.json").is_file():
         raise UserError(f"{model} holds no config.json; name a folder that save_pretrained wrote")
@@ -72,15 +72,13 @@ def export_fp8(model: Path, output: Path) -> None:
 
 
 def check_output(output: Path, model: Path) -> None:
-    """Raise `UserError` where `output` holds what an export must not replace."""
+    """Raise `UserError` unless `output` is a folder's name that is free: who could tell whose files they are?"""
     if output.resolve() == model.resolve():
         raise UserError(f"{output}: is the model itself; name another folder")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; name a folder")
-    config = output / "config.json"
-    is_former = config.is_file() and "quantization_config" in read_json(config)
-    if output.is_dir() and any(output.iterdir()) and not is_former:
-        raise UserError(f"{output}: holds something else than a former export; name a new folder")
+    if output.is_dir() and any(output.iterdir()):
+        raise UserError(f"{output}: is not empty; remove it, or name a new folder")
 
 
 def shapes_of_matrices(files: Iterable[Path]) -> dict[str, list[int]]:
