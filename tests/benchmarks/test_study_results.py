@@ -22,6 +22,7 @@ def record(root, name: str, experiment: str = "study", score: float = 1.5, statu
         experiment=experiment,
         tags=(),
         params={},
+        architecture={},
         dvc={"git_sha": "abcdef0123", "data_source": "plays", "corpus_sha256": "0123456789"},
         env={"torch": "2"},
         size={"parameters_total": 9, "parameters_active": 5},

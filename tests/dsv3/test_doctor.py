@@ -125,8 +125,8 @@ def test_a_cuda_device_that_is_asked_for_and_missing_is_found(monkeypatch):
 
 
 def test_an_expert_backend_that_cannot_run_here_is_found():
-    edit("experts: auto", "experts: nothing")
-    assert "train.experts is nothing; must be one of auto" in str(finding(check_experts))
+    edit("experts: auto", "experts: triton_fp8")
+    assert "train.experts is triton_fp8; runs on cuda, not on cpu, take auto" in str(finding(check_experts))
 
 
 def test_a_training_that_does_not_fit_is_found(monkeypatch):

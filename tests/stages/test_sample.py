@@ -56,8 +56,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(prepared, tmp_path, capsys):
 
 def test_a_text_that_does_not_fit_the_model_is_told(prepared, tmp_path):
     shutil.copytree(prepared, tmp_path / "copy")
-    set_params(tmp_path / "copy", sample={"max_new_tokens": 100})
-    with pytest.raises(UserError, match=r"sample\.max_new_tokens is 100; must be <= 54"):
+    set_params(tmp_path / "copy", sample={"max_new_tokens": 60})
+    with pytest.raises(UserError, match=r"sample\.max_new_tokens is 60; must be <= 54"):
         run(tmp_path / "copy", tmp_path / "none.md")
     assert not (tmp_path / "none.md").exists()
 
