@@ -41,7 +41,7 @@ INDEX = "model.safetensors.index.json"
 def export_fp8(model: Path, output: Path) -> None:
     """Write the folder `model` to `output` with its matrices in FP8; every other file is copied.
 
-    Raises `UserError`, before anything is written, for an `output` with anything in it, and for a model that is
+    Raises `UserError`, before anything is written, for an `output` that is there and not empty, and for a model that is
     quantised or damaged.
     """
     if not (model / "config.json").is_file():
@@ -51,7 +51,8 @@ def export_fp8(model: Path, output: Path) -> None:
         raise UserError(f"{model} holds no *.safetensors; name a folder that save_pretrained wrote")
     if "quantization_config" in read_json(model / "config.json"):
         raise UserError(f"{model}: is quantised already; name the folder that was quantised, in full precision")
-    check_output(output, model)
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):  # whose files would they be?
+        raise UserError(f"{output}: is there already; remove it, or name a new folder")
     check_weights(model)
     kept = kept_modules(shapes_of_matrices(files))
     with replacing_directory(output) as folder:
@@ -69,16 +70,6 @@ def export_fp8(model: Path, output: Path) -> None:
         config = read_json(model / "config.json")
         quantization = quantization_config(server_names(kept, config["num_hidden_layers"]))
         write_json(folder / "config.json", {**config, "quantization_config": quantization})
-
-
-def check_output(output: Path, model: Path) -> None:
-    """Raise `UserError` unless `output` is a folder's name that is free: who could tell whose files they are?"""
-    if output.resolve() == model.resolve():
-        raise UserError(f"{output}: is the model itself; name another folder")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: is a file; name a folder")
-    if output.is_dir() and any(output.iterdir()):
-        raise UserError(f"{output}: is not empty; remove it, or name a new folder")
 
 
 def shapes_of_matrices(files: Iterable[Path]) -> dict[str, list[int]]:

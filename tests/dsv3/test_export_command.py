@@ -48,10 +48,9 @@ def test_fp8_replaces_nothing(model, tmp_path):
     precious = tmp_path / "precious" / "thesis.tex"
     precious.parent.mkdir()
     precious.write_text("thesis")
-    assert_refused(run("fp8", model, precious.parent), "precious: is not empty; remove it, or name a new folder")
-    assert_refused(run("fp8", model, precious), "thesis.tex: is a file; name a folder")
     before = (model / "config.json").read_bytes()
-    assert_refused(run("fp8", model, model), "is the model itself; name another folder")
+    for output in (precious.parent, precious, model):
+        assert_refused(run("fp8", model, output), f"{output}: is there already; remove it, or name a new folder")
     assert (precious.read_text(), (model / "config.json").read_bytes()) == ("thesis", before)
 
 

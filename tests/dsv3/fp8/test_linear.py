@@ -127,18 +127,8 @@ def test_a_weight_is_rounded_once_per_optimizer_step(options):
         optimizer.step()
 
 
-def test_the_operator_rounds_a_weight_once_for_forward_and_backward(monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        "dsv3.fp8.rounding.until_changed", lambda w, name, f: until_changed(w, name, lambda w: calls.append(1) or f(w))
-    )
-    layer = low_precision(nn.Linear(128, 128))
-    for _micro_batch in range(3):
-        layer(torch.randn(4, 128)).sum().backward()
-    assert len(calls) == 1
-
-
-def test_a_checkpointed_layer_rounds_its_weight_no_more_often(monkeypatch):
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_the_operator_rounds_a_weight_once_for_forward_and_backward(monkeypatch, is_checkpointed):
     calls = []
     monkeypatch.setattr(
         "dsv3.fp8.rounding.until_changed", lambda w, name, f: until_changed(w, name, lambda w: calls.append(1) or f(w))
@@ -146,7 +136,8 @@ def test_a_checkpointed_layer_rounds_its_weight_no_more_often(monkeypatch):
     layer = low_precision(nn.Linear(128, 128))
     for _micro_batch in range(3):
         x = torch.randn(4, 128, requires_grad=True)
-        checkpoint(layer, x, use_reentrant=False).sum().backward()
+        output = checkpoint(layer, x, use_reentrant=False) if is_checkpointed else layer(x)
+        output.sum().backward()
     assert len(calls) == 1
 
 

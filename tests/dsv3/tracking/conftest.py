@@ -19,10 +19,8 @@ def params() -> Params:
 def identity(params, monkeypatch) -> RunIdentity:
     monkeypatch.setenv("DVC_EXP_NAME", "union-brig")
     data = {"sha256": "d" * 64, "corpus": {"source": "plays", "sha256": "c" * 64}}
-    architecture, env = (
-        {"n_routed_experts": 8, "rope_scaling": {"type": "yarn"}},
-        {"device": "cpu", "precision": "bf16"},
-    )
+    architecture = {"n_routed_experts": 8, "rope_scaling": {"type": "yarn"}}
+    env = {"device": "cpu", "precision": "bf16"}
     return run_identity(params, "f" * 64, architecture, data, {"parameters": 5}, env)
 
 
