@@ -28,12 +28,12 @@ from benchmarks.fp8_peers import GPU_SHAPES, Product, contestants, layers, unava
 from benchmarks.moe import Layer, Shape
 from benchmarks.timing import Functions, best_device, conditions, medians_s
 from dsv3.cli import command
+from dsv3.devices import multiplies_fp8
 from dsv3.fp8 import quantize, rounding
-from dsv3.fp8.convert import convert, emulate_bf16
 from dsv3.fp8.linear import LowPrecisionLinear, rounded_product
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE
 from dsv3.fp8.rounding import BF16, fp8_rounding
-from dsv3.kernels.devices import multiplies_fp8
+from dsv3.kernels.convert import convert, emulate_bf16
 from dsv3.kernels.registry import experts_backend
 
 ROOT = Path(__file__).parent.parent
@@ -136,8 +136,8 @@ def cpu_experts(shape: Shape, rounds: int) -> Result:
 
 def nano_step(precision: str) -> Callable[[], object]:
     """Return a function that does one optimizer step of nano, as params.yaml trains it, in fp32 or an emulation."""
-    from dsv3.assembly import build_model
-    from dsv3.params import read_params
+    from dsv3.params.read import read_params
+    from dsv3.training.model import build_model
     from dsv3.training.optimizer import Optimizer, parameter_groups
 
     train, device = read_params(ROOT / "params.yaml").train, torch.device("cpu")

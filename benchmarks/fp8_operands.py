@@ -39,8 +39,8 @@ def normal_layer(outlier: float) -> Layer:
 
 def captured_layers(params: Path, tokens: Path, sizes: Path, num_steps: int) -> dict[str, Layer]:
     """Return the operands of every linear layer that FP8 would convert, in one pass after `num_steps` of training."""
-    from dsv3.fp8.convert import convert
-    from dsv3.params import read_params
+    from dsv3.kernels.convert import convert
+    from dsv3.params.read import read_params
     from dsv3.training.interruption import Interruption
     from dsv3.training.loop import train
     from dsv3.training.plan import read_plan

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dsv3.devices import multiplies_fp8
 from dsv3.fp8 import rounding
-from dsv3.fp8.convert import convert
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE
-from dsv3.kernels.devices import multiplies_fp8
+from dsv3.kernels.convert import convert
 
 Function = Callable[[], object]
 unavailable: dict[str, str] = {}

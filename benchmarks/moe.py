@@ -25,8 +25,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Exper
 
 from benchmarks.timing import Functions, best_device, conditions, medians_s
 from dsv3.cli import command
+from dsv3.devices import multiplies_fp8
 from dsv3.fp8 import rounding
-from dsv3.kernels.devices import multiplies_fp8
 from dsv3.kernels.permute import expert_order
 from dsv3.kernels.registry import experts_backend
 

@@ -15,10 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dsv3.cli import ParamsOption, command
-from dsv3.figures import BLUE, STYLE, VERMILION, save
-from dsv3.params import read_params
+from dsv3.evaluation.figures import BLUE, STYLE, VERMILION, save
+from dsv3.params.read import read_params
+from dsv3.params.train import TrainParams
 from dsv3.training.budget import Budget, budget_of
-from dsv3.training.params import TrainParams
 from dsv3.training.schedule import COSINE_UNTIL, bias_update_rate, learning_rate, mtp_loss_weight
 
 REPORT = {

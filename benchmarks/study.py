@@ -70,7 +70,7 @@ def report(
     from benchmarks.studies.pages import replace_section
     from benchmarks.studies.report import section
     from benchmarks.studies.results import checked_with_dvc, read_results
-    from dsv3.figures import save
+    from dsv3.evaluation.figures import save
 
     study = read_study(name)
     results = read_results(root, name, run_names(name, study))

@@ -21,9 +21,9 @@ import typer
 from dsv3.artifacts import write_text
 from dsv3.cli import command
 from dsv3.errors import UserError
-from dsv3.params import Params, read_params, schema_text
-from dsv3.sizing.architecture import read_architecture
-from dsv3.sizing.devices import training_device
+from dsv3.params.architecture import read_architecture
+from dsv3.params.read import Params, read_params, schema_text
+from dsv3.sizing.machines import has_nvidia_driver
 from dsv3.sizing.memory import GIB, training_memory
 
 PARAMS = Path("params.yaml")
@@ -121,15 +121,10 @@ def check_torch() -> Finding:
     """Check that the device that params.yaml asks for is there, and tell what it multiplies natively."""
     import torch
 
-    from dsv3.kernels.devices import multiplies_bf16, multiplies_fp8
+    from dsv3.devices import device_name, multiplies_bf16, multiplies_fp8, torch_device
 
-    asked = read_params(PARAMS).runtime.device
-    has_cuda = torch.cuda.is_available()
-    if asked == "cuda" and not has_cuda:
-        remedy = "install a CUDA build of torch, or set runtime.device to auto"
-        return Finding("torch", False, f"{torch.__version__} sees no CUDA device, runtime.device is cuda", remedy)
-    device = torch.device("cuda" if has_cuda and asked != "cpu" else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    device = torch_device(read_params(PARAMS).runtime)
+    name = device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     bf16 = "native" if multiplies_bf16(device) else "emulated"
     fp8 = "native" if multiplies_fp8(device) else "emulated"
     return Finding("torch", True, f"{torch.__version__} on {name}; bf16 {bf16}, fp8 {fp8}")
@@ -148,13 +143,12 @@ def check_driver() -> Finding:
 
 def check_experts() -> Finding:
     """Check that the expert backend that params.yaml names runs here, and list those that do."""
-    import torch
-
+    from dsv3.devices import torch_device
     from dsv3.kernels.registry import BACKENDS, DTYPE_NAMES, experts_backend, refusal
     from dsv3.training.precision import COMPUTE_DTYPES, resolved_precision
 
     params = read_params(PARAMS)
-    device = torch.device(training_device(params.runtime.device) if torch.cuda.is_available() else "cpu")
+    device = torch_device(params.runtime)
     dtype = COMPUTE_DTYPES[resolved_precision(params.train.precision, device)]
     use_fp8 = params.train.use_fp8
     chosen = experts_backend(params.train.experts, device, dtype, use_fp8)
@@ -166,7 +160,7 @@ def check_experts() -> Finding:
 def check_memory() -> Finding:
     """Check that the training's estimated peak is less than the memory of this machine (on a GPU: of the GPU)."""
     params = read_params(PARAMS)
-    device = training_device(params.runtime.device)
+    device = params.runtime.device_type(has_nvidia_driver())
     needed = training_memory(read_architecture(Path(params.model.config)), params.train, device).peak_bytes
     available = device_memory_bytes(device)
     message = f"training needs about {needed / GIB:.2f} GiB of {available / GIB:.0f} GiB ({device})"

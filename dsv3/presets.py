@@ -23,7 +23,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 from dsv3.artifacts import write_text
 from dsv3.cli import ParamsOption, run_app
 from dsv3.errors import UserError
-from dsv3.params import read_yaml, validated
+from dsv3.params.read import read_yaml, validated
 
 FOLDER = Path(__file__).resolve().parents[1] / "presets"
 

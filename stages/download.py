@@ -15,7 +15,7 @@ def main(
 ) -> None:
     """Fetch the text that section `data` of params.yaml names, verify it, and write it with a manifest."""
     from dsv3.data.sources import plan, write_corpus
-    from dsv3.params import read_params
+    from dsv3.params.read import read_params
 
     parameters = read_params(params).data
     if dry_run:

@@ -16,9 +16,9 @@ def main(
 ) -> None:
     """Count parameters, memory and arithmetic of the chosen model, and compare all of them in a table."""
     from dsv3.artifacts import write_json, write_text
-    from dsv3.params import read_params
-    from dsv3.sizing.architecture import read_architecture
-    from dsv3.sizing.devices import training_device
+    from dsv3.params.architecture import read_architecture
+    from dsv3.params.read import read_params
+    from dsv3.sizing.machines import has_nvidia_driver
     from dsv3.sizing.report import check_budget, markdown_table, metrics, table_row
 
     parameters = read_params(params)
@@ -39,7 +39,7 @@ def main(
         print(f"  {name:40} {value:>25,}")
 
     # Told here rather than by train: the pipeline stops before a tokenizer is trained or a weight is made.
-    device = training_device(parameters.runtime.device)
+    device = parameters.runtime.device_type(has_nvidia_driver())
     check_budget(architecture, train, device, inference.memory_budget_gib)
     write_text(output / "table.md", markdown_table(rows))
     write_json(output / "table.json", rows)

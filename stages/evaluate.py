@@ -20,7 +20,7 @@ def main(
     dry_run: DryRunOption = False,
 ) -> None:
     """Score the exported model on the whole validation and test text."""
-    from dsv3.params import read_params
+    from dsv3.params.read import read_params
 
     parameters = read_params(params)
     settings = parameters.evaluate
@@ -29,9 +29,10 @@ def main(
 
     from dsv3.artifacts import read_json
     from dsv3.data.shards import TokenStream
-    from dsv3.evaluation import SPLITS, check_fits, evaluate
-    from dsv3.evaluation_files import show, summary, write
-    from dsv3.loading import check_model, chosen_device, device_name, load_model
+    from dsv3.devices import device_name, torch_device
+    from dsv3.evaluation.files import show, summary, write
+    from dsv3.evaluation.sliding_window import SPLITS, check_fits, evaluate
+    from dsv3.export.loading import check_model, load_model
     from dsv3.tracking.recorder import read_record, reopen_recorder
 
     check_model(model)
@@ -39,7 +40,7 @@ def main(
     streams = {split: TokenStream.open(tokens, split) for split in SPLITS}
     meta = read_json(tokens / "meta.json")
     num_tokens = sum(len(stream) - 1 for stream in streams.values())
-    device = chosen_device(parameters.runtime.device)
+    device = torch_device(parameters.runtime)
     print(
         f"{model}: {num_tokens:,} tokens of {' and '.join(SPLITS)} on {device_name(device)}, "
         f"windows of {settings.block_size} moved by {settings.stride}"

@@ -16,7 +16,7 @@ def main(
     dry_run: DryRunOption = False,
 ) -> None:
     """Let the exported model continue the prompts of params.yaml."""
-    from dsv3.params import read_params
+    from dsv3.params.read import read_params
 
     parameters = read_params(params)
     settings = parameters.sample
@@ -25,13 +25,14 @@ def main(
     from tqdm import tqdm
 
     from dsv3.artifacts import write_text
-    from dsv3.loading import check_model, chosen_device, device_name, load_model, load_tokenizer
-    from dsv3.sampling import check_fits, drafts_of, markdown, sample, show
+    from dsv3.devices import device_name, torch_device
+    from dsv3.export.loading import check_model, load_model, load_tokenizer
+    from dsv3.generation.sampling import check_fits, drafts_of, markdown, sample, show
     from dsv3.tracking.recorder import read_record, reopen_recorder
 
     check_model(model)
     record = read_record(run)
-    device = chosen_device(parameters.runtime.device)
+    device = torch_device(parameters.runtime)
     print(
         f"{model}: {len(settings.prompts)} prompts, {settings.num_return_sequences} continuations each, "
         f"at most {settings.max_new_tokens} tokens, on {device_name(device)}"

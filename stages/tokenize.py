@@ -18,8 +18,8 @@ def main(
     """Split the corpus into train, validation and test, and write each as shards of token ids."""
     from dsv3.artifacts import write_json
     from dsv3.data.tokens import plan, write_tokens
-    from dsv3.params import read_params
-    from dsv3.sizing.architecture import read_architecture
+    from dsv3.params.architecture import read_architecture
+    from dsv3.params.read import read_params
 
     parameters = read_params(params)
     if dry_run:

@@ -22,7 +22,7 @@ def main(  # noqa: PLR0913 (one option per file that dvc.yaml names)
     dry_run: DryRunOption = False,
 ) -> None:
     """Train the model and export it."""
-    from dsv3.params import read_params
+    from dsv3.params.read import read_params
 
     parameters = read_params(params)
 

@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsv3.artifacts import read_json, write_json
-from dsv3.assembly import build_model, export
-from dsv3.params import Params
+from dsv3.export.huggingface import export
+from dsv3.params.read import Params
 from dsv3.tracking.identity import run_identity
 from dsv3.tracking.recorder import Recorder
+from dsv3.training.model import build_model
 from tests.training_inputs import write_inputs
 
 

@@ -213,7 +213,7 @@ def history(run: Any) -> list[dict[str, Any]]:
 
 def plan_of(folder: Path, **sections: dict) -> Any:
     """Write the inputs into `folder` and return the plan that the stage makes of them."""
-    from dsv3.params import read_params
+    from dsv3.params.read import read_params
     from dsv3.training.plan import read_plan
 
     return read_plan(read_params(write_inputs(folder, **sections)), folder / "tokens", folder / "sizes.json")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from dsv3.errors import UserError
-from dsv3.params import read_yaml
+from dsv3.params.read import read_yaml
 from dsv3.presets import flags
 
 FOLDER = Path(__file__).parent

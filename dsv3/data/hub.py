@@ -12,8 +12,8 @@ from typing import Any
 
 from dsv3.data.corpus import Measure, Origin, write_documents
 from dsv3.data.files import field_text
-from dsv3.data.params import DataParams
 from dsv3.errors import UserError
+from dsv3.params.data import DataParams
 
 
 def write_hub(params: DataParams, directory: Path) -> tuple[Measure, Origin]:

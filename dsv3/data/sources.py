@@ -7,10 +7,10 @@ from dsv3.artifacts import replacing_directory
 from dsv3.data.corpus import Measure, Origin, write_manifest, write_text
 from dsv3.data.files import corpus_files, write_files
 from dsv3.data.hub import write_hub
-from dsv3.data.params import DataParams
 from dsv3.data.remote import Unreachable, required_tiny_shakespeare, tiny_shakespeare_within
 from dsv3.data.wheel import plays
 from dsv3.errors import UserError
+from dsv3.params.data import DataParams
 
 Note = Callable[[str], None]
 

@@ -12,8 +12,8 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 
 from dsv3.data.corpus import Chunk, Measure
-from dsv3.data.params import TokenizeParams
 from dsv3.errors import UserError
+from dsv3.params.tokenize import TokenizeParams
 
 SPLITS = ("train", "validation", "test")
 

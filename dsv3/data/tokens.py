@@ -14,7 +14,6 @@ from tqdm import tqdm
 from dsv3.artifacts import replacing_directory, sha256_file, sha256_tree, write_json
 from dsv3.data.corpus import Chunk, Measure, read_chunks, read_measure
 from dsv3.data.encoding import Encoded, encoded_groups, groups, pieces
-from dsv3.data.params import TokenizeParams
 from dsv3.data.shards import token_dtype, write_shards
 from dsv3.data.splits import Selection, selections
 from dsv3.data.tokenizer import (
@@ -27,6 +26,7 @@ from dsv3.data.tokenizer import (
     train_tokenizer,
 )
 from dsv3.errors import UserError
+from dsv3.params.tokenize import TokenizeParams
 
 TRAINED = "byte_level_bpe"
 ONE_PROCESS_CHARACTERS = 64_000_000

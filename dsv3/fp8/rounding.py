@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dsv3.fp8.cache import Quantiser
 from dsv3.fp8.quantize import quantised_rows, rounded_columns, rounded_rows, rounded_weight
 from dsv3.fp8.recipe import Recipe
+from dsv3.fp8.swiglu_cache import Quantiser
 
 ROUNDINGS: dict[str, "Rounding"] = {}
 """Every rounding by its name; operators of torch.library take strings, not objects."""

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3.fp8.cache import fake_kept, kept, restored
 from dsv3.fp8.rounding import EXACT, ROUNDINGS, Rounding
+from dsv3.fp8.swiglu_cache import fake_kept, kept, restored
 from dsv3.kernels.permute import Parts, expert_order, neighbours, sum_per_token, with_inverse
 from dsv3.kernels.swiglu import swiglu_backward
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from dsv3.devices import multiplies_bf16, multiplies_fp8
 from dsv3.errors import UserError
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE, Recipe
 from dsv3.fp8.rounding import BF16, fp8_rounding
 from dsv3.kernels import cpu, grouped_mm, reference
-from dsv3.kernels.devices import multiplies_bf16, multiplies_fp8
 
 DTYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.errors import UserError
-from dsv3.fp8.cache import fake_kept, kept, restored
 from dsv3.fp8.definition import BLOCK
 from dsv3.fp8.recipe import Recipe
+from dsv3.fp8.swiglu_cache import fake_kept, kept, restored
 from dsv3.kernels.permute import expert_order, sum_per_token, with_inverse
 from dsv3.kernels.swiglu import swiglu, swiglu_backward
 from dsv3.kernels.triton_launch import (

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from dsv3.sizing.architecture import Architecture
+from dsv3.params.architecture import Architecture
 from dsv3.sizing.parameters import attention_weights, expert_weights
 
 FP32, BF16, INT64 = 4, 2, 8

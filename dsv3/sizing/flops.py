@@ -16,7 +16,7 @@ counted.
 Element-wise work (norms, softmax, SwiGLU, rotary positions) is left out: it is bound by memory, not by arithmetic.
 """
 
-from dsv3.sizing.architecture import Architecture
+from dsv3.params.architecture import Architecture
 from dsv3.sizing.parameters import attention_weights, expert_weights
 
 FLOPS_PER_WEIGHT = 2

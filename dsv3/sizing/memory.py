@@ -15,9 +15,11 @@ of keys and values per head.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from dsv3.errors import UserError
+from dsv3.params.architecture import Architecture
+from dsv3.params.runtime import Device
+from dsv3.params.train import TrainParams
 from dsv3.sizing.activations import (
     BF16,
     DTYPE_BYTES,
@@ -33,7 +35,6 @@ from dsv3.sizing.activations import (
     recomputed_bytes,
     weight_cast_bytes,
 )
-from dsv3.sizing.architecture import Architecture
 from dsv3.sizing.parameters import (
     attention_biases,
     expert_weights,
@@ -43,7 +44,6 @@ from dsv3.sizing.parameters import (
     num_router_biases,
     parameters_by_part,
 )
-from dsv3.training.params import TrainParams
 
 GIB = 1 << 30
 
@@ -55,8 +55,6 @@ LOSS_CHUNK_BYTES = 64 << 20
 
 MUON_BATCH_NUMBERS = 1 << 26
 """Most numbers that dsv3/training/optimizer.py orthogonalises at once (its MAX_BATCH_NUMBERS)."""
-
-Device = Literal["cpu", "cuda"]
 
 AUTO_EXPERTS = {
     ("cpu", False): "cpu",

@@ -14,7 +14,7 @@ The router's bias is no parameter (no gradient reaches it), so it is counted as 
 
 from collections import Counter
 
-from dsv3.sizing.architecture import Architecture
+from dsv3.params.architecture import Architecture
 
 PARTS = ("embedding", "head", "attention", "dense_mlp", "routed_experts", "shared_experts", "router", "norms")
 """What a main network consists of; an MTP module adds `projection`."""

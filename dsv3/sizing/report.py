@@ -4,15 +4,18 @@ from pathlib import Path
 from typing import Any
 
 from dsv3.errors import UserError
-from dsv3.sizing.architecture import Architecture
-from dsv3.sizing.devices import MACHINES, best_fit
+from dsv3.params.architecture import Architecture
+from dsv3.params.estimate_size import EstimateSizeParams
+from dsv3.params.runtime import Device
+from dsv3.params.train import TrainParams
 from dsv3.sizing.flops import (
     decoding_flops_per_token,
     forward_flops_per_token,
     mean_keys,
     training_flops_per_token,
 )
-from dsv3.sizing.memory import GIB, Device, inference_weights_bytes, kv_cache_bytes_per_token, training_memory
+from dsv3.sizing.machines import MACHINES, best_fit
+from dsv3.sizing.memory import GIB, inference_weights_bytes, kv_cache_bytes_per_token, training_memory
 from dsv3.sizing.parameters import (
     num_active_parameters,
     num_mtp_parameters,
@@ -20,8 +23,6 @@ from dsv3.sizing.parameters import (
     num_router_biases,
     parameters_by_part,
 )
-from dsv3.sizing.params import EstimateSizeParams
-from dsv3.training.params import TrainParams
 
 DEVICES: tuple[Device, ...] = ("cpu", "cuda")
 

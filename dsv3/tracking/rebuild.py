@@ -13,7 +13,7 @@ import typer
 
 from dsv3.artifacts import read_json
 from dsv3.cli import ParamsOption, command
-from dsv3.params import read_params
+from dsv3.params.read import read_params
 from dsv3.tracking.aim import AimSink
 from dsv3.tracking.metrics import METRICS, TABLES
 from dsv3.tracking.recorder import Row, identity_of, read_record

@@ -14,10 +14,10 @@ from typing import Any
 
 from dsv3.artifacts import read_json, write_text
 from dsv3.errors import UserError
+from dsv3.params.runtime import RuntimeParams
 from dsv3.tracking.identity import RunIdentity, native
 from dsv3.tracking.metrics import METRICS, TABLES, Cell, unknown_names
 from dsv3.tracking.sink import IsolatedSink, Sink
-from dsv3.training.params import RuntimeParams
 
 Row = dict[str, Cell]
 

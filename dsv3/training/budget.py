@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from typing_extensions import Self
 
-from dsv3.training.params import TrainParams
+from dsv3.params.train import TrainParams
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from dsv3.training.params import TrainParams
+from dsv3.params.train import TrainParams
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 
 NEWTON_SCHULZ_STEPS = 5

@@ -9,8 +9,8 @@ from dsv3.artifacts import read_json
 from dsv3.data.batches import Batches
 from dsv3.data.shards import TokenStream
 from dsv3.errors import UserError
-from dsv3.params import Params
-from dsv3.sizing.architecture import Architecture, read_architecture
+from dsv3.params.architecture import Architecture, read_architecture
+from dsv3.params.read import Params
 from dsv3.sizing.flops import training_flops_per_token
 from dsv3.sizing.parameters import num_active_parameters, num_mtp_parameters, num_parameters
 from dsv3.training.budget import Budget, budget_of

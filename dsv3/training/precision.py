@@ -2,8 +2,7 @@
 
 import torch
 
-from dsv3.errors import UserError
-from dsv3.kernels.devices import multiplies_bf16
+from dsv3.devices import multiplies_bf16
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -26,10 +25,3 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     """
     is_bf16 = resolved_precision(precision, device) == "bf16" and multiplies_bf16(device)
     return torch.bfloat16 if is_bf16 else torch.float32
-
-
-def uses_cpu(device: str) -> bool:
-    """Return whether `runtime.device` means the CPU; raise `UserError` for cuda where there is none."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("params.yaml: runtime.device is cuda; this machine has no CUDA device; set it to auto or cpu")
-    return device == "cpu" or not torch.cuda.is_available()

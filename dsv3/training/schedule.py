@@ -9,8 +9,8 @@ Nothing here has state: a resumed training needs to know only its step.
 
 import math
 
+from dsv3.params.train import TrainParams
 from dsv3.training.budget import Budget
-from dsv3.training.params import TrainParams
 
 CONSTANT_UNTIL = 10.0 / 14.8
 """Share of the budget at the peak rate (report, section 4.2: 10 of 14.8 trillion tokens); lambda falls there too."""

@@ -10,8 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 from dsv3.artifacts import read_json, write_json
-from dsv3.assembly import export, model_card
 from dsv3.errors import Interrupted, UserError
+from dsv3.export.huggingface import export
+from dsv3.export.model_card import model_card
 from dsv3.tracking.identity import project_root, run_identity
 from dsv3.tracking.recorder import Recorder, open_recorder
 from dsv3.training import fp8_hooks, hooks

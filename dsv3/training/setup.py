@@ -11,24 +11,25 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 import mini_model
 from dsv3.artifacts import read_json, sha256_tree
-from dsv3.assembly import build_model
 from dsv3.data.batches import StepLayout
+from dsv3.devices import device_name, torch_device
 from dsv3.errors import UserError
-from dsv3.fp8.convert import Conversion, convert, emulate_bf16
 from dsv3.fp8.recipe import Recipe
+from dsv3.kernels.convert import Conversion, convert, emulate_bf16
 from dsv3.kernels.registry import experts_backend
+from dsv3.params.train import TrainParams
 from dsv3.training.checkpoint import fingerprint
 from dsv3.training.interruption import Interruption
 from dsv3.training.loop import Run
 from dsv3.training.loss import chunked_cross_entropy, pays
+from dsv3.training.model import build_model
 from dsv3.training.optimizer import Optimizer, parameter_groups
-from dsv3.training.params import TrainParams
 from dsv3.training.plan import Plan
-from dsv3.training.precision import COMPUTE_DTYPES, autocast_dtype, resolved_precision, uses_cpu
+from dsv3.training.precision import COMPUTE_DTYPES, autocast_dtype, resolved_precision
 from dsv3.training.state import TrainState
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 
-NUMERIC_CODE = ("mini_model", "dsv3/assembly.py", "dsv3/data", "dsv3/fp8", "dsv3/kernels", "dsv3/training")
+NUMERIC_CODE = ("mini_model", "dsv3/data", "dsv3/fp8", "dsv3/kernels", "dsv3/training")
 """Where the code lies that shapes the weights; a checkpoint made by other code is not resumed."""
 
 REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -64,13 +65,13 @@ class Choices:
 def start_accelerator(plan: Plan) -> Accelerator:
     """Return Accelerate's view of devices and processes; raise `UserError` where they do not fit the plan."""
     train = plan.params.train
-    on_cpu = uses_cpu(plan.params.runtime.device)
+    device = torch_device(plan.params.runtime)
+    on_cpu = device.type == "cpu"
     local_processes, num_devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if not on_cpu and local_processes > num_devices:
         raise UserError(
             f"params.yaml: runtime.num_processes is {local_processes}; must be <= {num_devices}, this machine's GPUs"
         )
-    device = torch.device("cpu" if on_cpu else "cuda")
     has_unused_parameters = min(train.mtp_loss_weight, train.mtp_loss_weight_final) == 0
     # Buffers are not broadcast: each process counts its own tokens, and biases are equal because their updates are.
     kwargs = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=has_unused_parameters)
@@ -129,7 +130,7 @@ def prepared_model(plan: Plan, device: torch.device) -> tuple[DeepseekV3ForCausa
     if train.torch_compile:
         model.compile()
     return model, Choices(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        device=device_name(device),
         num_processes=int(os.environ.get("WORLD_SIZE", "1")),
         precision=conversion.precision,
         experts=experts,

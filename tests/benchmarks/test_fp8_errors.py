@@ -15,9 +15,9 @@ from benchmarks.fp8_errors import (
     rounded,
 )
 from benchmarks.fp8_operands import Layer, normal_layer, watched
-from dsv3.fp8.convert import convert
 from dsv3.fp8.quantize import rounded_columns, rounded_rows, rounded_weight
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE
+from dsv3.kernels.convert import convert
 
 
 def normal(*shape: int) -> torch.Tensor:

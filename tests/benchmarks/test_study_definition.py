@@ -5,9 +5,9 @@ import pytest
 
 from benchmarks.studies.definition import Study, read_study, run_flags, run_names, study_names
 from dsv3.errors import UserError
-from dsv3.params import read_params, read_yaml, validated
+from dsv3.params.architecture import read_architecture
+from dsv3.params.read import read_params, read_yaml, validated
 from dsv3.presets import merged
-from dsv3.sizing.architecture import read_architecture
 
 ROOT = Path(__file__).parents[2]
 STUDIES = {name: read_study(name) for name in study_names()}

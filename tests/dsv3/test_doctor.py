@@ -25,8 +25,8 @@ from dsv3.doctor import (
     finding,
     is_locked,
 )
-from dsv3.params import read_params, schema_text
-from dsv3.sizing.architecture import read_architecture
+from dsv3.params.architecture import read_architecture
+from dsv3.params.read import read_params, schema_text
 from dsv3.sizing.parameters import num_parameters
 
 ROOT = Path(__file__).parents[2]
@@ -121,7 +121,7 @@ def test_a_cuda_device_that_is_asked_for_and_missing_is_found(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     edit("device: auto", "device: cuda")
-    assert "sees no CUDA device, runtime.device is cuda; install a CUDA build" in str(check_torch())
+    assert "runtime.device is cuda; this machine has no CUDA device; set it to auto or cpu" in str(finding(check_torch))
 
 
 def test_an_expert_backend_that_cannot_run_here_is_found():

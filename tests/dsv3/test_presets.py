@@ -9,10 +9,10 @@ from ruamel.yaml import YAML
 
 from dsv3 import presets
 from dsv3.errors import UserError
-from dsv3.params import read_params, read_yaml, validated
+from dsv3.params.architecture import read_architecture
+from dsv3.params.read import read_params, read_yaml, validated
 from dsv3.presets import apply_preset, flags, merged, preset_names, purpose, read_preset
-from dsv3.sizing.architecture import read_architecture
-from dsv3.sizing.devices import MACHINES, fits
+from dsv3.sizing.machines import MACHINES, fits
 
 ROOT = Path(__file__).parents[2]
 MACHINE_OF = {

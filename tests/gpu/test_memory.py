@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from dsv3.fp8 import rounding
-from dsv3.fp8.convert import convert, emulate_bf16
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE
+from dsv3.kernels.convert import convert, emulate_bf16
 from dsv3.kernels.registry import experts_backend
-from dsv3.params import read_params
+from dsv3.params.architecture import Architecture
+from dsv3.params.read import read_params
 from dsv3.sizing.activations import PAIR_BYTES, Workload
-from dsv3.sizing.architecture import Architecture
 from dsv3.sizing.memory import moe_layer_bytes, training_memory
 from dsv3.training.optimizer import Optimizer, parameter_groups
 from mini_model.configuration_deepseek import DeepseekV3Config
@@ -59,7 +59,7 @@ def model_on(device, experts, precision, monkeypatch):
     use_fp8 = "fp8" in experts
     with monkeypatch.context() as patch:
         if experts == "fp8_emulated":
-            patch.setattr("dsv3.fp8.convert.multiplies_fp8", lambda device: False)
+            patch.setattr("dsv3.kernels.convert.multiplies_fp8", lambda device: False)
         model.set_experts_implementation(experts_backend(experts, device, DTYPES[precision], use_fp8))
         if use_fp8:
             convert(model, DEEPSEEK_RECIPE, device)

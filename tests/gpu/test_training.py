@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from dsv3.fp8.convert import convert
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE
+from dsv3.kernels.convert import convert
 from dsv3.training.loop import accumulate_gradients
 from tests.dsv3.kernels.cases import case, errors, relative_error, results
 from tests.gpu.sizes import NANO_SIZES
@@ -43,7 +43,7 @@ def run_of(folder, device, monkeypatch, name):
     """Return a training at step 0; the emulation's on a device that seems to lack FP8."""
     with monkeypatch.context() as patch:
         if name == "fp8_emulated":
-            for module in ("dsv3.fp8.convert", "dsv3.kernels.registry"):
+            for module in ("dsv3.kernels.convert", "dsv3.kernels.registry"):
                 patch.setattr(f"{module}.multiplies_fp8", lambda device: False)
         train = {**CALM, **RUNS[name]}
         return started_run(folder, architecture=NANO_SIZES, train=train, runtime={"device": device.type})

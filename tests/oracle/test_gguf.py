@@ -8,7 +8,7 @@ import torch
 from gguf import MODEL_ARCH, MODEL_TENSORS, TENSOR_NAMES
 
 from dsv3.data.tokenizer import load_tokenizer, save_trained, train_tokenizer
-from dsv3.gguf.write import export_gguf
+from dsv3.export.gguf.write import export_gguf
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 from tests.oracle.gguf_forward import GGUFModel

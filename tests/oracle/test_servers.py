@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM as StockModel
 
-from dsv3.assembly import build_model
+from dsv3.training.model import build_model
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 from tests.exported_model import broken, renamed, transposed, without, write_exported
 from tests.server_keys import fits

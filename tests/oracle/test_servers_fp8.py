@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM as StockModel
 
-from dsv3.fp8.export import export_fp8
+from dsv3.export.fp8 import export_fp8
 from dsv3.fp8.quantize import rounded_weight
 from tests.exported_model import broken, edit_json, renamed, transposed, without, write_exported
 from tests.server_keys import fits, stored

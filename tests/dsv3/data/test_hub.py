@@ -8,8 +8,8 @@ import pytest
 
 from dsv3.data import hub
 from dsv3.data.hub import hub_commit, write_hub
-from dsv3.data.params import DataParams
 from dsv3.errors import UserError
+from dsv3.params.data import DataParams
 
 
 def params(hub_id, **changes):

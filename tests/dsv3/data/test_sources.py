@@ -4,10 +4,10 @@ import pytest
 
 from dsv3.data import sources
 from dsv3.data.corpus import Origin
-from dsv3.data.params import DataParams
 from dsv3.data.remote import Unreachable
 from dsv3.data.sources import plan, write_corpus
 from dsv3.errors import UserError
+from dsv3.params.data import DataParams
 
 EXACT = (b"exact", Origin("tiny_shakespeare", {"url": "https://example.org/input.txt"}))
 NINE_PLAYS = (b"nine plays", Origin("plays", {"package": "p==1"}, "MIT"))

@@ -3,9 +3,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.data.corpus import Chunk, Measure
-from dsv3.data.params import TokenizeParams
 from dsv3.data.splits import SPLITS, character_spans, selections, split_of
 from dsv3.errors import UserError
+from dsv3.params.tokenize import TokenizeParams
 
 
 def params(split_by="characters", validation_fraction=0.05, test_fraction=0.05):

@@ -5,11 +5,11 @@ import pytest
 
 from dsv3.data import encoding, tokens
 from dsv3.data.corpus import Origin, write_documents, write_manifest, write_text
-from dsv3.data.params import TokenizeParams
 from dsv3.data.shards import TokenStream
 from dsv3.data.tokenizer import load_tokenizer
 from dsv3.data.tokens import plan, write_tokens
 from dsv3.errors import UserError
+from dsv3.params.tokenize import TokenizeParams
 
 TEXT = "".join(f"Citizen {number % 17}:\nSpeak, naïve friend, speak {number}!\n\n" for number in range(120))
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from dsv3.fp8.convert import convert
 from dsv3.fp8.quantize import rounded_rows, rounded_weight
 from dsv3.fp8.recipe import Recipe
 from dsv3.fp8.statistics import Statistics, fp8_statistics, row_statistics, weight_statistics
+from dsv3.kernels.convert import convert
 from dsv3.kernels.registry import experts_backend
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM

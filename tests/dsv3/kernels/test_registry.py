@@ -8,7 +8,7 @@ from dsv3.errors import UserError
 from dsv3.fp8.recipe import Recipe
 from dsv3.kernels import grouped_mm, registry
 from dsv3.kernels.registry import AUTO, BACKENDS, auto_backend, experts_backend
-from dsv3.training.params import TrainParams
+from dsv3.params.train import TrainParams
 from tests.dsv3.kernels.cases import case
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

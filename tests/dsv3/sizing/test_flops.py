@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DeepseekV3Config
 from transformers import DeepseekV3ForCausalLM as StockModel
 
-from dsv3.sizing.architecture import Architecture, read_architecture
+from dsv3.params.architecture import Architecture, read_architecture
 from dsv3.sizing.flops import (
     decoding_flops_per_token,
     forward_flops_per_token,

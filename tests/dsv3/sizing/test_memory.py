@@ -6,13 +6,13 @@ import torch
 
 from dsv3.errors import UserError
 from dsv3.fp8 import rounding
-from dsv3.fp8.convert import convert, emulate_bf16
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE, Recipe
+from dsv3.kernels.convert import convert, emulate_bf16
 from dsv3.kernels.registry import AUTO, BACKENDS, experts_backend
-from dsv3.params import read_params
+from dsv3.params.architecture import Architecture, read_architecture
+from dsv3.params.read import read_params
 from dsv3.sizing import memory
 from dsv3.sizing.activations import PAIR_BYTES, Workload, activation_bytes, derived_weight_bytes, weight_cast_bytes
-from dsv3.sizing.architecture import Architecture, read_architecture
 from dsv3.sizing.memory import (
     AUTO_EXPERTS,
     inference_weights_bytes,

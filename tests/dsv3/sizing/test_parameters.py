@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import DeepseekV3Config
 from transformers import DeepseekV3ForCausalLM as StockModel
 
-from dsv3.sizing.architecture import Architecture, read_architecture
+from dsv3.params.architecture import Architecture, read_architecture
 from dsv3.sizing.parameters import (
     PARTS,
     mtp_parameters_by_part,

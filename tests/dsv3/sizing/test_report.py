@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 
 from dsv3.errors import UserError
-from dsv3.params import read_params
-from dsv3.sizing.architecture import read_architecture
-from dsv3.sizing.devices import MACHINES
+from dsv3.params.architecture import read_architecture
+from dsv3.params.read import read_params
+from dsv3.sizing.machines import MACHINES
 from dsv3.sizing.memory import GIB, training_memory
 from dsv3.sizing.parameters import PARTS
 from dsv3.sizing.report import check_budget, markdown_lines, markdown_table, metrics, table_row

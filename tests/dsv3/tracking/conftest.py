@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from dsv3.params import Params
+from dsv3.params.read import Params
 from dsv3.tracking.identity import RunIdentity, run_identity
 
 ROOT = Path(__file__).parents[3]

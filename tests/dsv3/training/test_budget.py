@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dsv3.params import read_params
+from dsv3.params.read import read_params
+from dsv3.params.train import TrainParams
 from dsv3.training.budget import Budget, budget_of
-from dsv3.training.params import TrainParams
 from dsv3.training.schedule import bias_update_rate, learning_rate, mtp_loss_weight
 
 DEFAULTS = read_params(Path("params.yaml")).train.model_dump()

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dsv3.params import read_params
+from dsv3.params.read import read_params
+from dsv3.params.train import TrainParams
 from dsv3.training import optimizer as module
 from dsv3.training.optimizer import Matrices, Optimizer, orthogonalized, parameter_groups, same_shape_batches
-from dsv3.training.params import TrainParams
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 from tests.training_inputs import MICRO

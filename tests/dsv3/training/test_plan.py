@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dsv3.training import precision
-from dsv3.training.precision import autocast_dtype, resolved_precision, uses_cpu
+from dsv3.training.precision import autocast_dtype, resolved_precision
 from tests.training_inputs import plan_of
 
 
@@ -41,8 +41,3 @@ def test_bf16_is_chosen_where_it_is_native_and_emulated_where_it_is_asked_for(
     monkeypatch.setattr(precision, "multiplies_bf16", lambda device: is_native)
     assert resolved_precision(asked, torch.device(device)) == resolved
     assert autocast_dtype(asked, torch.device(device)) == autocast
-
-
-def test_the_cpu_is_used_where_it_is_asked_for():
-    assert uses_cpu("cpu")
-    assert uses_cpu("auto") != torch.cuda.is_available()

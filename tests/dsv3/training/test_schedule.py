@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3.params import read_params
+from dsv3.params.read import read_params
+from dsv3.params.train import TrainParams
 from dsv3.training.budget import Budget
-from dsv3.training.params import TrainParams
 from dsv3.training.schedule import (
     COSINE_UNTIL,
     bias_update_rate,

@@ -1,0 +1,45 @@
+"""Where an evaluation goes: files in a folder (the truth), and the same in the trackers (a view)."""
+
+from pathlib import Path
+
+from dsv3.artifacts import write_json, write_text
+from dsv3.evaluation.figures import expert_load, loss_by_position, save
+from dsv3.evaluation.sliding_window import Evaluation
+from dsv3.tracking.recorder import Recorder
+
+
+def write(evaluation: Evaluation, folder: Path) -> None:
+    """Write metrics.json, loss_by_position.tsv, expert_load.tsv and figures/*.png."""
+    heldout = evaluation.scores["heldout"]
+    title = f"Loss by position, held-out text ({heldout.tokens:,} tokens)"
+    curve = loss_by_position(evaluation.positions.means(), heldout.nats / heldout.tokens, title)
+    save(curve, folder / "figures" / "loss_by_position.png")
+    if evaluation.loads:
+        save(expert_load(evaluation.loads, "Expert load, held-out text"), folder / "figures" / "expert_load.png")
+    write_text(folder / "loss_by_position.tsv", evaluation.position_table())
+    write_text(folder / "expert_load.tsv", evaluation.load_table())
+    write_json(folder / "metrics.json", evaluation.metrics())
+
+
+def show(evaluation: Evaluation, folder: Path, recorder: Recorder, step: int) -> None:
+    """Add what `write` left in `folder` to the run of `recorder`, at the training's last step."""
+    recorder.result("evaluate", evaluation.metrics(), step)
+    for figure in sorted((folder / "figures").glob("*.png")):
+        recorder.figure(figure.stem, figure, step, subset="heldout")
+    for layer, load_E in evaluation.loads.items():
+        recorder.distribution("load", load_E.tolist(), step, subset="heldout", layer=layer)
+
+
+def summary(evaluation: Evaluation) -> str:
+    """Return a line per split, and per prediction module where there are any."""
+    units = {"nats_per_token": "nats/token", "nats_per_char": "nats/char", "bits_per_byte": "bits/byte"}
+    metrics = evaluation.metrics()
+    lines = [
+        f"{split:<11}" + "  ".join(f"{metrics[split][name]:.4f} {unit}" for name, unit in units.items())
+        for split in evaluation.scores
+    ]
+    lines += [
+        f"{f'mtp {module}':<13}{row['mtp_acceptance']:.1%} accepted, {row['nats_per_token']:.4f} nats/token"
+        for module, row in metrics.get("mtp", {}).items()
+    ]
+    return "\n".join(lines)

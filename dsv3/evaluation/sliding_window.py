@@ -1,0 +1,244 @@
+"""The score of a whole split, by a window that slides over it.
+
+A model sees at most `block_size` tokens at once. Cutting a text into separate blocks would judge the first tokens of
+each almost without context, and so measure the cutting. Here the window moves by `stride` tokens; of every window but
+the first, only those last tokens are scored that no earlier window has scored. So each token counts once, and has at
+least `block_size - stride` tokens before it (or all there are). A smaller stride is kinder to the model and dearer: the
+text is computed block_size / stride times over. The last window is moved back to the end of the text rather than
+padded, so no padding is ever computed, scored or routed. Where documents are not to see one another, a token has at
+least that many before it or all of its document, and the first word of a document is foretold from nothing.
+
+Nats per token depend on the tokenizer; per character and per byte they do not, which is what runs are compared by.
+
+Letters: B windows in a batch, T positions in a window, V vocab_size, E n_routed_experts.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dsv3.data.batches import document_positions
+from dsv3.errors import UserError
+from dsv3.evaluation.expert_load import ExpertLoad, router_summary
+from dsv3.evaluation.mtp_acceptance import Acceptance
+from dsv3.params.evaluate import EvaluateParams
+
+Floats = npt.NDArray[np.float64]
+Positions = Callable[[Tensor], Tensor | None]
+"""From tokens (B, T) to their positions, or to None, which counts them from each window's beginning."""
+SPLITS = ("validation", "test")
+
+
+class TokenSequence(Protocol):
+    """Tokens that may lie on the disk: `len(tokens)`, `tokens[start:stop]`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, span: slice, /) -> npt.NDArray[np.unsignedinteger]: ...
+
+
+@dataclass(frozen=True)
+class Window:
+    """Inputs `start` to `start + length`; the last `num_scored` of their targets are scored."""
+
+    start: int
+    length: int
+    num_scored: int
+
+
+@dataclass(frozen=True)
+class SplitScore:
+    """Sums over one split, which add up over splits."""
+
+    nats: float
+    tokens: int
+    characters: int
+    bytes: int
+
+    def __add__(self, other: "SplitScore") -> "SplitScore":
+        return SplitScore(
+            self.nats + other.nats,
+            self.tokens + other.tokens,
+            self.characters + other.characters,
+            self.bytes + other.bytes,
+        )
+
+    def metrics(self) -> dict[str, float | int]:
+        """Return the ratios and counts under the vocabulary's names."""
+        nats_per_token = self.nats / self.tokens
+        return {
+            "nats_per_token": nats_per_token,
+            "perplexity": math.exp(nats_per_token),
+            "nats_per_char": self.nats / self.characters,
+            "bits_per_byte": self.nats / math.log(2) / self.bytes,
+            "tokens": self.tokens,
+            "characters": self.characters,
+            "bytes": self.bytes,
+        }
+
+
+@dataclass
+class PositionLoss:
+    """Sum of losses and number of windows for each position of the window, scored or not."""
+
+    nats_T: Floats
+    count_T: npt.NDArray[np.int64]
+
+    @classmethod
+    def zeros(cls, block_size: int) -> "PositionLoss":
+        """Return an empty table."""
+        return cls(np.zeros(block_size), np.zeros(block_size, dtype=np.int64))
+
+    def add(self, loss_BT: Floats) -> None:
+        """Add a batch of windows."""
+        num_windows, length = loss_BT.shape
+        self.nats_T[:length] += loss_BT.sum(axis=0)
+        self.count_T[:length] += num_windows
+
+    def means(self) -> Floats:
+        """Return the mean loss of each position that was ever filled."""
+        filled = self.count_T > 0
+        return self.nats_T[filled] / self.count_T[filled]
+
+
+def windows(num_tokens: int, block_size: int, stride: int) -> Iterator[Window]:
+    """Yield windows that score each of tokens 1 … num_tokens - 1 once; token 0 has nothing before it."""
+    num_targets = num_tokens - 1
+    if num_targets <= 0:
+        return
+    end = min(block_size, num_targets)
+    yield Window(0, end, end)
+    while end < num_targets:
+        scored = min(stride, num_targets - end)
+        end += scored
+        yield Window(end - block_size, block_size, scored)
+
+
+@torch.inference_mode()
+def score_split(  # noqa: PLR0913 (the last three have defaults)
+    model: PreTrainedModel,
+    tokens: TokenSequence,
+    params: EvaluateParams,
+    positions: PositionLoss,
+    progress: Callable[[int], object] = lambda num_scored: None,
+    acceptance: Acceptance | None = None,
+    position_ids: Positions = lambda _: None,
+) -> float:
+    """Return the sum of nats over tokens 1 … end of a split; add every window's losses to `positions`.
+
+    `acceptance` is to be given for a model with prediction modules, and adds what they guess of the same tokens.
+    `progress` is told the number of tokens scored by each batch. Sums are kept in float64 on the CPU, in a fixed order.
+    """
+    nats = 0.0
+    pending: list[Window] = []
+    for window in [*windows(len(tokens), params.block_size, params.stride), None]:
+        if pending and (window is None or len(pending) == params.per_device_eval_batch_size):
+            loss_BT = _losses(model, tokens, pending, acceptance, position_ids)
+            positions.add(loss_BT)
+            nats += sum(float(loss_T[-w.num_scored :].sum()) for w, loss_T in zip(pending, loss_BT, strict=True))
+            progress(sum(w.num_scored for w in pending))
+            pending = []
+        if window is not None:
+            pending.append(window)
+    return nats
+
+
+def _losses(
+    model: PreTrainedModel,
+    tokens: TokenSequence,
+    batch: Sequence[Window],
+    acceptance: Acceptance | None,
+    position_ids: Positions,
+) -> Floats:
+    """Return the cross-entropy in nats of every target of a batch of equally long windows."""
+    rows = [tokens[w.start : w.start + w.length + 1].astype(np.int64) for w in batch]
+    ids = torch.from_numpy(np.stack(rows)).to(model.device)
+    positions_BT = position_ids(ids[:, :-1])
+    logits_BTV: Tensor
+    if acceptance is None:
+        logits_BTV = model(input_ids=ids[:, :-1], position_ids=positions_BT, use_cache=False).logits
+    else:
+        logits_BTV = acceptance.logits(ids, [w.num_scored for w in batch], positions_BT)
+    loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    return loss.view(len(batch), -1).double().cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that `evaluate` finds out."""
+
+    scores: dict[str, SplitScore]
+    """Split to its sums; `heldout` is validation and test together."""
+
+    positions: PositionLoss
+    loads: dict[int, Floats]
+    """Layer to the number of tokens that each expert got, prediction modules included."""
+    acceptance: Acceptance | None = None
+    """Over all splits; None for a model without prediction modules."""
+
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """Return what results/evaluate/metrics.json holds."""
+        splits = {name: score.metrics() for name, score in self.scores.items()}
+        mtp = {} if self.acceptance is None else {"mtp": self.acceptance.metrics()}
+        return {**splits, "router": router_summary(self.loads), **mtp}
+
+    def position_table(self) -> str:
+        """Return the loss by position as tab-separated text."""
+        rows = enumerate(zip(self.positions.means(), self.positions.count_T, strict=False))
+        return "position\tloss\ttokens\n" + "".join(f"{at}\t{loss:.9g}\t{count}\n" for at, (loss, count) in rows)
+
+    def load_table(self) -> str:
+        """Return each expert's share of its layer's tokens as tab-separated text."""
+        lines = ["layer\texpert\tload\n"]
+        for layer, load_E in self.loads.items():
+            lines += [f"{layer}\t{expert}\t{share:.9g}\n" for expert, share in enumerate(load_E / load_E.sum())]
+        return "".join(lines)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    streams: Mapping[str, TokenSequence],
+    meta: Mapping[str, Any],
+    params: EvaluateParams,
+    progress: Callable[[int], object] = lambda num_scored: None,
+) -> Evaluation:
+    """Return the scores of each split in `streams` and of all together; `meta` is what lies beside the tokens."""
+    positions = PositionLoss.zeros(params.block_size)
+    scores: dict[str, SplitScore] = {}
+    acceptance = Acceptance(model) if model.config.num_nextn_predict_layers else None
+    apart: Positions = partial(document_positions, end_of_text=meta["eos_token_id"])
+    position_ids: Positions = (lambda _: None) if params.cross_document_attention else apart
+    with ExpertLoad(model) as load:
+        for split, stream in streams.items():
+            nats = score_split(model, stream, params, positions, progress, acceptance, position_ids)
+            size = meta["splits"][split]
+            scores[split] = SplitScore(nats, len(stream) - 1, size["characters"], size["bytes"])
+    first, *others = scores.values()
+    return Evaluation(scores | {"heldout": sum(others, start=first)}, positions, load.counts, acceptance)
+
+
+def check_fits(model: PreTrainedModel, meta: Mapping[str, Any], params: EvaluateParams) -> None:
+    """Raise `UserError` where the tokens (`meta`: their meta.json) or the window don't fit the exported model."""
+    config = model.config
+    if meta["vocab_size"] > config.vocab_size:
+        raise UserError(
+            f"data/tokens has a vocabulary of {meta['vocab_size']}; must be <= {config.vocab_size}, the exported "
+            "model's; run dvc repro"
+        )
+    if params.block_size > config.max_position_embeddings:
+        raise UserError(
+            f"params.yaml: evaluate.block_size is {params.block_size}; must be <= {config.max_position_embeddings}, "
+            "the exported model's max_position_embeddings"
+        )
+    for split in SPLITS:
+        if meta["splits"][split]["tokens"] < 2:
+            raise UserError(f"data/tokens: {split} has no tokens; raise tokenize.{split}_fraction")

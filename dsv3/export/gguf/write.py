@@ -1,0 +1,116 @@
+"""An exported model as one GGUF file, which llama.cpp and what is built on it load.
+
+    python -m dsv3.export gguf outputs/final_model model.gguf --dtype bf16
+
+The file is written tensor by tensor, so no more than one layer's experts lie in memory. Norms, routers and their biases
+are fp32 in every file, as in llama.cpp's own converter: they are small, and the choice of experts hangs on them.
+"""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
+from gguf.quants import quantize
+from safetensors import safe_open
+from torch import Tensor
+
+from dsv3.artifacts import check_weights, read_json, replacing
+from dsv3.errors import UserError
+from dsv3.export.gguf.metadata import ARCHITECTURE, network_metadata
+from dsv3.export.gguf.tensors import gguf_tensors
+from dsv3.export.gguf.vocabulary import vocabulary_metadata
+from mini_model.configuration_deepseek import DeepseekV3Config
+
+Dtype = Literal["f32", "f16", "bf16"]
+TYPES = {
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+}
+"""Of the matrices, and of the file as a whole."""
+
+
+def export_gguf(model: Path, output: Path, dtype: Dtype) -> str:
+    """Write the folder `model` to the file `output` with its matrices in `dtype`; return what was done, in a line.
+
+    Raises `UserError`, before anything is written, where the folder holds no model that a GGUF file can express.
+    """
+    config = read_config(model)
+    if output.is_dir():
+        raise UserError(f"{output}: is a folder; name the file to be written")
+    metadata: dict[str, Any] = {
+        "general.name": model.resolve().name,
+        "general.file_type": int(TYPES[dtype][1]),
+        **network_metadata(config),
+        **vocabulary_metadata(model, config.vocab_size),
+    }
+    with ExitStack() as stack:
+        stored = stored_weights(model, stack)
+
+        def shape(key: str) -> Tensor:
+            if key not in stored:
+                raise UserError(f"{model}: holds no {key}, which its config.json asks for; export the model anew")
+            return torch.empty(stored[key].get_slice(key).get_shape(), device="meta")
+
+        kinds = [(name, tensor, stored_type(name, tensor, dtype)) for name, tensor in gguf_tensors(config, shape)]
+        weights = gguf_tensors(config, lambda key: stored[key].get_tensor(key))
+        with replacing(output) as temporary:
+            writer = opened_writer(temporary, metadata, kinds)
+            for (name, _, kind), (same_name, tensor) in zip(kinds, weights, strict=True):
+                assert name == same_name, (name, same_name)
+                writer.write_tensor_data(quantize(tensor.float().contiguous().numpy(), kind))
+            writer.close()
+    left_out = config.num_nextn_predict_layers
+    without = f", without its prediction modules ({left_out})" if left_out else ""
+    return f"{output}: {config.num_hidden_layers} layers, matrices in {dtype}{without}"
+
+
+def read_config(model: Path) -> DeepseekV3Config:
+    """Return the configuration in the folder `model`; `UserError` if it has none, or one of a quantised model."""
+    path = model / "config.json"
+    if not path.is_file():
+        raise UserError(f"{model}: holds no config.json; name a folder that the train stage wrote")
+    if "quantization_config" in read_json(path):
+        raise UserError(f"{path}: has a quantization_config; export the folder that was quantised, in full precision")
+    try:
+        return DeepseekV3Config.from_json_file(path)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def stored_weights(model: Path, stack: ExitStack) -> dict[str, safe_open]:
+    """Return, by name of weight, the open file in the folder `model` that holds it; `stack` closes the files."""
+    check_weights(model)
+    files = [stack.enter_context(safe_open(path, framework="pt")) for path in sorted(model.glob("*.safetensors"))]
+    return {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+def stored_type(name: str, tensor: Tensor, dtype: Dtype) -> GGMLQuantizationType:
+    """Return the type in which the tensor is stored: `dtype` for matrices, fp32 for vectors and routers."""
+    is_kept = tensor.dim() == 1 or name.endswith("ffn_gate_inp.weight")
+    return GGMLQuantizationType.F32 if is_kept else TYPES[dtype][0]
+
+
+def opened_writer(
+    path: Path, metadata: dict[str, Any], kinds: list[tuple[str, Tensor, GGMLQuantizationType]]
+) -> GGUFWriter:
+    """Return a writer that has written everything except the tensors, and now takes these in the order of `kinds`."""
+    writer = GGUFWriter(path, ARCHITECTURE)
+    for key, value in metadata.items():
+        writer.add_key_value(key, value, value_type(value))
+    for name, tensor, kind in kinds:
+        num_bytes = tensor.numel() * GGML_QUANT_SIZES[kind][1]
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), num_bytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return writer
+
+
+def value_type(value: Any) -> GGUFValueType:
+    """Return how a value of the metadata is stored; llama.cpp reads a whole number as an unsigned one."""
+    kind = GGUFValueType.get_type(value)
+    return GGUFValueType.UINT32 if kind is GGUFValueType.INT32 else kind

@@ -1,0 +1,52 @@
+"""Section `runtime`: parameters of the machine that a stage runs on."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from dsv3.params.section import Section
+
+Device = Literal["cpu", "cuda"]
+
+
+class RuntimeParams(Section):
+    """Section `runtime`: what differs between machines and changes no result. In no stage's params."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    """auto: cuda where there is one."""
+
+    num_processes: int = Field(ge=1)
+    """Training processes; must divide train.gradient_accumulation_steps."""
+
+    dataloader_num_workers: int = Field(ge=0)
+    """Worker processes that prepare batches."""
+
+    dataloader_pin_memory: bool
+    """Copy batches into pinned memory first (CUDA only)."""
+
+    logging_steps: int = Field(ge=1)
+    """Optimizer steps between two rows of history.tsv."""
+
+    save_steps: int = Field(ge=1)
+    """Optimizer steps between two checkpoints."""
+
+    save_total_limit: int = Field(ge=1)
+    """Most checkpoints kept."""
+
+    resume: Literal["auto", "never", "must"]
+    """auto: go on from a checkpoint of the same fingerprint where there is one."""
+
+    trackers: list[Literal["aim", "tensorboard", "wandb"]]
+    """Views of the run; the truth is in results/."""
+
+    aim_repo: str | None
+    """Aim repository: a folder or aim://host:port; null: .aim at the root of the DVC repository."""
+
+    experiment: str | None
+    """Aim experiment under which runs are filed; null: the model configuration's name."""
+
+    def device_type(self, has_cuda: bool) -> Device:
+        """Return what `device` means on a machine that has a CUDA device, or has none."""
+        if self.device == "auto":
+            return "cuda" if has_cuda else "cpu"
+        return self.device

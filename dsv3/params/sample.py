@@ -1,0 +1,44 @@
+"""Section `sample`: parameters of the stage of that name."""
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from dsv3.params.section import Section
+
+
+class SampleParams(Section):
+    """Section `sample`: what is generated."""
+
+    prompts: list[str] = Field(min_length=1)
+    """Beginnings that the model continues."""
+
+    max_new_tokens: int = Field(ge=1)
+    """Tokens generated per prompt."""
+
+    do_sample: bool
+    """False: the most probable token each time."""
+
+    temperature: float = Field(gt=0)
+    """Below 1 sharpens, above 1 flattens."""
+
+    top_k: int = Field(ge=0)
+    """Keep the k most probable tokens; 0: all."""
+
+    top_p: float = Field(gt=0, le=1)
+    """Keep the smallest set of tokens whose probabilities sum to p."""
+
+    num_return_sequences: int = Field(ge=1)
+    """Continuations per prompt."""
+
+    speculative: bool
+    """Let the model's own prediction modules draft; what is written stays the same (sampled: equally distributed)."""
+
+    @model_validator(mode="after")
+    def fits_together(self) -> Self:
+        """Check the relations within the section."""
+        if self.num_return_sequences > 1 and not self.do_sample:
+            raise ValueError(
+                f"num_return_sequences is {self.num_return_sequences}; must be 1 where do_sample is false, "
+                "for all would be the same"
+            )
+        return self

@@ -1,0 +1,144 @@
+"""Section `train`: parameters of the stage of that name."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from dsv3.params.section import Section
+
+
+class TrainParams(Section):
+    """Section `train`: everything that shapes the weights."""
+
+    num_train_epochs: float = Field(gt=0)
+    """Passes over the training tokens; ignored when max_steps is positive."""
+
+    max_steps: int
+    """Optimizer steps; -1: as many as num_train_epochs asks for."""
+
+    per_device_train_batch_size: int = Field(ge=1)
+    """Sequences in one forward pass."""
+
+    gradient_accumulation_steps: int = Field(ge=1)
+    """Forward passes per optimizer step, over all processes together: their number never changes the batch."""
+
+    batch_ramp_levels: int = Field(ge=1)
+    """Stairs on which the batch grows to its full size (report: from a fifth, 5); 1: full from the start."""
+
+    batch_ramp_ratio: float = Field(ge=0, lt=1)
+    """Share of the training tokens after which the batch has its full size (report: 0.032)."""
+
+    per_device_eval_batch_size: int = Field(ge=1)
+    """Sequences in one forward pass of validation."""
+
+    block_size: int = Field(ge=8)
+    """Tokens in one training sequence."""
+
+    cross_document_attention: bool
+    """True: documents packed into one sequence see the ones before (as in the report); false: each sees itself only."""
+
+    optim: Literal["adamw", "muon"]
+    """muon: matrices and expert stacks by Muon, embeddings, head and vectors by AdamW."""
+
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate; Muon's update is scaled to AdamW's RMS, so that one rate serves both."""
+
+    weight_decay: float = Field(ge=0)
+    """Decoupled weight decay of matrices; norms, biases and embeddings are not decayed."""
+
+    adam_beta1: float = Field(ge=0, lt=1)
+    """Decay of AdamW's first moment."""
+
+    adam_beta2: float = Field(ge=0, lt=1)
+    """Decay of AdamW's second moment."""
+
+    adam_epsilon: float = Field(gt=0)
+    """AdamW's epsilon."""
+
+    adam_moments_dtype: Literal["fp32", "bf16"]
+    """bf16 halves the optimizer's memory, as in the report (section 3.3.3)."""
+
+    muon_momentum: float = Field(ge=0, lt=1)
+    """Nesterov momentum of Muon."""
+
+    max_grad_norm: float = Field(gt=0)
+    """Largest gradient norm; larger gradients are scaled down to it."""
+
+    lr_scheduler_type: Literal["deepseek_v3", "cosine", "linear", "constant"]
+    """deepseek_v3: warm-up, constant, cosine, two constant tails, as fractions of the budget."""
+
+    warmup_ratio: float = Field(ge=0, lt=1)
+    """Share of the steps in which the learning rate rises linearly from zero."""
+
+    min_lr_ratio: float = Field(ge=0, le=1)
+    """Learning rate at the end of the decay, as a share of the peak (cosine, linear)."""
+
+    bias_update_rate: float = Field(ge=0)
+    """gamma: step of the router's bias per optimizer step; 0 turns loss-free balancing off."""
+
+    bias_freeze_ratio: float = Field(ge=0, le=1)
+    """Last share of the steps in which gamma is 0 (report: 0.034)."""
+
+    sequence_loss_weight: float = Field(ge=0)
+    """alpha: weight of the sequence-wise balance loss (report: 1e-4)."""
+
+    mtp_loss_weight: float = Field(ge=0)
+    """lambda: weight of the multi-token prediction loss for the first 67.6 % of the steps."""
+
+    mtp_loss_weight_final: float = Field(ge=0)
+    """lambda for the rest of the steps."""
+
+    eval_steps: int = Field(ge=1)
+    """Optimizer steps between two validations, which decide which weights are the best; with use_fp8 also between two
+    measurements of what FP8 does to the numbers."""
+
+    load_best_model_at_end: bool
+    """Export the weights with the lowest validation loss instead of the last ones."""
+
+    precision: Literal["auto", "fp32", "bf16"]
+    """auto: bf16 on a GPU that multiplies it natively, else fp32."""
+
+    use_fp8: bool
+    """Block-scaled FP8 on top of `precision`."""
+
+    fp8_weight_quant: bool
+    """Quantise weights in 128x128 blocks (with use_fp8)."""
+
+    fp8_activation_quant: bool
+    """Quantise activations and their gradients in 1x128 tiles (with use_fp8)."""
+
+    fp8_power_of_two_scales: bool
+    """Round the scales of all blocks up to powers of two (with use_fp8): exact to multiply by, up to a bit coarser."""
+
+    fp8_wgrad_quant: bool
+    """Quantise the weight gradient's operands too (with use_fp8); false: bf16 on a GPU, unrounded in an emulation."""
+
+    fp8_swiglu_cache: bool
+    """Keep the input of the routed experts' SwiGLU in FP8 until the backward pass (report, section 3.3.3)."""
+
+    experts: Literal["auto", "reference", "cpu", "grouped_mm", "bf16_emulated", "triton_fp8", "fp8_emulated"]
+    """Backend of the expert computation; auto chooses by device and precision, and is recorded."""
+
+    resume_from_checkpoint: str | None
+    """A checkpoint's folder (step_N) to go on from, of the same architecture, whatever its precision; null: none."""
+
+    gradient_checkpointing: bool
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+
+    torch_compile: bool
+    """Compile the model with torch.compile."""
+
+    @model_validator(mode="after")
+    def fits_together(self) -> Self:
+        """Check the relations within the section."""
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"max_steps is {self.max_steps}; must be positive, or -1 to train num_train_epochs")
+        if self.warmup_ratio + self.bias_freeze_ratio > 1:
+            raise ValueError("warmup_ratio + bias_freeze_ratio exceeds 1; together they are shares of the same steps")
+        if self.gradient_accumulation_steps % self.batch_ramp_levels:
+            raise ValueError(
+                f"batch_ramp_levels is {self.batch_ramp_levels}; must divide gradient_accumulation_steps "
+                f"({self.gradient_accumulation_steps}), the forward passes of a whole batch"
+            )
+        return self

@@ -1,0 +1,110 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dsv3.errors import UserError
+from dsv3.export.huggingface import export
+from dsv3.export.model_card import model_card
+from dsv3.training.model import build_model
+from tests.training_inputs import write_inputs
+
+FACTS = {"configuration": "config.json", "text": "made up", "commit": "0123abc"}
+
+STRANGER = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, trust = sys.argv[1], sys.argv[2] == "trusted"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+prompt = tokenizer("the king", return_tensors="pt")
+output = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+print(type(model).__module__.split(".")[0], tokenizer.decode(output[0])[:8], output[0].tolist())
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("assembly")
+    write_inputs(folder, architecture={"initializer_range": 0.2})
+    model = build_model(folder / "config.json", seed=3)
+    for _, router in model.routers():
+        router.e_score_correction_bias.uniform_(-0.1, 0.1)
+    export(model, model.state_dict(), folder / "tokens", folder / "final_model", model_card(FACTS, {"loss": 1.5}))
+    torch.save(model(input_ids=torch.arange(20)[None]).logits.detach(), folder / "logits.pt")
+    return folder
+
+
+def test_a_seed_gives_the_same_weights_again_and_another_seed_others(tmp_path):
+    write_inputs(tmp_path)
+    first, again, other = (build_model(tmp_path / "config.json", seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_an_architecture_that_cannot_be_built_is_told_in_one_line(tmp_path):
+    write_inputs(tmp_path, architecture={"n_group": 3})
+    with pytest.raises(UserError, match=r"config.json: .*n_group is 3; must divide"):
+        build_model(tmp_path / "config.json", seed=0)
+
+
+def test_the_folder_holds_all_that_a_stranger_needs(exported):
+    names = {path.name for path in (exported / "final_model").iterdir()}
+    assert names == {
+        "README.md",
+        "config.json",
+        "configuration_deepseek.py",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_deepseek.py",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    config = json.loads((exported / "final_model" / "config.json").read_text())
+    assert config["model_type"] == "deepseek_v3"
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_deepseek.DeepseekV3ForCausalLM"
+    assert "0123abc" in (exported / "final_model" / "README.md").read_text()
+
+
+def test_what_is_loaded_computes_what_was_exported(exported):
+    loaded = AutoModelForCausalLM.from_pretrained(exported / "final_model", trust_remote_code=True)
+    logits = loaded(input_ids=torch.arange(20)[None]).logits
+    assert torch.equal(logits, torch.load(exported / "logits.pt"))
+
+
+def test_equal_trainings_export_equal_folders(exported, tmp_path):
+    model = build_model(exported / "config.json", seed=3)
+    model.load_state_dict(
+        AutoModelForCausalLM.from_pretrained(exported / "final_model", trust_remote_code=True).state_dict()
+    )
+    export(model, model.state_dict(), exported / "tokens", tmp_path / "again", model_card(FACTS, {"loss": 1.5}))
+    for path in (exported / "final_model").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+
+
+def test_it_generates_elsewhere_with_and_without_the_code_beside_it(exported, tmp_path):
+    outputs = {}
+    for trust in ("trusted", "stock"):
+        done = subprocess.run(
+            [sys.executable, "-c", STRANGER, str(exported / "final_model"), trust],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        outputs[trust] = done.stdout.split(" ", 1)
+    assert outputs["trusted"][0] == "transformers_modules"
+    assert outputs["stock"][0] == "transformers"
+    assert outputs["trusted"][1] == outputs["stock"][1]
+    assert outputs["stock"][1].startswith("the king")
+
+
+def test_the_tokenizer_gives_the_text_back(exported):
+    tokenizer = AutoTokenizer.from_pretrained(exported / "final_model")
+    assert tokenizer.decode(tokenizer.encode("what light!")) == "what light!"

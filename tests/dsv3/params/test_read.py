@@ -1,0 +1,233 @@
+import copy
+import json
+from io import StringIO
+from pathlib import Path
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+from dsv3.errors import UserError
+from dsv3.params.read import Params, read_params, schema_text
+
+ROOT = Path(__file__).parents[3]
+VALUES = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+SECTIONS = [name for name, value in VALUES.items() if isinstance(value, dict)]
+# The relations below are told with these numbers, whatever the shipped ones are.
+ARCHITECTURE = json.loads((ROOT / "mini_model" / "config_nano.json").read_text(encoding="utf-8")) | {
+    "vocab_size": 1024,
+    "max_position_embeddings": 1024,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+}
+VALUES["tokenize"] |= {"tokenizer": "byte_level_bpe", "vocab_size": 1024}
+VALUES["train"] |= {
+    "block_size": 256,
+    "gradient_accumulation_steps": 1,
+    "warmup_ratio": 0.05,
+    "bias_freeze_ratio": 0.03,
+}
+VALUES["evaluate"] |= {"block_size": 256, "stride": 128}
+VALUES["runtime"] |= {"num_processes": 1}
+VALUES["model"] |= {"config": "mini_model/config_nano.json"}
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    """A folder with a model's configuration and no params.yaml yet."""
+    (tmp_path / "mini_model").mkdir()
+    (tmp_path / "mini_model" / "config_nano.json").write_text(json.dumps(ARCHITECTURE), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def changed(changes):
+    """The shipped parameters with `section.key` replaced."""
+    values = copy.deepcopy(VALUES)
+    for name, value in changes.items():
+        section, _, key = name.rpartition(".")
+        (values[section] if section else values)[key] = value
+    return values
+
+
+def write(values):
+    text = StringIO()
+    yaml = YAML(typ="safe")
+    yaml.default_flow_style = False  # a parameter a line
+    yaml.dump(values, text)
+    Path("params.yaml").write_text(text.getvalue(), encoding="utf-8")
+
+
+def mistake(values):
+    """The one line with which reading `values` is answered."""
+    write(values)
+    with pytest.raises(UserError) as caught:
+        read_params(Path("params.yaml"))
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def test_the_shipped_parameters_are_valid_and_every_line_of_them_is_commented(monkeypatch):
+    lines = (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines()
+    monkeypatch.chdir(ROOT)
+    read_params(Path("params.yaml"))
+    stated = [line for line in lines if line and not line.startswith("#") and not line.lstrip().startswith("- ")]
+    assert [line for line in stated if "#" not in line and not line.endswith(":")] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"train.learning_rate": -1}, "params.yaml: train.learning_rate is -1; must be > 0"),
+        ({"train.learning_rate": "fast"}, "params.yaml: train.learning_rate is 'fast'; input should be a valid number"),
+        ({"train.learning_rate": float("inf")}, "train.learning_rate is inf; input should be a finite number"),
+        ({"train.learnin_rate": 1}, "params.yaml: train.learnin_rate is no parameter; did you mean learning_rate?"),
+        ({"trian": {}}, "params.yaml: trian is no parameter; did you mean train?"),
+        ({"train.use_fp8": None}, "params.yaml: train.use_fp8 is null; input should be a valid boolean"),
+        ({"train.optim": "sgd"}, "params.yaml: train.optim is 'sgd'; must be one of 'adamw' or 'muon'"),
+        ({"train.max_steps": 0}, "params.yaml: train.max_steps is 0; must be positive, or -1"),
+        ({"train.warmup_ratio": 0.98}, "params.yaml: train: warmup_ratio + bias_freeze_ratio exceeds 1"),
+        ({"train.experts": "gpu"}, "params.yaml: train.experts is 'gpu'; must be one of 'auto', 'reference', 'cpu'"),
+        ({"seed": 2**63}, "params.yaml: seed is 9223372036854775808; must be < 9223372036854775808"),
+        ({"sample.max_new_tokens": 1024}, "sample.max_new_tokens is 1024; must be < 1024, the max_position_embeddings"),
+        ({"sample.top_p": 1.5}, "params.yaml: sample.top_p is 1.5; must be <= 1"),
+        ({"sample.prompts": []}, "params.yaml: sample.prompts"),
+        (
+            {"sample.do_sample": False, "sample.num_return_sequences": 2},
+            "params.yaml: sample.num_return_sequences is 2; must be 1 where do_sample is false, for all would be",
+        ),
+        (
+            {"sample.speculative": True},
+            "sample.speculative is true; needs a model with prediction modules, and num_nextn_predict_layers of "
+            "mini_model/config_nano.json is 0; set it to 1, or sample.speculative to false",
+        ),
+        ({"data.source": "file"}, "params.yaml: data.path is empty; source 'file' needs"),
+        ({"estimate_size.memory_budget_gib": 0}, "params.yaml: estimate_size.memory_budget_gib is 0; must be > 0"),
+        ({"tokenize.vocab_size": 1025}, "must be <= 1024, the vocab_size of mini_model/config_nano.json"),
+        ({"train.block_size": 1025}, "train.block_size is 1025; must be <= 1024, the max_position_embeddings of"),
+        ({"evaluate.block_size": 1025}, "evaluate.block_size is 1025; must be <= 1024"),
+        ({"evaluate.stride": 257}, "evaluate.stride is 257; must be <= 256, evaluate.block_size, or tokens are"),
+        ({"runtime.num_processes": 3}, "runtime.num_processes is 3; must divide train.gradient_accumulation_steps (1)"),
+        (
+            {"model.config": "mini_model/absent.json"},
+            "model.config: mini_model/absent.json can't be read (No such file",
+        ),
+    ],
+)
+def test_a_mistake_is_answered_with_where_it_is_and_what_would_be_right(changes, line):
+    assert line in mistake(changed(changes))
+
+
+def test_a_bound_is_written_as_people_write_it():
+    assert mistake(changed({"train.learning_rate": -1})) == "params.yaml: train.learning_rate is -1; must be > 0"
+
+
+def test_a_missing_parameter_is_named():
+    values = changed({})
+    del values["sample"]["top_k"]
+    assert mistake(values) == "params.yaml: sample.top_k is missing; every parameter must be stated"
+
+
+def test_a_misspelt_key_is_reported_rather_than_the_missing_one_it_causes():
+    values = changed({"tokenize.vocabsize": 512})
+    del values["tokenize"]["vocab_size"]
+    assert mistake(values) == "params.yaml: tokenize.vocabsize is no parameter; did you mean vocab_size?"
+
+
+def test_a_key_like_no_other_is_answered_with_the_known_ones():
+    assert mistake(changed({"model.zzz": 1})) == "params.yaml: model.zzz is no parameter; known: config"
+
+
+def test_a_file_that_is_missing_or_no_yaml_is_one_line():
+    with pytest.raises(UserError, match=r"^params.yaml: can't be read \(No such file"):
+        read_params(Path("params.yaml"))
+    Path("params.yaml").write_text("seed: 1\nmodel: [\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"^params.yaml:\d+: not YAML"):
+        read_params(Path("params.yaml"))
+    Path("params.yaml").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match=r"^params.yaml: .*is null"):
+        read_params(Path("params.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"n_group": 3}, "n_group is 3; must divide n_routed_experts (8)"),
+        ({"n_group": 8}, "n_group is 8; leaves 1 experts per group, must leave at least 2"),
+        ({"topk_group": 3}, "topk_group is 3; must be at most n_group (2)"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5; topk_group lets a token reach only 4"),
+        ({"qk_rope_head_dim": 31}, "qk_rope_head_dim is 31; must be a multiple of 2"),
+        ({"n_routed_experts": 0}, "n_routed_experts is 0; must be >= 1"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; must be one of 'silu'"),
+        ({"model_type": "llama"}, "model_type is 'llama'; must be one of 'deepseek_v3'"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; input should be a valid boolean"),
+        ({"attention_dropout": 1.5}, "attention_dropout is 1.5; must be < 1"),
+        (
+            {"num_key_value_heads": 2},
+            "num_key_value_heads is 2; must be num_attention_heads (4): every head has a key and a value of its own",
+        ),
+        ({"rope_theta": 500.0}, "rope_theta would be ignored beside rope_parameters; state it there"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.factor is null; must be >= 1 for rope_type yarn"),
+    ],
+)
+def test_an_architecture_that_cannot_route_is_refused_when_the_parameters_are_read(changes, line):
+    path = Path("mini_model/config_nano.json")
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    assert mistake(VALUES) == f"{path}: {line}"
+
+
+def test_an_architecture_that_is_no_json_is_one_line():
+    Path("mini_model/config_nano.json").write_text("{\n  oops\n}", encoding="utf-8")
+    assert mistake(VALUES).startswith("mini_model/config_nano.json:2: not JSON")
+
+
+LEAVES = [(section, key) for section in SECTIONS for key in VALUES[section]]
+# ruamel writes a text such as `?0` without quotes, and then can't read it.
+TEXT = st.text(max_size=4).filter(lambda text: not text.startswith("?"))
+ODD = st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | TEXT | st.lists(st.integers())
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(leaf=st.sampled_from(LEAVES), value=ODD)
+def test_any_value_anywhere_is_either_accepted_or_answered_in_one_line_that_names_its_place(leaf, value):
+    section, key = leaf
+    write(changed({f"{section}.{key}": value}))
+    try:
+        params = read_params(Path("params.yaml"))
+    except UserError as error:
+        assert "\n" not in str(error)
+        assert section in str(error)
+    else:
+        assert getattr(getattr(params, section), key) == value
+
+
+def test_numbers_written_the_yaml_1_2_way_are_read_as_dvc_reads_them():
+    write(changed({"train.learning_rate": 0.25}))
+    text = Path("params.yaml").read_text(encoding="utf-8")
+    Path("params.yaml").write_text(text.replace("learning_rate: 0.25", "learning_rate: 4e-3"), encoding="utf-8")
+    assert read_params(Path("params.yaml")).train.learning_rate == 0.004
+
+
+def test_the_exported_schema_is_current():
+    exported = (ROOT / "docs" / "params.schema.json").read_text(encoding="utf-8")
+    assert exported == schema_text(), "write it again: python -m dsv3.doctor --write-schema"
+
+
+def test_an_editor_that_reads_the_schema_finds_what_the_stages_find():
+    schema = json.loads(schema_text())
+    jsonschema.validate(VALUES, schema)
+    for wrong in ({"train.learning_rate": -1}, {"train.learnin_rate": 1}, {"train.optim": "sgd"}, {"seed": "x"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(changed(wrong), schema)
+
+
+def test_every_parameter_has_a_description_and_no_default():
+    for section in SECTIONS:
+        fields = Params.model_fields[section].annotation.model_fields
+        assert [name for name, field in fields.items() if not field.description and name != "config"] == []
+        assert [name for name, field in fields.items() if not field.is_required()] == []

@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from dsv3.devices import device_name, torch_device
+from dsv3.errors import UserError
+from dsv3.params.read import read_params
+from tests.training_inputs import ROOT
+
+RUNTIME = read_params(ROOT / "params.yaml").runtime
+
+
+def runtime(device: str):
+    return RUNTIME.model_copy(update={"device": device})
+
+
+@pytest.mark.parametrize(
+    ("asked", "with_cuda", "without"), [("auto", "cuda", "cpu"), ("cpu", "cpu", "cpu"), ("cuda", "cuda", "cuda")]
+)
+def test_a_device_means_the_same_to_whoever_asks(asked, with_cuda, without):
+    assert runtime(asked).device_type(has_cuda=True) == with_cuda
+    assert runtime(asked).device_type(has_cuda=False) == without
+
+
+@pytest.mark.parametrize("asked", ["auto", "cpu"])
+def test_without_a_gpu_the_cpu_is_used(monkeypatch, asked):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert torch_device(runtime(asked)) == torch.device("cpu")
+    assert device_name(torch.device("cpu")) == "cpu"
+
+
+def test_a_gpu_is_used_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert torch_device(runtime("auto")) == torch.device("cuda")
+
+
+def test_a_gpu_that_is_asked_for_and_missing_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        UserError, match=r"runtime\.device is cuda; this machine has no CUDA device; set it to auto or cpu"
+    ):
+        torch_device(runtime("cuda"))
