@@ -1,6 +1,7 @@
 """Score the exported model on the whole held-out text.
 
-Nothing here knows how the model was made: it is loaded as a stranger would load it, with the code that lies beside it.
+The model is loaded by transformers, with the code in its own folder; this stage imports neither the model's code nor the
+training's.
 """
 
 from pathlib import Path
@@ -30,7 +31,7 @@ def main(
     from dsv3.artifacts import read_json
     from dsv3.data.shards import TokenStream
     from dsv3.devices import device_name, torch_device
-    from dsv3.evaluation.files import show, summary, write
+    from dsv3.evaluation.files import log_evaluation, summary, write_evaluation
     from dsv3.evaluation.sliding_window import SPLITS, check_fits, evaluate
     from dsv3.export.loading import check_model, load_model
     from dsv3.tracking.recorder import read_record, reopen_recorder
@@ -52,9 +53,9 @@ def main(
     check_fits(loaded, meta, settings)
     with tqdm(total=num_tokens, unit="token", desc="evaluate") as bar:
         evaluation = evaluate(loaded, streams, meta, settings, bar.update)
-    write(evaluation, output)
+    write_evaluation(evaluation, output)
     recorder = reopen_recorder(record, parameters.runtime)
-    show(evaluation, output, recorder, record["step"])
+    log_evaluation(evaluation, output, recorder, record["step"])
     recorder.close("finished")
     print(summary(evaluation))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsv3.data.batches import StepLayout, document_positions, micro_batches
 from dsv3.errors import Interrupted, UserError
-from dsv3.training.balancing import taken_loads, update_router_bias
+from dsv3.training.balancing import pop_expert_load, update_router_bias
 from dsv3.training.interruption import Interruption
 from dsv3.training.optimizer import Optimizer
 from dsv3.training.plan import Plan
@@ -159,7 +159,7 @@ def agreed(run: Run, loss_sums: Tensor, grad_norm: Tensor) -> Measured:
         losses={name: value / accumulation for name, value in zip(LOSS_PARTS, sums, strict=True)},
         grad_norm=grad_norm.item(),
         is_interrupted=stopped > 0,
-        load_LE=taken_loads(run.model.routers(), run.summed),
+        load_LE=pop_expert_load(run.model.routers(), run.summed),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3.training.balancing import max_vio
+from dsv3.evaluation.load_balance import max_vio
 
 LOSS_PARTS = ("total_loss", "loss", "mtp_loss", "sequence_loss")
 

@@ -29,7 +29,7 @@ def test_a_prediction_module_sees_no_token_beyond_the_ones_it_is_given(micro_mod
     model, ids, position = micro_model(num_nextn_predict_layers=2), token_ids(), 5
     embeds = model.model.embed_tokens(ids).detach().requires_grad_()
     hidden = model.model(inputs_embeds=embeds).last_hidden_state
-    for depth, state in enumerate(model.model.predictions_ahead(hidden, embeds), start=1):
+    for depth, state in enumerate(model.model.mtp_hidden_states(hidden, embeds), start=1):
         assert state.shape[1] == ids.shape[1] - depth
         (gradient,) = torch.autograd.grad(state[:, position].sum(), embeds, retain_graph=True)
         assert not gradient[:, position + depth + 1 :].any()

@@ -104,7 +104,7 @@ def test_prediction_modules_keep_packed_documents_apart(micro_model, token_ids):
 
     def states(tokens, position_ids=None):
         hidden = model.model(tokens, position_ids=position_ids).last_hidden_state
-        return next(model.model.predictions_ahead(hidden, model.model.embed_tokens(tokens), None, position_ids))
+        return next(model.model.mtp_hidden_states(hidden, model.model.embed_tokens(tokens), None, position_ids))
 
     packed = states(ids, torch.cat([torch.arange(6), torch.arange(5)])[None])
     torch.testing.assert_close(packed[:, :5], states(ids[:, :6]), rtol=1e-4, atol=1e-5)
@@ -121,7 +121,7 @@ def test_a_packed_documents_mtp_loss_is_its_tokens_alone(micro_model, token_ids)
         """Losses of the tokens of one document; its first token after it may be predicted, as the end of the text."""
         tokens = torch.cat([document, following], dim=1)
         hidden = model.model(tokens).last_hidden_state
-        states = list(model.model.predictions_ahead(hidden, model.model.embed_tokens(tokens)))[depth - 1]
+        states = list(model.model.mtp_hidden_states(hidden, model.model.embed_tokens(tokens)))[depth - 1]
         logits = model.lm_head(states[:, : document.shape[1] - depth])
         targets = tokens[:, depth + 1 : document.shape[1] + 1]
         return [F.cross_entropy(row, target).item() for row, target in zip(logits[0], targets[0], strict=False)]

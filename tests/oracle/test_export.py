@@ -191,7 +191,7 @@ def test_stock_drafting_computes_what_training_computed(exported, ids, origin, s
     positions = torch.arange(1, ids.shape[1])[None]
     drafted = drafting.forward_layer(0, hidden, positions, None, input_ids=ids[:, 1:])
     trained = next(
-        model.model.predictions_ahead(
+        model.model.mtp_hidden_states(
             model.model(ids, use_cache=False).last_hidden_state, model.model.embed_tokens(ids)
         )
     )

@@ -93,7 +93,7 @@ def test_drafts_from_cached_latents_equal_drafts_from_the_whole_text(num_modules
         expected = tokens
         for depth in range(num_modules):
             trunk = model.model(expected, use_cache=False).last_hidden_state
-            ahead = list(islice(model.model.predictions_ahead(trunk, model.model.embed_tokens(expected)), depth + 1))
+            ahead = list(islice(model.model.mtp_hidden_states(trunk, model.model.embed_tokens(expected)), depth + 1))
             expected = torch.cat([expected, model.lm_head(ahead[-1][:, -1]).argmax(dim=-1, keepdim=True)], dim=1)
         drafts, _ = drafter.drafts(tokens, most=num_modules)
         assert drafts.tolist() == expected[0, num_known + 1 :].tolist()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3.training.balancing import max_vio
+from dsv3.evaluation.load_balance import max_vio
 from dsv3.training.loop import Hook, Run, train
 from tests.training_inputs import ROOT, environment, started_run
 
