@@ -1,7 +1,6 @@
 """Score the exported model on the whole held-out text.
 
-The model is loaded by transformers, with the code in its own folder; this stage imports neither the model's code nor the
-training's.
+transformers loads the model with the code in its folder. This stage imports neither `mini_model` nor `dsv3.training`.
 """
 
 from pathlib import Path

@@ -32,7 +32,7 @@ class Trunk(Protocol):
         ...
 
     def mtp_hidden_states(self, hidden: Tensor, embeds: Tensor, /, *, position_ids: Tensor | None) -> Iterator[Tensor]:
-        """Yield, for depth k = 1, 2 …, the states from which the token k + 1 positions on is read, k positions fewer."""
+        """Yield, for depth k = 1, 2 …, the states that predict the token k + 1 positions on, k positions fewer."""
         ...
 
     def __call__(

@@ -27,7 +27,7 @@ def settings(**changes) -> EvaluateParams:
 
 @torch.no_grad()
 def slow_twin(model: DeepseekV3ForCausalLM, tokens: np.ndarray, params: EvaluateParams, depth: int):
-    """Count accepted predictions, nats and tokens of one module, each predicted from the tokens of its document alone."""
+    """Count accepted predictions, nats and tokens of one module, each predicted from its document alone."""
     accepted, nats, count = 0, 0.0, 0
     for window in sliding_windows(len(tokens), params.block_size, params.stride):
         ids = torch.tensor(tokens[window.start : window.start + window.length + 1].astype(np.int64))
