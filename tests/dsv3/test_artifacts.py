@@ -194,7 +194,7 @@ def test_the_new_name_is_flushed_too(tmp_path, monkeypatch, replace):
     flushed = []
     fsync = os.fsync
     monkeypatch.setattr(
-        os, "fsync", lambda handle: (flushed.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle))
+        os, "fsync", lambda handle: (flushed.append(str(Path(f"/proc/self/fd/{handle}").readlink())), fsync(handle))
     )
     with replace(tmp_path / "new") as temporary:
         (temporary / "file" if replace is replacing_directory else temporary).touch()
