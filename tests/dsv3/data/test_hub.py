@@ -74,7 +74,7 @@ def _without_library_settings():
 
 def test_reading_a_data_set_needs_no_torch(data_set, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from dsv3.data import hub; from dsv3.data.params import DataParams\n"
+        "import sys; from pathlib import Path; from dsv3.data import hub; from dsv3.params.data import DataParams\n"
         "hub.hub_commit = lambda *arguments: 'c0ffee'\n"
         "hub.write_hub(DataParams.model_validate_json(sys.argv[1]), Path(sys.argv[2]))\n"
         "assert 'datasets' in sys.modules and 'torch' not in sys.modules"
