@@ -83,7 +83,7 @@ def check_has_mtp_modules(model: PreTrainedModel) -> None:
     """Raise `UserError` if the model has no MTP modules to draft with."""
     if not model.config.num_nextn_predict_layers:
         raise UserError(
-            "params.yaml: sample.speculative is true; needs a model with prediction modules, and the exported one's "
+            "params.yaml: sample.speculative is true; needs a model with MTP modules, and the exported one's "
             "num_nextn_predict_layers is 0; train one that has, or set sample.speculative to false"
         )
 

@@ -66,7 +66,7 @@ def export_gguf(model: Path, output: Path, dtype: Dtype) -> str:
                 writer.write_tensor_data(quantize(tensor.float().contiguous().numpy(), tensor_type))
             writer.close()
     left_out = config.num_nextn_predict_layers
-    without = f", without its prediction modules ({left_out})" if left_out else ""
+    without = f", without its MTP modules ({left_out})" if left_out else ""
     return f"{output}: {config.num_hidden_layers} layers, matrices in {dtype}{without}"
 
 

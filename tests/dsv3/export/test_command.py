@@ -34,7 +34,7 @@ def assert_refused(done, message):
 def test_gguf_writes_one_file_and_says_what_is_left_out(model, tmp_path):
     done = run("gguf", model, tmp_path / "out" / "model.gguf", "--dtype", "bf16")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith("model.gguf: 2 layers, matrices in bf16, without its prediction modules (1)\n")
+    assert done.stdout.endswith("model.gguf: 2 layers, matrices in bf16, without its MTP modules (1)\n")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.gguf"]
     assert GGUFReader(tmp_path / "out" / "model.gguf").fields["general.architecture"].contents() == "deepseek2"
 

@@ -188,7 +188,7 @@ def test_the_page_counts_the_drafts_only_where_there_were_any():
 
 def test_a_model_without_prediction_modules_is_refused_in_one_line(tokenizer):
     model = drafting_model("sometimes", 0)
-    message = r"sample\.speculative is true; needs a model with prediction modules.* is 0; .*set sample\.speculative to"
+    message = r"sample\.speculative is true; needs a model with MTP modules.* is 0; .*set sample\.speculative to"
     with pytest.raises(UserError, match=message):
         check_fits(model, tokenizer, settings())
     check_fits(model, tokenizer, settings(speculative=False))

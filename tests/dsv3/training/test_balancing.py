@@ -93,7 +93,7 @@ def test_each_token_is_counted_once_with_and_without_activation_checkpointing(ch
         output = model(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:], mtp_loss_weight=0.3)
         output.loss.backward()
     load = pop_expert_load(model.routers(), lambda tensor: tensor)
-    # Two experts per token; the prediction module has one position less.
+    # Two experts per token; the MTP module has one position less.
     assert load.sum(dim=1).tolist() == [2 * 2 * 3 * 16, 2 * 2 * 3 * 15]
 
 
