@@ -31,7 +31,7 @@ class SampleParams(Section):
     """Continuations per prompt."""
 
     speculative: bool
-    """Let the model's multi-token prediction (MTP) modules draft; the text is the same (sampled: equally distributed)."""
+    """Let the multi-token prediction (MTP) modules draft; the text is the same (sampled: equally distributed)."""
 
     @model_validator(mode="after")
     def fits_together(self) -> Self:
