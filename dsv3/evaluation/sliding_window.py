@@ -140,16 +140,13 @@ def score_split(  # noqa: PLR0913 (the last three have defaults)
     called with the number of tokens scored by each batch. Sums are in float64 on the CPU, in a fixed order.
     """
     nats = 0.0
-    pending: list[SlidingWindow] = []
-    for window in [*sliding_windows(len(tokens), params.block_size, params.stride), None]:
-        if pending and (window is None or len(pending) == params.per_device_eval_batch_size):
-            loss_BS = window_losses(model, tokens, pending, acceptance, position_ids)
-            positions.add(loss_BS)
-            nats += sum(float(loss_S[-w.num_scored :].sum()) for w, loss_S in zip(pending, loss_BS, strict=True))
-            progress(sum(w.num_scored for w in pending))
-            pending = []
-        if window is not None:
-            pending.append(window)
+    windows = list(sliding_windows(len(tokens), params.block_size, params.stride))
+    for first in range(0, len(windows), params.per_device_eval_batch_size):
+        batch = windows[first : first + params.per_device_eval_batch_size]
+        loss_BS = window_losses(model, tokens, batch, acceptance, position_ids)
+        positions.add(loss_BS)
+        nats += sum(float(loss_S[-w.num_scored :].sum()) for w, loss_S in zip(batch, loss_BS, strict=True))
+        progress(sum(w.num_scored for w in batch))
     return nats
 
 

@@ -26,7 +26,7 @@ def settings(**changes) -> EvaluateParams:
 
 
 @torch.no_grad()
-def slow_twin(model: DeepseekV3ForCausalLM, tokens: np.ndarray, params: EvaluateParams, depth: int):
+def acceptance_by_hand(model: DeepseekV3ForCausalLM, tokens: np.ndarray, params: EvaluateParams, depth: int):
     """Count accepted predictions, nats and tokens of one module, each predicted from its document alone."""
     accepted, nats, count = 0, 0.0, 0
     for window in sliding_windows(len(tokens), params.block_size, params.stride):
@@ -68,7 +68,7 @@ def test_acceptance_is_that_of_one_token_at_a_time(num_modules, num_tokens, chan
     acceptance = evaluate(model, streams, META, params).acceptance
     assert acceptance is not None
     for depth in range(1, num_modules + 1):
-        accepted, nats, count = slow_twin(model, tokens, params, depth)
+        accepted, nats, count = acceptance_by_hand(model, tokens, params, depth)
         assert (acceptance.accepted[depth - 1], acceptance.tokens[depth - 1]) == (accepted, count)
         # fp32 logits of batches of another size round differently
         assert acceptance.nats[depth - 1] == pytest.approx(nats, rel=1e-5)
