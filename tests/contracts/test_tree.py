@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from tests.contracts.import_closure import ROOT
 
@@ -23,7 +24,7 @@ TEXTS = {
     for name in TRACKED
     if (ROOT / name).suffix in {"", ".py", ".md", ".yaml", ".toml", ".json", ".txt"} and (ROOT / name).is_file()
 }
-STAGE_NAMES = ["download", "tokenize", "estimate_size", "train", "evaluate", "sample"]
+STAGE_NAMES = list(YAML(typ="safe").load(TEXTS["dvc.yaml"])["stages"])
 MODEL_FILES = ["configuration_deepseek.py", "modeling_deepseek.py"]
 
 
