@@ -93,7 +93,7 @@ def test_the_parameters_allow_the_sources_of_the_table_and_no_others():
 
 @pytest.mark.parametrize("source", [name for name in SOURCES if name != "file"])
 def test_the_summary_is_one_line_and_asks_no_server(source):
-    assert "\n" not in source_summary(params(source))
+    assert "\n" not in source_summary(params(source, "a.txt"))
 
 
 @pytest.mark.parametrize(("source", "key"), [(source, key) for source, key in REQUIRED_KEY.items() if key])
