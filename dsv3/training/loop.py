@@ -132,7 +132,7 @@ def accumulate_gradients(run: Run, batches: Iterator[Tensor], mtp_weight: float)
             output = micro_batch_output(run, run.forward, tokens, mtp_weight)
             assert output.loss is not None, "targets were given"
             run.accelerator.backward(output.loss / count)
-        parts = (output.loss, output.cross_entropy_loss, output.mtp_loss, output.sequence_loss)
+        parts = [getattr(output, field) for field in LOSS_PARTS.values()]
         sums += torch.stack([sums.new_zeros(()) if part is None else part.detach().double() for part in parts])
     return sums
 

@@ -1,4 +1,4 @@
-"""The GGUF file against what llama.cpp reads: keys, every weight, and logits computed from the file alone."""
+"""The GGUF file as a stranger reads it: keys, every weight, and logits computed from it alone."""
 
 from contextlib import closing
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from gguf import MODEL_ARCH, MODEL_TENSORS, TENSOR_NAMES
 
-from dsv3.data.tokenizer import load_tokenizer, save_trained, train_tokenizer
+from dsv3.data.tokenizer import read_tokenizer, save_trained, train_tokenizer
 from dsv3.export.gguf.write import export_gguf
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
@@ -23,7 +23,7 @@ TOPOLOGIES = {
     **{name: sizes for name, sizes in STOCK_TOPOLOGIES.items() if name != "biased projections, other epsilon"},
     "no shared expert": {"n_shared_experts": 0},
     "one expert": {"n_routed_experts": 1, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1},
-    "an MTP module": {"num_nextn_predict_layers": 1},
+    "a prediction module": {"num_nextn_predict_layers": 1},
     "rope in halves, queries in one step": {"rope_interleave": False, "q_lora_rank": None},
     "yarn as DeepSeek's": {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}},
     "yarn with mscale 1": {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
@@ -54,7 +54,7 @@ REQUIRED = {
     "tokenizer.ggml.tokens",
     "tokenizer.ggml.merges",
 }
-# ... and computes another model, or splits text differently, without these.
+# ... and computes another model, or cuts text otherwise, without these.
 DECISIVE = {
     "deepseek2.feed_forward_length",
     "deepseek2.leading_dense_block_count",
@@ -93,7 +93,7 @@ def export(folder, dtype="f32", **overrides):
     save_trained(train_tokenizer(TEXTS, 272), folder / "model")
     model.save_pretrained(folder / "model")
     summary = export_gguf(folder / "model", folder / "model.gguf", dtype)
-    assert ("without its MTP modules (1)" in summary) == bool(overrides.get("num_nextn_predict_layers"))
+    assert ("without its prediction modules (1)" in summary) == bool(overrides.get("num_nextn_predict_layers"))
     return model, folder / "model.gguf"
 
 
@@ -112,7 +112,7 @@ def ids():
     return torch.randint(SIZES["vocab_size"], (1, 24), generator=torch.Generator().manual_seed(1))
 
 
-def test_logits_are_computed_from_the_file_alone(pair, ids):
+def test_logits_come_out_of_the_file_alone(pair, ids):
     model, path = pair
     with torch.no_grad():
         want = model(ids).logits[0].double().numpy()
@@ -126,7 +126,7 @@ def test_every_weight_is_in_the_file_bit_for_bit_and_none_besides(pair):
     assert sorted(stored) == sorted(expected_names(model.config))
     if not model.config.rope_interleave:
         pytest.skip("rows are reordered; the logits prove them")
-    state = {name: tensor for name, tensor in model.state_dict().items() if not is_mtp_module(name, model)}
+    state = {name: tensor for name, tensor in model.state_dict().items() if not is_prediction_module(name, model)}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight")
     rebuilt = rebuilt_state(stored, model.config)
@@ -134,7 +134,7 @@ def test_every_weight_is_in_the_file_bit_for_bit_and_none_besides(pair):
     assert all(torch.equal(rebuilt[name], tensor) for name, tensor in state.items())
 
 
-def is_mtp_module(name, model):
+def is_prediction_module(name, model):
     parts = name.split(".")
     return parts[1] == "layers" and int(parts[2]) >= model.config.num_hidden_layers
 
@@ -185,8 +185,8 @@ def rebuilt_state(stored, config):
         state[f"{ours}.self_attn.kv_b_proj.weight"] = torch.cat(halves, dim=1).flatten(0, 1)
         if layer >= config.first_k_dense_replace:
             state[f"{ours}.mlp.gate.e_score_correction_bias"] = stored[f"{at}.exp_probs_b.bias"]
-            gate_up = [stored[f"{at}.ffn_{matrix}_exps.weight"] for matrix in ("gate", "up")]
-            state[f"{ours}.mlp.experts.gate_up_proj"] = torch.cat(gate_up, dim=1)
+            joined = [stored[f"{at}.ffn_{matrix}_exps.weight"] for matrix in ("gate", "up")]
+            state[f"{ours}.mlp.experts.gate_up_proj"] = torch.cat(joined, dim=1)
             state[f"{ours}.mlp.experts.down_proj"] = stored[f"{at}.ffn_down_exps.weight"]
     return state
 
@@ -254,7 +254,7 @@ def test_llama_cpp_itself_computes_the_same_logits_and_tokens(pair, ids):
 
 @pytest.mark.parametrize("text", ODD_TEXTS)
 def test_llama_cpp_itself_splits_texts_as_the_tokenizer_does(base, text):
-    want = load_tokenizer(base[1].parent / "model").encode(text).ids
+    want = read_tokenizer(base[1].parent / "model").encode(text).ids
     with llama(base[1]) as other:
         assert other.tokenize(text.encode(), add_bos=False, special=False) == want
         assert other.tokenize(text.encode(), add_bos=True, special=False) == [0, *want]

@@ -12,7 +12,7 @@ from typing import Any
 from gguf import TokenType
 from tokenizers import Tokenizer
 
-from dsv3.data.tokenizer import TOKENIZER_FILE, load_tokenizer, num_ids, special_tokens
+from dsv3.data.tokenizer import TOKENIZER_FILE, num_ids, read_tokenizer, special_tokens
 from dsv3.errors import UserError
 
 PRE_TOKENIZERS = {
@@ -34,7 +34,7 @@ def vocabulary_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
 
     Raises `UserError` for a tokenizer that llama.cpp would apply differently.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     path = folder / TOKENIZER_FILE
     if num_ids(tokenizer) > vocab_size:
         raise UserError(f"{path}: needs {num_ids(tokenizer)} rows; vocab_size in config.json is {vocab_size}")

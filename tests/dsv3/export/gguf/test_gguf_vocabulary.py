@@ -9,7 +9,7 @@ from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split, Whitespace
 
 from dsv3.artifacts import write_json
-from dsv3.data.tokenizer import END_OF_TEXT, load_tokenizer, save_trained, train_tokenizer
+from dsv3.data.tokenizer import END_OF_TEXT, read_tokenizer, save_trained, train_tokenizer
 from dsv3.errors import UserError
 from dsv3.export.gguf.vocabulary import PRE_TOKENIZERS, vocabulary_metadata
 
@@ -58,7 +58,7 @@ def rebuilt(values):
 
 
 def test_every_text_is_cut_as_the_tokenizer_cuts_it(folder):
-    other, tokenizer = rebuilt(vocabulary_metadata(folder, 320)), load_tokenizer(folder)
+    other, tokenizer = rebuilt(vocabulary_metadata(folder, 320)), read_tokenizer(folder)
 
     @settings(max_examples=200, deadline=None, derandomize=True)
     @given(st.text() | st.lists(st.sampled_from(["the ", "king", "'ll", " \n", "To be", "12"])).map("".join))
@@ -71,7 +71,7 @@ def test_every_text_is_cut_as_the_tokenizer_cuts_it(folder):
 def test_rows_without_a_token_are_unused_and_the_end_of_text_is_a_control_token(folder):
     values = vocabulary_metadata(folder, 320)
     tokens, types = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
-    size = load_tokenizer(folder).get_vocab_size()
+    size = read_tokenizer(folder).get_vocab_size()
     assert len(tokens) == len(types) == len(set(tokens)) == 320
     assert (tokens[0], types[0]) == (END_OF_TEXT, 3)
     assert set(types[1:size]) == {1}
