@@ -1,9 +1,8 @@
 """What FP8 does to the training's numbers, measured on one micro-batch every so many steps.
 
 The measurement repeats a forward and a backward pass of the training beside it, and leaves no trace: the routers'
-counts and the random state are put back, gradients are returned instead of accumulated, and the quantised weights that
-it leaves behind are those that the next step would make. The compiled form of a model is passed by, for a compiled
-model does not see hooks that came later.
+counts and the random state are put back, and gradients are returned instead of accumulated. It runs the model as it is
+before compilation, because a compiled model does not see hooks that came later.
 """
 
 from collections.abc import Iterator
