@@ -33,18 +33,22 @@ def product(recipe: Recipe) -> Product:
 
 
 def weight_operands(weights: list[Tensor], recipe: Recipe) -> Operands:
-    """Return of each weight, or stack of weights, what `quantize_weight` gives: numbers and scales, and transposed."""
+    """Return of each weight, or stack of weights, e4m3 numbers, as bytes, and scales, and both transposed."""
     return [part for weight in weights for part in quantized_weight(weight.detach(), recipe.power_of_two_scales)]
 
 
 def forward_operand(operands: Operands, number: int = 0) -> Quantized:
     """Return the quantized weight of that number, as forward takes it."""
-    return Quantized(*operands[4 * number : 4 * number + 2])
+    return _quantized(*operands[4 * number : 4 * number + 2])
 
 
 def dgrad_operand(operands: Operands, number: int = 0) -> Quantized:
     """Return the quantized weight of that number, transposed, as dgrad takes it."""
-    return Quantized(*operands[4 * number + 2 : 4 * number + 4])
+    return _quantized(*operands[4 * number + 2 : 4 * number + 4])
+
+
+def _quantized(values: Tensor, scales: Tensor) -> Quantized:
+    return Quantized(values.view(torch.float8_e4m3fn), scales)
 
 
 def padded(x: Tensor, num_dims: int) -> Tensor:
@@ -61,7 +65,8 @@ def whole_schedule(x_RI: Tensor) -> Schedule:
 def _quantized_weight(weight_OI: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stack = weight_OI if weight_OI.dim() == 3 else weight_OI[None]
     forward, transposed = quantize_weight(padded(stack, 2), power_of_two_scales)
-    return *forward, *transposed
+    # Bytes, because torch's checks of an operator can't compare e4m3 numbers.
+    return forward.values.view(torch.uint8), forward.scales, transposed.values.view(torch.uint8), transposed.scales
 
 
 def _empty_weight(weight_OI: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -69,7 +74,7 @@ def _empty_weight(weight_OI: Tensor, power_of_two_scales: bool) -> tuple[Tensor,
     output_blocks, input_blocks = (-(-size // BLOCK) for size in weight_OI.shape[-2:])
 
     def empty(*blocks: int) -> tuple[Tensor, Tensor]:
-        values = weight_OI.new_empty(num_experts, *(BLOCK * size for size in blocks), dtype=torch.float8_e4m3fn)
+        values = weight_OI.new_empty(num_experts, *(BLOCK * size for size in blocks), dtype=torch.uint8)
         return values, weight_OI.new_empty(num_experts, *blocks, dtype=torch.float32)
 
     return *empty(output_blocks, input_blocks), *empty(input_blocks, output_blocks)
