@@ -25,11 +25,11 @@ from dsv3.artifacts import read_json, replacing_directory, write_json
 from dsv3.errors import UserError
 from dsv3.export.source import check_source
 from dsv3.fp8.definition import BLOCK
-from dsv3.fp8.quantize import quantised_weight
-from dsv3.kernels.convert import KEPT
+from dsv3.fp8.quantize import quantized_weight
+from dsv3.kernels.convert import HIGH_PRECISION
 
 SUFFIX = ".weight"
-KEPT_IN_EXPORT = KEPT | {"embed_tokens", "eh_proj"}
+KEPT_IN_EXPORT = HIGH_PRECISION | {"embed_tokens", "eh_proj"}
 """Parts of module names. `eh_proj` is a plain linear layer in vLLM and SGLang, which read no scales for it."""
 FUSED = {
     ("q_a_proj", "kv_a_proj_with_mqa"): ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa"),
@@ -118,7 +118,7 @@ def quantized_tensors(file: Path, kept: list[str]) -> dict[str, Tensor]:
             if not is_matrix(key, tensor.dim()) or key.removesuffix(SUFFIX) in kept:
                 tensors[key] = tensor
             else:
-                quantized = quantised_weight(tensor)
+                quantized = quantized_weight(tensor)
                 tensors[key], tensors[f"{key}_scale_inv"] = quantized.values, quantized.scales
     return tensors
 

@@ -1,9 +1,8 @@
 """What FP8 does to the training's numbers, measured on one micro-batch every `eval_steps` steps.
 
 The measurement repeats a forward and a backward pass of the training and changes nothing in it: the routers' counts
-and the random state are restored, gradients are returned instead of accumulated, and the quantized weights that it
-leaves in the cache are those that the next step would make. It calls the model as it was before compilation, for a
-compiled model ignores hooks that are added later.
+and the random state are restored, and gradients are returned instead of accumulated. It calls the model as it was
+before compilation, for a compiled model ignores hooks that are added later.
 """
 
 from collections.abc import Iterator

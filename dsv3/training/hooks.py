@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from dsv3.kernels.weight_cache import cached_weights
 from dsv3.tracking.recorder import Recorder
 from dsv3.training.balancing import router_rows
 from dsv3.training.checkpoint import prune, save_best, save_checkpoint
@@ -72,7 +73,8 @@ def validate(run: Run, recorder: Recorder | None, directory: Path) -> None:
     batches = block_batches(len(stream), params.block_size, params.per_device_eval_batch_size)
     run.model.eval()
     own_batches, device = batches[layout.rank :: layout.world_size], run.accelerator.device
-    own = summed_loss(run.forward, stream, own_batches, device, run.position_ids)
+    with cached_weights(run.model):
+        own = summed_loss(run.forward, stream, own_batches, device, run.position_ids)
     run.model.train()
     nats = run.summed(torch.tensor(own, dtype=torch.float64, device=device)).item()
     loss = nats / (len(stream) - 1)

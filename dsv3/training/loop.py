@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dsv3.data.batches import StepLayout, document_positions, micro_batches
 from dsv3.errors import Interrupted, UserError
+from dsv3.kernels.weight_cache import cached_weights
 from dsv3.training.balancing import pop_expert_load, update_router_bias
 from dsv3.training.interruption import Interruption
 from dsv3.training.optimizer import Optimizer
@@ -91,7 +92,8 @@ def train(run: Run, hooks: Sequence[Hook], save: Callable[[Run], None]) -> None:
     while state.step < budget.total_steps:
         started_at, step = time.perf_counter(), state.step
         torch.manual_seed(step_seed(run))
-        losses = accumulate_gradients(run, batches, mtp_loss_weight(step, params, budget))
+        with cached_weights(run.model):
+            losses = accumulate_gradients(run, batches, mtp_loss_weight(step, params, budget))
         grad_norm = run.clip_grad_norm(params.max_grad_norm)
         measured = agreed(run, losses, grad_norm)
         if not measured.is_finite:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -92,14 +92,8 @@ def start_accelerator(plan: Plan) -> Accelerator:
 
 
 def fp8_recipe(train: TrainParams) -> Recipe:
-    """Return how `use_fp8` quantises: one recipe for the linear layers and the experts."""
-    return Recipe(
-        quantises_weights=train.fp8_weight_quant,
-        quantises_activations=train.fp8_activation_quant,
-        has_power_of_two_scales=train.fp8_power_of_two_scales,
-        quantises_wgrad=train.fp8_wgrad_quant,
-        caches_swiglu=train.fp8_swiglu_cache,
-    )
+    """Return how `use_fp8` quantizes: one recipe for the linear layers and the experts."""
+    return Recipe(**{field.name: getattr(train, f"fp8_{field.name}") for field in fields(Recipe)})
 
 
 def prepared_model(plan: Plan, device: torch.device) -> tuple[DeepseekV3ForCausalLM, Choices]:
@@ -135,7 +129,7 @@ def prepared_model(plan: Plan, device: torch.device) -> tuple[DeepseekV3ForCausa
         precision=conversion.precision,
         experts=experts,
         cross_entropy="chunked" if is_chunked else "plain",
-        high_precision_linears=tuple(conversion.kept),
+        high_precision_linears=tuple(conversion.high_precision),
     )
 
 
