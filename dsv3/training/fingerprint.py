@@ -34,7 +34,7 @@ class Fingerprint:
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """Return what is otherwise in the facts of another training, a few words each: parameters, then data, then code."""
+        """Return what differs in the facts of another training, a few words each: parameters, then data, then code."""
         here, there = dict(flattened(self.facts)), dict(flattened(other))
         names = sorted(here.keys() | there.keys(), key=lambda place: (place[0] == "code", place[0] == "tokens", place))
         return [
