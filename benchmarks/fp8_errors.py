@@ -189,13 +189,12 @@ def accumulation_table(num_inner: int = 4096) -> str:
 def main(
     params: ParamsOption = Path("params.yaml"),
     tokens: Annotated[Path, typer.Option(help="Token data, for the captured operands.")] = Path("data/tokens"),
-    sizes: Annotated[Path, typer.Option(help="The size report.")] = Path("results/estimate_size/metrics.json"),
     steps: Annotated[int, typer.Option(help="Training steps before the operands are captured.")] = 40,
     page: Annotated[Path | None, typer.Option(help="Write the tables into this page's marked sections.")] = None,
 ) -> None:
     """Measure the rounding and summation errors of FP8 products."""
     torch.manual_seed(0)
-    captured = captured_layers(params, tokens, sizes, steps)
+    captured = captured_layers(params, tokens, steps)
     made = {f"outliers ×{size:,}" if size > 1 else "normal": normal_layer(size) for size in OUTLIERS}
     text = read_json(tokens / "meta.json")["corpus"]["source"]
     note = f"{len(captured)} linear layers after {steps} steps on text `{text}`, {platform.machine()}, torch {VERSION}."

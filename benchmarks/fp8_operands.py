@@ -37,13 +37,13 @@ def normal_layer(outlier: float) -> Layer:
     return Layer(x_RI, grad_RO, weight_OI)
 
 
-def captured_layers(params: Path, tokens: Path, sizes: Path, num_steps: int) -> dict[str, Layer]:
+def captured_layers(params: Path, tokens: Path, num_steps: int) -> dict[str, Layer]:
     """Return the operands of every linear layer that FP8 would convert, in one pass after `num_steps` of training."""
     from dsv3.kernels.convert import convert
     from dsv3.params.read import read_params
     from dsv3.training.interruption import Interruption
     from dsv3.training.loop import train
-    from dsv3.training.plan import read_plan
+    from dsv3.training.plan import read_training_plan
     from dsv3.training.setup import prepared_model, prepared_run, start_accelerator
 
     parameters = read_params(params)
@@ -55,7 +55,7 @@ def captured_layers(params: Path, tokens: Path, sizes: Path, num_steps: int) -> 
             "runtime": parameters.runtime.model_copy(update=machine),
         }
     )
-    plan = read_plan(parameters, tokens, sizes)
+    plan = read_training_plan(parameters, tokens)
     accelerator = start_accelerator(plan)
     model, _ = prepared_model(plan, accelerator.device)
     run = prepared_run(plan, accelerator, model, Interruption())

@@ -22,7 +22,7 @@ from dsv3.kernels.weight_cache import cached_weights
 from dsv3.training.balancing import pop_expert_load, update_router_bias
 from dsv3.training.interruption import Interruption
 from dsv3.training.optimizer import Optimizer
-from dsv3.training.plan import Plan
+from dsv3.training.plan import TrainingPlan
 from dsv3.training.schedule import bias_update_rate, learning_rate, mtp_loss_weight
 from dsv3.training.state import LOSS_PARTS, Measured, TrainState
 from mini_model.modeling_deepseek import DeepseekV3CausalLMOutput, DeepseekV3ForCausalLM
@@ -32,7 +32,7 @@ from mini_model.modeling_deepseek import DeepseekV3CausalLMOutput, DeepseekV3For
 class Run:
     """A training that is ready to go on from `state.step`."""
 
-    plan: Plan
+    plan: TrainingPlan
     accelerator: Accelerator
     layout: StepLayout
     model: DeepseekV3ForCausalLM
