@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated, Protocol
 
 import typer
@@ -27,7 +27,7 @@ def text_of(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-class ProgressMode(str, Enum):
+class ProgressMode(StrEnum):
     """How progress is shown."""
 
     auto = "auto"

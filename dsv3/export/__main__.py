@@ -4,7 +4,7 @@ MODEL is the folder that the train stage wrote, `outputs/final_model`. It is not
 """
 
 import logging
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +22,7 @@ app = typer.Typer(
 ModelArgument = Annotated[Path, typer.Argument(help="The exported model, as in outputs/final_model.")]
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """How the matrices of a GGUF file are stored."""
 
     f32 = "f32"

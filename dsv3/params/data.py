@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
-from typing_extensions import Self
 
 from dsv3.params.section import OneOf, Section
 

@@ -1,7 +1,8 @@
 """Section `sample`: parameters of the stage of that name."""
 
+from typing import Self
+
 from pydantic import Field, model_validator
-from typing_extensions import Self
 
 from dsv3.params.section import Section
 

@@ -115,10 +115,7 @@ def prepared_model(plan: TrainingPlan, device: torch.device) -> tuple[DeepseekV3
     if is_chunked:
         model.cross_entropy = chunked_cross_entropy
     if train.gradient_checkpointing:
-        with warnings.catch_warnings():
-            # The newer name is unknown to transformers 5.20, the last one for Python 3.10.
-            warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning)
-            model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     if train.torch_compile:
         model.compile()
     return model, Choices(

@@ -10,6 +10,7 @@ from ruamel.yaml import YAML
 
 from dsv3.dependencies import ROOT, dependencies
 from dsv3.params.read import Params
+from tests.committed import PROJECT
 
 PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
 STAGES = PIPELINE["stages"]
@@ -131,7 +132,7 @@ def test_dvcs_page_can_show_the_titles_of_the_plots_of_several_tables():
 
 
 def test_every_line_of_params_yaml_is_commented():
-    lines = (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines()
+    lines = (PROJECT / "params.yaml").read_text(encoding="utf-8").splitlines()
     keyed = [line for line in lines if re.match(r"\s+[a-z_0-9]+:", line)]
     assert keyed
     assert [line for line in keyed if "#" not in line] == []

@@ -125,7 +125,7 @@ def test_activation_checkpointing_counts_once_and_changes_no_gradient(micro_mode
     def run(checkpointing):
         model = micro_model(num_nextn_predict_layers=1)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
         calls = []
         model.routers()[0][1].register_forward_hook(lambda *_: calls.append(1))
         loss = model(ids, labels=ids, mtp_loss_weight=0.3, sequence_loss_weight=1.0).loss

@@ -87,7 +87,7 @@ def test_each_token_is_counted_once_with_and_without_activation_checkpointing(ch
     torch.manual_seed(0)
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**MICRO)).train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     tokens = torch.randint(0, 272, (3, 17))
     for _ in range(2):  # accumulation
         output = model(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:], mtp_loss_weight=0.3)
