@@ -1,10 +1,11 @@
-"""The base class of every section of params.yaml, and how a value that it refuses is told."""
+"""The base class of every section of params.yaml, a type for names from a table, and the line about a wrong value."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, ErrorDetails, core_schema
 
 
 class Section(BaseModel):
@@ -13,6 +14,19 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
     )
+
+
+class OneOf:
+    """Annotates a text that must be one of the names of a table: `Annotated[str, OneOf(TABLE)]`.
+
+    It is refused in the same words as a value of a `Literal`, and is an enum in the JSON schema.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.literal_schema(list(self.names))
 
 
 BOUNDS = {
@@ -26,7 +40,7 @@ BOUNDS = {
 """Type of pydantic's error -> where it keeps the bound, and the words before it."""
 
 
-def one_line(error: ErrorDetails) -> str:
+def error_line(error: ErrorDetails) -> str:
     """Return a pydantic error as `where is value; bound`."""
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
@@ -36,15 +50,15 @@ def one_line(error: ErrorDetails) -> str:
     if error["type"] in BOUNDS:
         key, words = BOUNDS[error["type"]]
         bound = error.get("ctx", {})[key]
-        return f"{where} is {shown(error['input'])}; {words} {f'{bound:g}' if isinstance(bound, float) else bound}"
+        return f"{where} is {value_text(error['input'])}; {words} {f'{bound:g}' if isinstance(bound, float) else bound}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         names_field = re.match(r"\w+ (is|must|would) ", message)
         return f"{where}{'.' if where and names_field else ': ' if where else ''}{message}"
-    return f"{where} is {shown(error['input'])}; {message[0].lower()}{message[1:]}"
+    return f"{where} is {value_text(error['input'])}; {message[0].lower()}{message[1:]}"
 
 
-def shown(value: Any) -> str:
-    """Return a value as the user wrote it, shortened."""
+def value_text(value: Any) -> str:
+    """Return a value as YAML writes it, shortened."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

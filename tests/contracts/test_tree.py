@@ -24,7 +24,7 @@ TEXTS = {
     if (ROOT / name).suffix in {"", ".py", ".md", ".yaml", ".toml", ".json", ".txt"} and (ROOT / name).is_file()
 }
 STAGE_NAMES = ["download", "tokenize", "estimate_size", "train", "evaluate", "sample"]
-MODEL_FILES = ["configuration_deepseek.py", "modeling_deepseek.py"]
+MODEL_FILES = ["configuration_deepseek.py", "modeling_deepseek.py", "validation_deepseek.py"]
 
 
 def named(path: Path) -> str:
