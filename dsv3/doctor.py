@@ -144,7 +144,8 @@ def check_driver() -> Finding:
 def check_experts() -> Finding:
     """Check that the expert backend that params.yaml names runs here, and list those that do."""
     from dsv3.devices import torch_device
-    from dsv3.kernels.registry import BACKENDS, DTYPE_NAMES, experts_backend, refusal
+    from dsv3.kernels.registry import DTYPE_NAMES, experts_backend, refusal
+    from dsv3.params.expert_backends import BACKENDS
     from dsv3.training.precision import COMPUTE_DTYPES, resolved_precision
 
     params = read_params(PARAMS)

@@ -74,7 +74,7 @@ def parameters_by_part(a: Architecture) -> Counter[str]:
 def mtp_parameters_by_part(a: Architecture) -> Counter[str]:
     """Return the parameters of all MTP modules (report, section 2.2), without the shared embedding and head.
 
-    Each is a block, a projection from the concatenated states (2H to H), and three RMSNorms: of the embedding, of the
+    Each is a block, a projection from the two concatenated states to one, and three RMSNorms: of the embedding, of the
     state and before the head.
     """
     parts: Counter[str] = Counter()
