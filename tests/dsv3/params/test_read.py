@@ -92,7 +92,7 @@ def test_the_shipped_parameters_are_valid_and_every_line_of_them_is_commented(mo
         ({"train.learnin_rate": 1}, "params.yaml: train.learnin_rate is no parameter; did you mean learning_rate?"),
         ({"trian": {}}, "params.yaml: trian is no parameter; did you mean train?"),
         ({"train.use_fp8": None}, "params.yaml: train.use_fp8 is null; input should be a valid boolean"),
-        ({"train.optim": "sgd"}, "params.yaml: train.optim is 'sgd'; must be one of 'adamw' or 'muon'"),
+        ({"train.optim": "sgd"}, "params.yaml: train.optim is 'sgd'; must be one of 'adamw'"),
         ({"train.max_steps": 0}, "params.yaml: train.max_steps is 0; must be positive, or -1"),
         ({"train.warmup_ratio": 0.98}, "params.yaml: train: warmup_ratio + bias_freeze_ratio exceeds 1"),
         ({"train.experts": "gpu"}, "params.yaml: train.experts is 'gpu'; must be one of 'auto', 'reference', 'cpu'"),
