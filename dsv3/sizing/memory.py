@@ -104,12 +104,11 @@ def training_memory(a: Architecture, train: TrainParams, device: Device) -> Trai
     w = workload(train, device)
     has_rounded_weights = train.fp8_weight_quant or not train.use_fp8
     total = num_parameters(a) + num_mtp_parameters(a)
-    moment_bytes = DTYPE_BYTES[train.adam_moments_dtype]
     matrices = num_matrix_parameters(a)
+    moments = OPTIMIZERS["adamw"].moments * (total - matrices) + OPTIMIZERS[train.optim].moments * matrices
     return TrainingMemory(
         weights_bytes=FP32 * total + (FP32 + INT64) * num_router_biases(a),
-        optimizer_states_bytes=moment_bytes
-        * (OPTIMIZERS["adamw"].moments * (total - matrices) + OPTIMIZERS[train.optim].moments * matrices),
+        optimizer_states_bytes=DTYPE_BYTES[train.adam_moments_dtype] * moments,
         gradients_bytes=FP32 * total,
         activations_bytes=activation_bytes(a, w),
         recomputed_bytes=recomputed_bytes(a, w),
@@ -136,9 +135,9 @@ def num_stack_parameters(a: Architecture) -> int:
 def optimizer_workspace_bytes(a: Architecture, train: TrainParams, compute_bytes: int) -> int:
     """Return what an optimizer step needs beside weights, gradients and moments.
 
-    Fused AdamW needs nothing; with bf16 moments it widens one parameter's moments at a time. Muon holds the updates of
-    all its matrices in the type that the device multiplies, and orthogonalizes equal shapes together: the products of a
-    batch's matrices with themselves are as wide as the matrices are high.
+    bf16 moments are widened one parameter at a time. Updates that are made of matrix products are in the type that the
+    device multiplies, and a batch of equal shapes is computed at once; the product of a matrix with its own transpose
+    is as wide as the matrix is high.
     """
     optimizer, batch = OPTIMIZERS[train.optim], largest_batch_numbers(a)
     short, long = sorted((a.hidden_size, a.moe_intermediate_size))

@@ -1,7 +1,7 @@
 """How many parameters a DeepSeek-V3 network has, in closed form and without building it.
 
 The network is L decoder blocks between an embedding and a head; a block is attention (MLA), a feed-forward part (dense
-in the first `first_k_dense_replace` blocks, experts in the others) and two RMSNorms. Three counts are told apart:
+in the first `first_k_dense_replace` blocks, experts in the others) and two RMSNorms. There are three counts:
 
 - *total*: what an optimizer updates and a checkpoint holds: `sum(p.numel())` of the model without its MTP modules.
 - *active*: total less the routed experts that a token does not visit, `(n_routed_experts - num_experts_per_tok)` in
