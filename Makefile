@@ -3,9 +3,10 @@
 .PHONY: help setup repro test check format ui bench ablations clean
 
 BIN := .venv/bin
-# The first that runs and can make an environment: a name on the PATH may be a shim without a Python behind it.
-PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3 python; do \
-	$$name -c 'import sys, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null \
+# The first that runs and can make an environment: a name on the PATH may be a shim without a Python behind it. Those
+# that Aim has wheels for come first; elsewhere runtime.trackers names another tracker.
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	$$name -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null \
 	&& { echo $$name; break; }; done)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Where there is an NVIDIA GPU, a CPU build that pip may know besides is refused; elsewhere pip prefers one that it can
@@ -32,7 +33,7 @@ check: .venv/.dev ## check format, lint, types, import rules and contracts, as p
 	$(BIN)/ruff check
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests/contracts
+	$(BIN)/python -m pytest tests/contracts -m 'not gpu'
 
 format: .venv/.dev ## format the code and mend what can be mended
 	$(BIN)/ruff format
@@ -56,7 +57,7 @@ clean: ## remove caches and the checkpoints of unfinished trainings; data, resul
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.pipeline: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "no Python 3.10, 3.11 or 3.12 (with venv) on the PATH; install one, or name it:" \
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.14 (with venv) on the PATH; install one, or name it:" \
 		"make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@echo "installing the pinned dependencies into .venv (minutes, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -1,9 +1,13 @@
-"""Every test starts from the same state: fixed seeds, deterministic algorithms, no network, one thread, no home."""
+"""Every test starts from the same state: fixed seeds, deterministic algorithms, no network, one thread, no home, and
+nothing of what a run or an experiment left in the working tree.
+"""
 
 import os
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +25,17 @@ os.environ |= {
 }
 for name in [name for name in os.environ if name in {"DVC_ROOT", "DVC_STAGE"} or name.startswith("DVC_EXP_")]:
     del os.environ[name]  # a test run started by DVC must not write into that run
+
+from tests import committed  # noqa: E402 -- with the variables above, and with Git's own, which a hook sets
+
+sys.addaudithook(committed.refuse_what_runs_write)
+
+# Repositories that tests make are not those of a Git hook's variables, and have no settings of yours.
+for name in [name for name in os.environ if name.startswith("GIT_")]:
+    del os.environ[name]
+SETTINGS = Path(HOME.name) / "gitconfig"
+SETTINGS.write_text("[safe]\n\tdirectory = *\n", encoding="utf-8")
+os.environ |= {"GIT_CONFIG_GLOBAL": str(SETTINGS), "GIT_CONFIG_NOSYSTEM": "1"}
 
 # The same commit gets the same verdict, whatever the machine's speed.
 settings.register_profile("same verdict", deadline=None, derandomize=True)

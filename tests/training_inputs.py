@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dsv3.data.shards import write_shards
+from tests.committed import PROJECT
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["the", "king", "is", "dead", "long", "live", "lord", "queen", "of", "night", "what", "light", "breaks"]
@@ -93,7 +94,7 @@ def write_inputs(folder: Path, seed: int = 0, **sections: dict) -> Path:
     write_json(folder / "corpus" / "manifest.json", {"source": "made up", "sha256": "0" * 64})
     (folder / "accepted.txt").write_text("accepted\n")
     yaml = YAML()
-    params = yaml.load((ROOT / "params.yaml").read_text())
+    params = yaml.load((PROJECT / "params.yaml").read_text())
     params["model"]["config"] = str(folder / "config.json")
     params["tokenize"]["vocab_size"] = 257
     params["evaluate"].update(block_size=32, stride=16)

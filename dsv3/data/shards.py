@@ -10,10 +10,10 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import Self
 
 from dsv3.artifacts import replacing
 from dsv3.errors import UserError

@@ -6,10 +6,9 @@ this one exists because importing that one imports torch, which three of the six
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
-from typing_extensions import Self
 
 from dsv3.errors import UserError
 from dsv3.params.section import one_line

@@ -1,7 +1,8 @@
 """Section `sample`: parameters of the stage of that name."""
 
+from typing import Self
+
 from pydantic import Field, model_validator
-from typing_extensions import Self
 
 from dsv3.params.section import Section
 
@@ -31,7 +32,7 @@ class SampleParams(Section):
     """Continuations per prompt."""
 
     speculative: bool
-    """Let the model's own prediction modules draft; what is written stays the same (sampled: equally distributed)."""
+    """Let the multi-token prediction (MTP) modules draft; the text is the same (sampled: equally distributed)."""
 
     @model_validator(mode="after")
     def fits_together(self) -> Self:

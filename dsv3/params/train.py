@@ -1,9 +1,8 @@
 """Section `train`: parameters of the stage of that name."""
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
-from typing_extensions import Self
 
 from dsv3.params.section import Section
 

@@ -12,8 +12,7 @@ A continuous ramp would have batches that processes cannot share evenly.
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from typing_extensions import Self
+from typing import Self
 
 from dsv3.params.train import TrainParams
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dsv3.artifacts import read_json, write_json
 from dsv3.errors import Interrupted, UserError
-from dsv3.export.huggingface import export
+from dsv3.export.huggingface import export_huggingface
 from dsv3.export.model_card import model_card
 from dsv3.tracking.identity import experiment_name, project_root, run_identity
 from dsv3.tracking.recorder import Recorder, open_recorder
@@ -179,7 +179,7 @@ def export_and_record(
         load_best(directory, run.model, run.state.best_step)
     metrics = final_metrics(run, recorder, chosen)
     card = model_card(model_facts(run, recorder, outputs), metrics["validation"])
-    export(run.model, run.model.state_dict(), outputs.tokens, outputs.model, card)
+    export_huggingface(run.model, run.model.state_dict(), outputs.tokens, outputs.model, card)
     write_json(outputs.results / "run.json", {**recorder.run_record(), "step": run.state.step})
     write_json(outputs.results / "metrics.json", metrics)
     recorder.result("train", metrics, run.state.step)

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -90,14 +90,8 @@ def start_accelerator(plan: TrainingPlan) -> Accelerator:
 
 
 def fp8_recipe(train: TrainParams) -> Recipe:
-    """Return how `use_fp8` quantises: one recipe for the linear layers and the experts."""
-    return Recipe(
-        quantises_weights=train.fp8_weight_quant,
-        quantises_activations=train.fp8_activation_quant,
-        has_power_of_two_scales=train.fp8_power_of_two_scales,
-        quantises_wgrad=train.fp8_wgrad_quant,
-        caches_swiglu=train.fp8_swiglu_cache,
-    )
+    """Return how `use_fp8` quantizes: one recipe for the linear layers and the experts."""
+    return Recipe(**{field.name: getattr(train, f"fp8_{field.name}") for field in fields(Recipe)})
 
 
 def prepared_model(plan: TrainingPlan, device: torch.device) -> tuple[DeepseekV3ForCausalLM, Choices]:
@@ -121,10 +115,7 @@ def prepared_model(plan: TrainingPlan, device: torch.device) -> tuple[DeepseekV3
     if is_chunked:
         model.cross_entropy = chunked_cross_entropy
     if train.gradient_checkpointing:
-        with warnings.catch_warnings():
-            # The newer name is unknown to transformers 5.20, the last one for Python 3.10.
-            warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning)
-            model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     if train.torch_compile:
         model.compile()
     return model, Choices(
@@ -133,7 +124,7 @@ def prepared_model(plan: TrainingPlan, device: torch.device) -> tuple[DeepseekV3
         precision=conversion.precision,
         experts=experts,
         cross_entropy="chunked" if is_chunked else "plain",
-        high_precision_linears=tuple(conversion.kept),
+        high_precision_linears=tuple(conversion.high_precision),
     )
 
 

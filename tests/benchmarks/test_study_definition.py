@@ -6,8 +6,9 @@ import pytest
 from benchmarks.studies.definition import Study, read_study, run_flags, run_names, study_names
 from dsv3.errors import UserError
 from dsv3.params.architecture import read_architecture
-from dsv3.params.read import read_params, read_yaml, validated
+from dsv3.params.read import read_yaml, validated
 from dsv3.presets import merged
+from tests.committed import DEFAULTS, PROJECT
 
 ROOT = Path(__file__).parents[2]
 STUDIES = {name: read_study(name) for name in study_names()}
@@ -20,8 +21,8 @@ def overlay(study: Study, variant: str) -> dict:
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_what_a_variant_sets_exists_and_gives_valid_parameters(name, variant, tmp_path):
-    params = read_yaml(ROOT / "params.yaml")
-    config = json.loads((ROOT / params["model"]["config"]).read_text())
+    params = read_yaml(PROJECT / "params.yaml")
+    config = json.loads((PROJECT / params["model"]["config"]).read_text())
     values = overlay(STUDIES[name], variant)
     of_params = {key: value for key, value in values.items() if ":" not in key}
     for key, value in values.items():
@@ -33,14 +34,14 @@ def test_what_a_variant_sets_exists_and_gives_valid_parameters(name, variant, tm
     (tmp_path / "config.json").write_text(json.dumps(config))
     read_architecture(tmp_path / "config.json")
     params["model"]["config"] = str(tmp_path / "config.json")
-    validated(merged(params, of_params), ROOT / "params.yaml")
+    validated(merged(params, of_params), PROJECT / "params.yaml")
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_every_variant_but_the_baseline_differs_from_the_defaults(name, variant):
     study = STUDIES[name]
-    defaults = read_params(ROOT / "params.yaml").model_dump()
-    config = json.loads((ROOT / defaults["model"]["config"]).read_text())
+    defaults = DEFAULTS.model_dump()
+    config = json.loads((PROJECT / defaults["model"]["config"]).read_text())
     changed = {}
     for key, value in study.variants[variant].set.items():
         section, _, field = key.replace(":", ".").rpartition(".")

@@ -8,8 +8,6 @@ from itertools import pairwise
 import pytest
 from ruamel.yaml import YAML
 
-from dsv3.params.architecture import read_architecture
-from dsv3.sizing.parameters import num_active_parameters, num_parameters
 from tests.contracts.import_closure import ROOT
 from tests.contracts.test_tree import TEXTS
 
@@ -127,15 +125,3 @@ def test_the_readme_starts_with_two_commands():
 
 def test_the_changelog_has_a_place_for_the_next_change():
     assert "## Unreleased" in TEXTS["CHANGELOG.md"]
-
-
-@pytest.mark.parametrize("name", ["config_nano.json", "config_tiny.json", "config.json"])
-def test_the_readme_states_the_models_true_sizes(name: str):
-    architecture = read_architecture(ROOT / "mini_model" / name)
-    rows = [line.split("|")[1:-1] for line in TEXTS["README.md"].splitlines() if line.startswith("|")]
-    table = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows if len(row) == 4}
-    column = [cell.startswith(f"[{name}]") for cell in table[""]].index(True)
-    assert table["parameters"][column] == f"{num_parameters(architecture):,}"
-    assert table["active per token"][column] == f"{num_active_parameters(architecture):,}"
-    assert table["vocabulary"][column] == f"{architecture.vocab_size:,}"
-    assert table["longest context"][column] == f"{architecture.max_position_embeddings:,}"

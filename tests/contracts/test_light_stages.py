@@ -1,5 +1,6 @@
 """The stages that prepare the ground really run without torch: minutes of import would be paid for nothing."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from tests.committed import PROJECT
 from tests.contracts.import_closure import ROOT
 
 RUN = """
@@ -27,7 +29,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("light")
     (folder / "text.txt").write_text("To be, or not to be: that is the question.\n" * 400)
     yaml = YAML()
-    params = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params = yaml.load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
     params["data"].update(source="file", path=str(folder / "text.txt"))
     params["tokenize"]["vocab_size"] = 300
     with (folder / "params.yaml").open("w") as file:
@@ -47,7 +49,13 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_light_stage_runs_without_torch(workspace: Path, arguments: str):
     command = [*arguments.format(workspace).split(), "--params", str(workspace / "params.yaml")]
     result = subprocess.run(
-        [sys.executable, "-c", RUN, *command], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", RUN, *command],
+        cwd=PROJECT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "imported:"

@@ -3,10 +3,9 @@ import torch
 
 from dsv3.devices import device_name, torch_device
 from dsv3.errors import UserError
-from dsv3.params.read import read_params
-from tests.training_inputs import ROOT
+from tests.committed import DEFAULTS
 
-RUNTIME = read_params(ROOT / "params.yaml").runtime
+RUNTIME = DEFAULTS.runtime
 
 
 def runtime(device: str):

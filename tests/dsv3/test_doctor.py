@@ -28,6 +28,7 @@ from dsv3.doctor import (
 from dsv3.params.architecture import read_architecture
 from dsv3.params.read import read_params, schema_text
 from dsv3.sizing.parameters import num_parameters
+from tests.committed import PROJECT
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,9 +36,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def project(tmp_path, monkeypatch):
     """A project as it is cloned: parameters, models, schema, a Git and a DVC repository."""
-    for name in ("mini_model", "docs"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    (tmp_path / "mini_model").symlink_to(PROJECT / "mini_model")
+    shutil.copy(PROJECT / "params.yaml", tmp_path)
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".gitignore").write_text("*\n", encoding="utf-8")
     subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)

@@ -13,6 +13,7 @@ from dsv3.params.architecture import read_architecture
 from dsv3.params.read import read_params, read_yaml, validated
 from dsv3.presets import apply_preset, flags, merged, preset_names, purpose, read_preset
 from dsv3.sizing.machines import MACHINES, fits
+from tests.committed import PROJECT
 
 ROOT = Path(__file__).parents[2]
 MACHINE_OF = {
@@ -29,14 +30,14 @@ MACHINE_OF = {
 @pytest.fixture(autouse=True)
 def project(tmp_path, monkeypatch):
     """A folder with a copy of params.yaml and the models' configurations behind a link."""
-    (tmp_path / "mini_model").symlink_to(ROOT / "mini_model")
-    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    (tmp_path / "mini_model").symlink_to(PROJECT / "mini_model")
+    (tmp_path / "params.yaml").write_bytes((PROJECT / "params.yaml").read_bytes())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def with_preset(name):
-    return validated(merged(read_yaml(ROOT / "params.yaml"), read_preset(name)), Path(name))
+    return validated(merged(read_yaml(PROJECT / "params.yaml"), read_preset(name)), Path(name))
 
 
 def test_the_presets_are_the_ones_that_are_documented():

@@ -1,22 +1,20 @@
 """What a device's allocator hands out, against the estimates of dsv3.sizing (their twin is tests/dsv3/sizing)."""
 
 import gc
-from pathlib import Path
 
 import pytest
 import torch
 
-from dsv3.fp8 import rounding
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE
 from dsv3.kernels.convert import convert, emulate_bf16
 from dsv3.kernels.registry import experts_backend
 from dsv3.params.architecture import Architecture
-from dsv3.params.read import read_params
 from dsv3.sizing.activations import PAIR_BYTES, Workload
 from dsv3.sizing.memory import moe_layer_bytes, training_memory
 from dsv3.training.optimizer import Optimizer, parameter_groups
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM, DeepseekV3MoE
+from tests.committed import DEFAULTS
 from tests.gpu.sizes import NANO_SIZES
 from tests.training_inputs import MICRO
 
@@ -85,12 +83,11 @@ def test_an_moe_layer_keeps_what_the_estimate_says_with_every_backend(hopper, mo
             output, logits, _ = moe(hidden)
             return output, (logits.sigmoid() * 2).exp()  # the sequence-wise loss keeps the scores once more
 
-    for _ in range(2):  # the first pass quantises weights, and is forgotten
+    for _ in range(2):  # the first pass quantizes weights, and is forgotten
         gc.collect()
         before = allocated_bytes()
         hidden = torch.randn(8, 256, SIZES["hidden_size"], device=hopper, requires_grad=True)
         results = run(hidden)
-        rounding._latest.clear()
         kept = allocated_bytes() - before - results[0].nbytes  # the output belongs to whoever takes it
         del results, hidden
     w = Workload(8, 256, hopper.type, "bf16" if is_bf16 else "fp32", experts)
@@ -100,7 +97,7 @@ def test_an_moe_layer_keeps_what_the_estimate_says_with_every_backend(hopper, mo
 @pytest.mark.parametrize(("experts", "precision"), [("grouped_mm", "bf16"), ("triton_fp8", "bf16")])
 def test_the_peak_of_two_real_optimizer_steps_is_the_estimate_to_a_tenth(hopper, monkeypatch, experts, precision):
     start_libraries(hopper)
-    train = read_params(Path("params.yaml")).train.model_copy(
+    train = DEFAULTS.train.model_copy(
         update={"per_device_train_batch_size": 16, "block_size": 512, "precision": precision, "experts": experts}
         | {"use_fp8": experts == "triton_fp8", "optim": "adamw", "gradient_accumulation_steps": 1}
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from tests.committed import MODELS, PROJECT, git, is_written
 from tests.training_inputs import MICRO, ROOT
 
 SPEAKERS = ["ROMEO", "JULIET", "Nurse", "First Citizen", "KING RICHARD"]
@@ -56,13 +57,14 @@ class Laboratory:
 
     @classmethod
     def at(cls, root: Path) -> "Laboratory":
-        """Copy the working tree's files to `root`, with a micro model under nano's name and a made-up text."""
-        listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-        names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-        for name in names:
-            if (ROOT / name).is_file() and not name.startswith(("results/", "outputs/", "dvc.lock")):
+        """Copy the working tree's code to `root`, with a micro model under nano's name and a made-up text."""
+        new_code = git("ls-files", "--others", "--exclude-standard", "dsv3", "stages", "mini_model").splitlines()
+        for name in [*git("ls-files").splitlines(), *new_code]:
+            if (ROOT / name).is_file() and not is_written(name):
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, root / name)
+        for name in ("params.yaml", *MODELS):
+            shutil.copy2(PROJECT / name, root / name)
         lab = cls(root)
         (root / "verses.txt").write_text(verses(1500))
         nano = {**MICRO, "num_nextn_predict_layers": 0}

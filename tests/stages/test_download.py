@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.committed import PROJECT
+
 ROOT = Path(__file__).parents[2]
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n"
 
@@ -14,11 +16,11 @@ TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n"
 @pytest.fixture
 def project(tmp_path):
     """A folder with the parameters, a text of its own, and the models' configurations."""
-    parameters = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    parameters = (PROJECT / "params.yaml").read_text(encoding="utf-8")
     parameters = parameters.replace("source: auto", "source: file").replace("path: null", "path: my.txt", 1)
     (tmp_path / "params.yaml").write_text(parameters, encoding="utf-8")
     (tmp_path / "my.txt").write_text(TEXT, encoding="utf-8")
-    shutil.copytree(ROOT / "mini_model", tmp_path / "mini_model", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PROJECT / "mini_model", tmp_path / "mini_model", ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 
 

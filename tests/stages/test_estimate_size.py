@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.committed import PROJECT
+
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def project(tmp_path):
     """A folder with the parameters and the models' configurations."""
-    shutil.copy(ROOT / "params.yaml", tmp_path)
-    shutil.copytree(ROOT / "mini_model", tmp_path / "mini_model", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(PROJECT / "params.yaml", tmp_path)
+    shutil.copytree(PROJECT / "mini_model", tmp_path / "mini_model", ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 
 

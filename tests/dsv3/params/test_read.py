@@ -11,12 +11,13 @@ from ruamel.yaml import YAML
 
 from dsv3.errors import UserError
 from dsv3.params.read import Params, read_params, schema_text
+from tests.committed import PROJECT
 
 ROOT = Path(__file__).parents[3]
-VALUES = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+VALUES = YAML(typ="safe").load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
 SECTIONS = [name for name, value in VALUES.items() if isinstance(value, dict)]
 # The relations below are told with these numbers, whatever the shipped ones are.
-ARCHITECTURE = json.loads((ROOT / "mini_model" / "config_nano.json").read_text(encoding="utf-8")) | {
+ARCHITECTURE = json.loads((PROJECT / "mini_model" / "config_nano.json").read_text(encoding="utf-8")) | {
     "vocab_size": 1024,
     "max_position_embeddings": 1024,
     "n_routed_experts": 8,
@@ -73,8 +74,8 @@ def mistake(values):
 
 
 def test_the_shipped_parameters_are_valid_and_every_line_of_them_is_commented(monkeypatch):
-    lines = (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines()
-    monkeypatch.chdir(ROOT)
+    lines = (PROJECT / "params.yaml").read_text(encoding="utf-8").splitlines()
+    monkeypatch.chdir(PROJECT)
     read_params(Path("params.yaml"))
     stated = [line for line in lines if line and not line.startswith("#") and not line.lstrip().startswith("- ")]
     assert [line for line in stated if "#" not in line and not line.endswith(":")] == []
@@ -103,7 +104,7 @@ def test_the_shipped_parameters_are_valid_and_every_line_of_them_is_commented(mo
         ),
         (
             {"sample.speculative": True},
-            "sample.speculative is true; needs a model with prediction modules, and num_nextn_predict_layers of "
+            "sample.speculative is true; needs a model with MTP modules, and num_nextn_predict_layers of "
             "mini_model/config_nano.json is 0; set it to 1, or sample.speculative to false",
         ),
         ({"data.source": "file"}, "params.yaml: data.path is empty; source 'file' needs"),

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,8 +14,9 @@ from dsv3.sizing.flops import (
     training_flops_per_token,
 )
 from dsv3.sizing.parameters import mtp_parameters_by_part, num_active_parameters, parameters_by_part
+from tests.committed import PROJECT
 
-CONFIGS = Path(__file__).parents[3] / "mini_model"
+CONFIGS = PROJECT / "mini_model"
 SMALL = {
     "vocab_size": 96,
     "hidden_size": 32,

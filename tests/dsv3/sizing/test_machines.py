@@ -1,17 +1,15 @@
 import itertools
-from pathlib import Path
 
 import pytest
 
 from dsv3.params.architecture import read_architecture
-from dsv3.params.read import read_params
 from dsv3.sizing import machines
 from dsv3.sizing.machines import LADDER, MACHINES, Machine, best_fit, fits, has_nvidia_driver, most_sequences
 from dsv3.sizing.memory import GIB
+from tests.committed import DEFAULTS, PROJECT
 
-ROOT = Path(__file__).parents[3]
-TRAIN = read_params(ROOT / "params.yaml").train
-ARCHITECTURES = {path.name: read_architecture(path) for path in (ROOT / "mini_model").glob("config*.json")}
+TRAIN = DEFAULTS.train
+ARCHITECTURES = {path.name: read_architecture(path) for path in (PROJECT / "mini_model").glob("config*.json")}
 H100 = next(machine for machine in MACHINES if machine.name.startswith("H100"))
 
 

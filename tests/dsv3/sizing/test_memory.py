@@ -1,16 +1,14 @@
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 from dsv3.errors import UserError
-from dsv3.fp8 import rounding
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE, Recipe
 from dsv3.kernels.convert import convert, emulate_bf16
 from dsv3.kernels.registry import AUTO, BACKENDS, experts_backend
+from dsv3.kernels.weight_cache import cached_weights
 from dsv3.params.architecture import Architecture, read_architecture
-from dsv3.params.read import read_params
 from dsv3.sizing import memory
 from dsv3.sizing.activations import PAIR_BYTES, Workload, activation_bytes, derived_weight_bytes, weight_cast_bytes
 from dsv3.sizing.memory import (
@@ -25,11 +23,11 @@ from dsv3.training import loss, optimizer
 from dsv3.training.optimizer import Optimizer, parameter_groups
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM, DeepseekV3MoE
+from tests.committed import DEFAULTS, PROJECT
 from tests.dsv3.sizing.memory_probe import LiveBytes, saved_bytes
 
-ROOT = Path(__file__).parents[3]
-TRAIN = read_params(ROOT / "params.yaml").train
-NANO = json.loads((ROOT / "mini_model" / "config_nano.json").read_text(encoding="utf-8"))
+TRAIN = DEFAULTS.train
+NANO = json.loads((PROJECT / "mini_model" / "config_nano.json").read_text(encoding="utf-8"))
 # Sizes that no two tensors share, so that a term left out or counted twice shows.
 ODD = NANO | {
     "vocab_size": 90,
@@ -151,7 +149,7 @@ def test_the_peak_of_two_real_optimizer_steps_is_the_estimate_to_a_tenth(changes
     train = TRAIN.model_copy(update=common | {"optim": "adamw", "adam_moments_dtype": "fp32"} | changes)
     model = model_of(NANO, train.precision, train.experts)
     if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     precision = passed_precision(train.precision, train.experts)
     stepper = Optimizer(parameter_groups(model, train), train, DTYPES[precision])
     shape = (train.per_device_train_batch_size, train.block_size)
@@ -169,24 +167,19 @@ def test_the_peak_of_two_real_optimizer_steps_is_the_estimate_to_a_tenth(changes
 
 
 @pytest.mark.parametrize(("experts", "precision"), [("fp8_emulated", "fp32"), ("bf16_emulated", "bf16")])
-def test_an_emulation_holds_a_rounded_copy_of_every_weight_until_the_optimizer_steps(experts, precision):
-    """Made inside operators, where the probe of the peak can't see them."""
+def test_an_emulation_holds_a_rounded_copy_of_every_weight_while_gradients_are_accumulated(experts, precision):
     model = model_of(NANO, precision, experts)
-    tokens = torch.randint(0, NANO["vocab_size"], (1, 16))
-    passed(model, tokens, "fp32").backward()
-    storages = [weight.untyped_storage() for weight in model.parameters()]
-    ours = [rounding._derived[storage] for storage in storages if storage in rounding._derived]
-    held = sum(tensor.nbytes for entries in ours for _, tensor in entries.values())
+    with cached_weights(model):
+        operands = [getattr(module, "weight_operands", None) or [] for module in model.modules()]
+        held = sum(tensor.nbytes for tensors in operands for tensor in tensors)
     w = Workload(1, 16, "cpu", "fp32", experts)
     assert held == derived_weight_bytes(Architecture(**NANO), w)
-    torch.optim.SGD(model.parameters(), lr=0.0).step()
-    assert not [storage for storage in storages if storage in rounding._derived]
 
 
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
 @pytest.mark.parametrize("config", ["config.json", "config_tiny.json", "config_nano.json"])
 def test_muon_is_given_as_many_parameters_as_the_estimate_says(config, optim):
-    sizes = json.loads((ROOT / "mini_model" / config).read_text(encoding="utf-8")) | {"num_nextn_predict_layers": 1}
+    sizes = json.loads((PROJECT / "mini_model" / config).read_text(encoding="utf-8")) | {"num_nextn_predict_layers": 1}
     with torch.device("meta"):
         model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes))
     groups = parameter_groups(model, TRAIN.model_copy(update={"optim": optim}))
@@ -228,7 +221,7 @@ def test_an_unknown_expert_backend_is_a_users_mistake():
 
 
 def test_a_large_vocabulary_costs_a_chunk_of_logits_instead_of_all_of_them():
-    mini = read_architecture(ROOT / "mini_model" / "config.json")
+    mini = read_architecture(PROJECT / "mini_model" / "config.json")
     small = memory.logits_bytes(mini, Workload(1, 256, "cuda", "bf16", "grouped_mm"))
     large = memory.logits_bytes(mini, Workload(8, 4096, "cuda", "bf16", "grouped_mm"))
     whole = 3 * 4 * mini.vocab_size * 8 * 4096
@@ -237,13 +230,13 @@ def test_a_large_vocabulary_costs_a_chunk_of_logits_instead_of_all_of_them():
 
 
 def test_the_latent_cache_holds_one_latent_and_one_rotary_key_per_layer():
-    mini = read_architecture(ROOT / "mini_model" / "config.json")
+    mini = read_architecture(PROJECT / "mini_model" / "config.json")
     assert kv_cache_bytes_per_token(mini, "bf16") == 24 * (512 + 64) * 2
     assert kv_cache_bytes_per_token(mini, "fp32") == 2 * kv_cache_bytes_per_token(mini, "bf16")
 
 
 def test_served_weights_shrink_with_their_type_but_fp8_leaves_embedding_and_head_alone():
-    tiny = read_architecture(ROOT / "mini_model" / "config_tiny.json")
+    tiny = read_architecture(PROJECT / "mini_model" / "config_tiny.json")
     fp32, bf16, fp8 = (inference_weights_bytes(tiny, dtype) for dtype in ("fp32", "bf16", "fp8"))
     bias = 4 * 11 * 8
     assert fp32 == 4 * 142_435_584 + bias

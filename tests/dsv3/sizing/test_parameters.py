@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,8 +17,9 @@ from dsv3.sizing.parameters import (
 )
 from mini_model.configuration_deepseek import DeepseekV3Config as OurConfig
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM as OurModel
+from tests.committed import PROJECT
 
-CONFIGS = Path(__file__).parents[3] / "mini_model"
+CONFIGS = PROJECT / "mini_model"
 
 
 @st.composite

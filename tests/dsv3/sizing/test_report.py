@@ -4,15 +4,14 @@ import pytest
 
 from dsv3.errors import UserError
 from dsv3.params.architecture import read_architecture
-from dsv3.params.read import read_params
 from dsv3.sizing.machines import MACHINES
 from dsv3.sizing.memory import GIB, training_memory
 from dsv3.sizing.parameters import PARTS
 from dsv3.sizing.report import check_budget, markdown_lines, markdown_table, metrics, table_row
+from tests.committed import DEFAULTS, PROJECT
 
-ROOT = Path(__file__).parents[3]
-PARAMS = read_params(ROOT / "params.yaml")
-TINY = read_architecture(ROOT / "mini_model" / "config_tiny.json")
+PARAMS = DEFAULTS
+TINY = read_architecture(PROJECT / "mini_model" / "config_tiny.json")
 UNITS = (
     "_bytes",
     "_gib",

@@ -2,17 +2,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
 
 from dsv3.params.read import Params
 from dsv3.tracking.identity import RunIdentity, run_identity
-
-ROOT = Path(__file__).parents[3]
+from tests.committed import DEFAULTS
 
 
 @pytest.fixture
 def params() -> Params:
-    return Params.model_validate(YAML(typ="safe").load((ROOT / "params.yaml").read_text()))
+    return DEFAULTS
 
 
 @pytest.fixture

@@ -1,17 +1,16 @@
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dsv3.params.read import read_params
 from dsv3.params.train import TrainParams
 from dsv3.training.budget import Budget, budget_of
 from dsv3.training.schedule import bias_update_rate, learning_rate, mtp_loss_weight
+from tests import committed
 
-DEFAULTS = read_params(Path("params.yaml")).train.model_dump()
+DEFAULTS = committed.DEFAULTS.train.model_dump()
 
 
 def params(**values) -> TrainParams:

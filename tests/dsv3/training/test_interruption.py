@@ -1,12 +1,29 @@
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
+from dsv3.training.interruption import REPEAT_S, SIGNALS, caught_signals
+
+STATUS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+HANGING = """
+import ctypes, threading
 from dsv3.training.interruption import caught_signals
+with caught_signals():
+    print("ready", flush=True)
+    {hang}
+"""
+HANGS = {
+    "in a lock": "lock = threading.Lock(); lock.acquire(); lock.acquire()",
+    "in a collective": "while True: ctypes.CDLL(None).pause()",
+}
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), STATUS)
 def test_a_signal_is_remembered_instead_of_obeyed(number, status):
     with caught_signals() as interruption:
         os.kill(os.getpid(), number)
@@ -14,15 +31,33 @@ def test_a_signal_is_remembered_instead_of_obeyed(number, status):
         assert interruption.exit_status == status
 
 
-def test_the_first_of_two_signals_counts():
+def test_the_first_of_two_signals_counts_and_a_launchers_repetition_does_not_end_the_process():
     with caught_signals() as interruption:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
     assert interruption.signal_number == signal.SIGTERM
 
 
 def test_afterwards_signals_do_what_they_did_before():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in SIGNALS]
     with pytest.raises(RuntimeError), caught_signals():
         raise RuntimeError
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.parametrize("hang", HANGS.values(), ids=HANGS)
+@pytest.mark.parametrize(("number", "status"), STATUS)
+def test_a_second_signal_ends_a_process_that_hangs(hang, number, status):
+    command = [sys.executable, "-c", HANGING.format(hang=hang)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        time.sleep(REPEAT_S + 0.2)
+        assert process.poll() is None
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == status
+    assert errors == f"stopped at once by a second signal ({number.name})\n"

@@ -1,5 +1,4 @@
 import io
-from pathlib import Path
 
 import pytest
 import torch
@@ -7,15 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dsv3.params.read import read_params
 from dsv3.params.train import TrainParams
 from dsv3.training import optimizer as module
 from dsv3.training.optimizer import Matrices, Optimizer, orthogonalized, parameter_groups, same_shape_batches
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
+from tests import committed
 from tests.training_inputs import MICRO
 
-DEFAULTS = read_params(Path("params.yaml")).train.model_dump()
+DEFAULTS = committed.DEFAULTS.train.model_dump()
 
 
 def params(**values) -> TrainParams:

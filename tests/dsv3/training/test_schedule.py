@@ -1,11 +1,9 @@
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3.params.read import read_params
 from dsv3.params.train import TrainParams
 from dsv3.training.budget import Budget
 from dsv3.training.schedule import (
@@ -15,8 +13,9 @@ from dsv3.training.schedule import (
     mtp_loss_weight,
     warmup_steps,
 )
+from tests import committed
 
-DEFAULTS = read_params(Path("params.yaml")).train.model_dump()
+DEFAULTS = committed.DEFAULTS.train.model_dump()
 SCHEDULERS = ["deepseek_v3", "cosine", "linear", "constant"]
 
 

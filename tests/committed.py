@@ -1,0 +1,80 @@
+"""The parameters and models that tests start from: Git's, whatever a run or an experiment left in the working tree.
+
+`make repro` and `dvc exp run -S` write results, dvc.lock, params.yaml and the models' configurations. A test that read
+them there would ask whether the pipeline has run, and with which values. So tests read what Git holds: the index, which
+is what the next commit will be (conftest.py refuses to open the others).
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from dsv3.params.read import Params, read_params
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = tuple(f"mini_model/{name}" for name in ("config.json", "config_tiny.json", "config_nano.json"))
+RUNS_WRITE = ("results", "outputs", "data", "runs", "wandb", ".aim", ".checkpoints", "dvc.lock", "params.yaml", *MODELS)
+"""Files and folders of the working tree that no test may read."""
+
+
+_ENVIRONMENT = dict(os.environ)  # a commit's hook names the commit's index there
+
+
+def git(*arguments: str) -> str:
+    """What Git says of this repository."""
+    command, environment = ["git", *arguments], _ENVIRONMENT
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", check=True)
+    return done.stdout
+
+
+def committed_text(name: str, revision: str = "") -> str:
+    """The text of a file in a commit, or, without a revision, in the index."""
+    return git("show", f"{revision}:{name}")
+
+
+def is_written(name: str) -> bool:
+    """Whether a run or an experiment writes the file of that name."""
+    return any(name == each or name.startswith(f"{each}/") for each in RUNS_WRITE)
+
+
+def _parameters() -> str:
+    """The text of params.yaml, or the working tree's while a parameter is being added or removed."""
+    text = committed_text("params.yaml")
+    try:
+        Params.model_validate(YAML(typ="safe").load(text))
+    except ValidationError:
+        return (ROOT / "params.yaml").read_text(encoding="utf-8")
+    return text
+
+
+def _project(folder: Path) -> Path:
+    """Write params.yaml and mini_model as Git holds them; the model's code is the working tree's."""
+    shutil.copytree(ROOT / "mini_model", folder / "mini_model", ignore=shutil.ignore_patterns("__pycache__", "*.json"))
+    for name in MODELS:
+        (folder / name).write_text(committed_text(name), encoding="utf-8")
+    (folder / "params.yaml").write_text(_parameters(), encoding="utf-8")
+    return folder
+
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="dsv3-project-")
+PROJECT = _project(Path(_FOLDER.name))
+"""A folder with params.yaml and mini_model, to copy from and to run commands in."""
+
+with contextlib.chdir(PROJECT):
+    DEFAULTS = read_params(Path("params.yaml"))
+"""The parameters of `PROJECT`."""
+
+
+def refuse_what_runs_write(event: str, arguments: tuple) -> None:
+    """Raise where a test opens a file of the working tree that a run writes; an audit hook."""
+    if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
+        path = os.path.realpath(os.fsdecode(arguments[0]))
+        if path.startswith(f"{ROOT}{os.sep}"):
+            name = path[len(str(ROOT)) + 1 :]
+            assert not is_written(name), f"a test opens the working tree's {name}; tests.committed has Git's"
