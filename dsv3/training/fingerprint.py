@@ -82,9 +82,9 @@ def other_checkpoints(directory: Path, fingerprint: Fingerprint, experiment: str
             continue
     if not found:
         return ""
-    told = [line for _, line in sorted(found, reverse=True)]
+    lines = [line for _, line in sorted(found, reverse=True)]
     return (
-        f"not resumed, of another training: {shortened(told, '; ')}; train.resume_from_checkpoint would start from one"
+        f"not resumed, of another training: {shortened(lines, '; ')}; train.resume_from_checkpoint would start from one"
     )
 
 

@@ -89,8 +89,8 @@ def hold_checkpoints(plan: TrainingPlan, fingerprint: Fingerprint, is_main_proce
         try:
             yield directory
         finally:
-            if not any(path.is_dir() for path in directory.iterdir()):
-                shutil.rmtree(directory)
+            if not any(path.is_dir() for path in directory.glob("*")):
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 def resume_or_start(run: Run, directory: Path, fingerprint: Fingerprint) -> dict[str, Any]:
