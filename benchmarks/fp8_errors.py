@@ -11,7 +11,7 @@ section 3.3.2), which is emulated by cutting the running sum to 14 bits after ev
 The error of a product is the norm of the difference as a share of the norm of the product, after every row and every
 column was divided by the norm of its vector: a small channel counts as much as a large one.
 
-Letters: A rows of the first operand, I inner dimension, Z columns of the second operand, R tokens, K inputs, N outputs.
+Letters: R rows, W columns, I inputs, O outputs.
 """
 
 import platform
@@ -53,12 +53,12 @@ class Choice:
     block: tuple[int, int] = TILE
     """Rows and columns of a block whose columns lie along the inner dimension."""
     dtype: torch.dtype = torch.float8_e4m3fn
-    has_power_of_two_scales: bool = False
+    power_of_two_scales: bool = False
 
 
 CHOICES: dict[str, Choice | None] = {
     "1×128, e4m3 (this project)": Choice(),
-    "1×128, e4m3, power-of-two scales": Choice(has_power_of_two_scales=True),
+    "1×128, e4m3, power-of-two scales": Choice(power_of_two_scales=True),
     "one scale per row, e4m3": Choice(ROW),
     "128×128, e4m3": Choice(SQUARE),
     "one scale per tensor, e4m3": Choice(TENSOR),
@@ -67,11 +67,11 @@ CHOICES: dict[str, Choice | None] = {
 }
 
 
-def rounded(x_AI: Tensor, choice: Choice) -> Tensor:
-    """Return the fp32 values of `x_AI` in the choice's format; a last block may be smaller."""
-    out = torch.empty_like(x_AI)
+def rounded(x_RI: Tensor, choice: Choice) -> Tensor:
+    """Return the fp32 values of `x_RI` in the choice's format; a last block may be smaller."""
+    out = torch.empty_like(x_RI)
     height, width = choice.block
-    bands = zip([x_AI], [out], strict=True) if height == 1 else zip(x_AI.split(height), out.split(height), strict=True)
+    bands = zip([x_RI], [out], strict=True) if height == 1 else zip(x_RI.split(height), out.split(height), strict=True)
     for band, into in bands:
         for part, target in zip(band.split(width, 1), into.split(width, 1), strict=True):
             target.copy_(_rounded_blocks(part, choice, (1,) if height == 1 else (0, 1)))
@@ -83,34 +83,34 @@ def _rounded_blocks(part: Tensor, choice: Choice, dims: tuple[int, ...]) -> Tens
     amax = part.abs().amax(dims, keepdim=True)
     # the project's own scales, made for e4m3, stretched to the other format's range by a power of two
     stretch = {torch.float8_e4m3fn: 1.0, torch.float8_e5m2: 128.0}[choice.dtype]
-    scale, inverse = scale_and_inverse(amax, choice.has_power_of_two_scales)
+    scale, inverse = scale_and_inverse(amax, choice.power_of_two_scales)
     return (part * (inverse * stretch)).to(choice.dtype).float() * (scale / stretch)
 
 
 def errors(layer: Layer, choice: Choice | None) -> dict[str, float]:
     """Return the error of each product; None means operands in bf16."""
-    weight = Choice(SQUARE, has_power_of_two_scales=choice is not None and choice.has_power_of_two_scales)
+    weight = Choice(SQUARE, power_of_two_scales=choice is not None and choice.power_of_two_scales)
 
-    def activation(x_AI: Tensor) -> Tensor:
-        return rounded(x_AI, choice) if choice else bf16_values(x_AI)
+    def activation(x_RI: Tensor) -> Tensor:
+        return rounded(x_RI, choice) if choice else bf16_values(x_RI)
 
-    weight_NK = rounded(layer.weight_NK, weight) if choice else bf16_values(layer.weight_NK)
-    x, grad, w = layer.x_RK, layer.grad_RN, layer.weight_NK
+    weight_OI = rounded(layer.weight_OI, weight) if choice else bf16_values(layer.weight_OI)
+    x, grad, w = layer.x_RI, layer.grad_RO, layer.weight_OI
     return {
-        "forward": product_error((activation(x), weight_NK.t()), (x, w.t())),
-        "dgrad": product_error((activation(grad), weight_NK), (grad, w)),
+        "forward": product_error((activation(x), weight_OI.t()), (x, w.t())),
+        "dgrad": product_error((activation(grad), weight_OI), (grad, w)),
         "wgrad": product_error((activation(grad.t()), activation(x.t()).t()), (grad.t(), x)),
     }
 
 
 def product_error(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> float:
     """Return the error of the product of `found`, as the module says it is measured."""
-    first_AI, second_IZ = (operand.double() for operand in exact)
-    size_AZ = first_AI.norm(dim=1)[:, None] * second_IZ.norm(dim=0)[None, :]
-    size_AZ = size_AZ.clamp_min(AMAX_FLOOR)
-    truth_AZ = first_AI @ second_IZ
-    difference_AZ = found[0].double() @ found[1].double() - truth_AZ
-    return ((difference_AZ / size_AZ).norm() / (truth_AZ / size_AZ).norm()).item()
+    first_RI, second_IW = (operand.double() for operand in exact)
+    size_RW = first_RI.norm(dim=1)[:, None] * second_IW.norm(dim=0)[None, :]
+    size_RW = size_RW.clamp_min(AMAX_FLOOR)
+    truth_RW = first_RI @ second_IW
+    difference_RW = found[0].double() @ found[1].double() - truth_RW
+    return ((difference_RW / size_RW).norm() / (truth_RW / size_RW).norm()).item()
 
 
 def error_table(cases: Mapping[str, Layer]) -> str:
@@ -131,15 +131,15 @@ def captured_table(layers: Mapping[str, Layer]) -> str:
         found = [errors(layer, choice) for layer in layers.values()]
         by_product = [[each[product] for each in found] for product in PRODUCTS]
         cells = [f"{100 * value:.2f}" for values in by_product for value in (statistics.fmean(values), max(values))]
-        zeros = statistics.fmean(zero_share(layer.grad_RN, choice) for layer in layers.values())
+        zeros = statistics.fmean(zero_share(layer.grad_RO, choice) for layer in layers.values())
         rows.append([name, *cells, f"{100 * zeros:.3f}"])
     return table(["activations and gradients", *kinds, "gradients that became 0"], rows)
 
 
-def zero_share(x_AI: Tensor, choice: Choice | None) -> float:
+def zero_share(x_RI: Tensor, choice: Choice | None) -> float:
     """Return the share of the numbers that are not zero and become zero."""
-    values = rounded(x_AI, choice) if choice else bf16_values(x_AI)
-    return (((values == 0) & (x_AI != 0)).sum() / (x_AI != 0).sum().clamp_min(1)).item()
+    values = rounded(x_RI, choice) if choice else bf16_values(x_RI)
+    return (((values == 0) & (x_RI != 0)).sum() / (x_RI != 0).sum().clamp_min(1)).item()
 
 
 def cut(x: Tensor, bits: int) -> Tensor:
@@ -147,16 +147,16 @@ def cut(x: Tensor, bits: int) -> Tensor:
     return (x.view(torch.int32) & -(1 << (24 - bits))).view(torch.float32)
 
 
-def accumulated(first_AI: Tensor, second_IZ: Tensor, bits: int, promoted_every: int) -> Tensor:
+def accumulated(first_RI: Tensor, second_IW: Tensor, bits: int, promoted_every: int) -> Tensor:
     """Return the product as a sum that keeps `bits` bits, added to an fp32 sum after every `promoted_every` numbers."""
-    total_AZ = torch.zeros(len(first_AI), second_IZ.shape[1])
-    running_AZ = torch.zeros_like(total_AZ)
-    for start in range(0, first_AI.shape[1], WGMMA_INNER):
+    total_RW = torch.zeros(len(first_RI), second_IW.shape[1])
+    running_RW = torch.zeros_like(total_RW)
+    for start in range(0, first_RI.shape[1], WGMMA_INNER):
         part = slice(start, start + WGMMA_INNER)
-        running_AZ = cut(running_AZ + first_AI[:, part] @ second_IZ[part], bits)
+        running_RW = cut(running_RW + first_RI[:, part] @ second_IW[part], bits)
         if (start + WGMMA_INNER) % promoted_every == 0:
-            total_AZ, running_AZ = total_AZ + running_AZ, torch.zeros_like(total_AZ)
-    return total_AZ + running_AZ
+            total_RW, running_RW = total_RW + running_RW, torch.zeros_like(total_RW)
+    return total_RW + running_RW
 
 
 def accumulation_table(num_inner: int = 4096) -> str:
@@ -177,9 +177,9 @@ def accumulation_table(num_inner: int = 4096) -> str:
     rows = []
     for name, (bits, promoted_every) in ways.items():
         cells = []
-        for first_AI, second_AI in cases.values():
-            truth = first_AI.double() @ second_AI.double().t()
-            difference = accumulated(first_AI, second_AI.t(), bits, promoted_every).double() - truth
+        for first_RI, second_RI in cases.values():
+            truth = first_RI.double() @ second_RI.double().t()
+            difference = accumulated(first_RI, second_RI.t(), bits, promoted_every).double() - truth
             size = truth.square().mean().sqrt()
             cells += [difference.square().mean().sqrt() / size, difference.abs().max() / size]
         rows.append([name, *(f"{100 * cell.item():.5f}" for cell in cells)])
@@ -189,13 +189,12 @@ def accumulation_table(num_inner: int = 4096) -> str:
 def main(
     params: ParamsOption = Path("params.yaml"),
     tokens: Annotated[Path, typer.Option(help="Token data, for the captured operands.")] = Path("data/tokens"),
-    sizes: Annotated[Path, typer.Option(help="The size report.")] = Path("results/estimate_size/metrics.json"),
     steps: Annotated[int, typer.Option(help="Training steps before the operands are captured.")] = 40,
     page: Annotated[Path | None, typer.Option(help="Write the tables into this page's marked sections.")] = None,
 ) -> None:
     """Measure the rounding and summation errors of FP8 products."""
     torch.manual_seed(0)
-    captured = captured_layers(params, tokens, sizes, steps)
+    captured = captured_layers(params, tokens, steps)
     made = {f"outliers ×{size:,}" if size > 1 else "normal": normal_layer(size) for size in OUTLIERS}
     text = read_json(tokens / "meta.json")["corpus"]["source"]
     note = f"{len(captured)} linear layers after {steps} steps on text `{text}`, {platform.machine()}, torch {VERSION}."

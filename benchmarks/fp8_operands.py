@@ -1,6 +1,6 @@
 """Operands for `benchmarks.fp8_errors`: made-up ones, and those of a model while it learns.
 
-Letters: R tokens, K inputs, N outputs, B sequences, S positions.
+Letters: R rows, I inputs, O outputs, B sequences, S positions.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from dsv3.fp8.recipe import DEEPSEEK_RECIPE
 class Layer:
     """The operands of a linear layer's three products."""
 
-    x_RK: Tensor
-    grad_RN: Tensor
-    weight_NK: Tensor
+    x_RI: Tensor
+    grad_RO: Tensor
+    weight_OI: Tensor
 
 
 def normal_layer(outlier: float) -> Layer:
@@ -29,21 +29,21 @@ def normal_layer(outlier: float) -> Layer:
     The weights of those channels are as much smaller, so that each channel means as much to the output as before.
     """
     generator = torch.Generator().manual_seed(0)
-    x_RK, grad_RN = (torch.randn(512, 1024, generator=generator) for _ in range(2))
-    weight_NK = torch.randn(1024, 1024, generator=generator)
-    x_RK[:, ::512] *= outlier
-    weight_NK[:, ::512] /= outlier
-    grad_RN[::64] *= outlier
-    return Layer(x_RK, grad_RN, weight_NK)
+    x_RI, grad_RO = (torch.randn(512, 1024, generator=generator) for _ in range(2))
+    weight_OI = torch.randn(1024, 1024, generator=generator)
+    x_RI[:, ::512] *= outlier
+    weight_OI[:, ::512] /= outlier
+    grad_RO[::64] *= outlier
+    return Layer(x_RI, grad_RO, weight_OI)
 
 
-def captured_layers(params: Path, tokens: Path, sizes: Path, num_steps: int) -> dict[str, Layer]:
+def captured_layers(params: Path, tokens: Path, num_steps: int) -> dict[str, Layer]:
     """Return the operands of every linear layer that FP8 would convert, in one pass after `num_steps` of training."""
     from dsv3.kernels.convert import convert
     from dsv3.params.read import read_params
     from dsv3.training.interruption import Interruption
     from dsv3.training.loop import train
-    from dsv3.training.plan import read_plan
+    from dsv3.training.plan import read_training_plan
     from dsv3.training.setup import prepared_model, prepared_run, start_accelerator
 
     parameters = read_params(params)
@@ -55,7 +55,7 @@ def captured_layers(params: Path, tokens: Path, sizes: Path, num_steps: int) -> 
             "runtime": parameters.runtime.model_copy(update=machine),
         }
     )
-    plan = read_plan(parameters, tokens, sizes)
+    plan = read_training_plan(parameters, tokens)
     accelerator = start_accelerator(plan)
     model, _ = prepared_model(plan, accelerator.device)
     run = prepared_run(plan, accelerator, model, Interruption())

@@ -1,9 +1,9 @@
 """The matrix products of FP8 layers on a GPU: this project's kernels, ceilings, and the peers that are installed.
 
 A peer is tried once; one that isn't installed, or refuses the device or the shape, is left out and its reason kept in
-`unavailable`. All take operands that are quantised already, except where the name says otherwise.
+`unavailable`. All take operands that are quantized already, except where the name says otherwise.
 
-Letters: S rows sorted by expert, E experts, N outputs, K inputs.
+Letters: R rows, E n_routed_experts, O outputs, I inputs.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from dsv3.devices import multiplies_fp8
-from dsv3.fp8 import rounding
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE
 from dsv3.kernels.convert import convert
 
@@ -68,7 +67,7 @@ over 32 GPUs."""
 
 
 class Operands:
-    """Random operands of a product in bf16, and as this project quantises them."""
+    """Random operands of a product in bf16, and as this project quantizes them."""
 
     def __init__(self, product: Product, device: torch.device) -> None:
         from dsv3.kernels import triton_launch as launch
@@ -76,17 +75,17 @@ class Operands:
         generator = torch.Generator(device).manual_seed(0)
         self.launch, self.product = launch, product
         experts, num_rows = product.num_experts, product.num_rows
-        self.x_SK = torch.randn(num_rows, product.num_inputs, device=device, generator=generator).bfloat16()
-        self.grad_SN = torch.randn(num_rows, product.num_outputs, device=device, generator=generator).bfloat16()
+        self.x_RI = torch.randn(num_rows, product.num_inputs, device=device, generator=generator).bfloat16()
+        self.grad_RO = torch.randn(num_rows, product.num_outputs, device=device, generator=generator).bfloat16()
         shape = experts, product.num_outputs, product.num_inputs
         weight = torch.randn(shape, device=device, generator=generator) * 0.02
-        self.weight_ENK = weight.bfloat16()
+        self.weight_EOI = weight.bfloat16()
         self.end_E = torch.arange(1, experts + 1, dtype=torch.int32, device=device) * product.rows_per_expert
         self.tiles = launch.schedule(self.end_E, num_rows)
-        self.weight = launch.quantise_weight(weight, False)
-        self.rows, self.grad_rows = launch.quantise_rows(self.x_SK, False), launch.quantise_rows(self.grad_SN, False)
-        self.columns = [launch.quantise_columns(x, self.tiles, None, False) for x in (self.grad_SN, self.x_SK)]
-        self.expert_S = torch.arange(experts, dtype=torch.int32, device=device).repeat_interleave(
+        self.weight = launch.quantize_weight(weight, False)
+        self.rows, self.grad_rows = launch.quantize_rows(self.x_RI, False), launch.quantize_rows(self.grad_RO, False)
+        self.columns = [launch.quantize_columns(x, self.tiles, None, False) for x in (self.grad_RO, self.x_RI)]
+        self.expert_R = torch.arange(experts, dtype=torch.int32, device=device).repeat_interleave(
             product.rows_per_expert
         )
 
@@ -103,18 +102,18 @@ class Operands:
 
 def contestants(product: Product, device: torch.device) -> dict[str, Function]:
     """Return everything that multiplies this product, by name."""
-    w_NK = torch.randn(product.num_outputs, product.num_inputs, device=device).bfloat16()
+    w_OI = torch.randn(product.num_outputs, product.num_inputs, device=device).bfloat16()
     if not multiplies_fp8(device):
-        x_SK = torch.randn(product.num_rows, product.num_inputs, device=device).bfloat16()
-        return {"ceiling: bf16 mm": lambda: x_SK @ w_NK.t()}
+        x_RI = torch.randn(product.num_rows, product.num_inputs, device=device).bfloat16()
+        return {"ceiling: bf16 mm": lambda: x_RI @ w_OI.t()}
     data = Operands(product, device)
-    functions = {"ceiling: bf16 mm": lambda: data.x_SK @ w_NK.t(), **data.own()}
+    functions = {"ceiling: bf16 mm": lambda: data.x_RI @ w_OI.t(), **data.own()}
     peers: dict[str, Callable[[Operands], Function]] = {"ceiling: torch._scaled_mm, one scale": torch_tensorwise}
     if product.num_experts > 1:
         peers |= {"torch: F.grouped_mm, bf16": torch_grouped, "DeepGEMM: grouped": deep_gemm_grouped}
     else:
         peers |= {"torch: F.scaled_mm, 1x128": torch_blockwise, "DeepGEMM": deep_gemm_dense}
-        peers |= {"transformers: with quantiser": transformers_dense}
+        peers |= {"transformers: with quantizer": transformers_dense}
     return functions | available({name: partial(peer, data) for name, peer in peers.items()})
 
 
@@ -135,7 +134,7 @@ def available(makers: Mapping[str, Callable[[], Function]]) -> dict[str, Functio
 
 def torch_tensorwise(data: Operands) -> Function:
     """Return torch's FP8 product with one scale per tensor, of the shape of all rows and one expert: a ceiling."""
-    one = torch.ones((), device=data.x_SK.device)
+    one = torch.ones((), device=data.x_RI.device)
     a, b = data.rows.values, data.weight.forward.values[0].t()
     return lambda: torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
@@ -153,30 +152,30 @@ def torch_blockwise(data: Operands) -> Function:
 
 def torch_grouped(data: Operands) -> Function:
     """Return torch's grouped product in bf16."""
-    weight = data.weight_ENK.transpose(1, 2)
-    return lambda: F.grouped_mm(data.x_SK, weight, offs=data.end_E)
+    weight = data.weight_EOI.transpose(1, 2)
+    return lambda: F.grouped_mm(data.x_RI, weight, offs=data.end_E)
 
 
 def deep_gemm_dense(data: Operands) -> Function:
     """Return DeepGEMM's product."""
     library = import_module("deep_gemm")
     weight = tuple(part[0] for part in data.weight.forward)
-    out = torch.empty_like(data.grad_SN)
+    out = torch.empty_like(data.grad_RO)
     return lambda: library.fp8_gemm_nt(tuple(data.rows), weight, out)
 
 
 def deep_gemm_grouped(data: Operands) -> Function:
     """Return DeepGEMM's product of contiguous groups."""
     library = import_module("deep_gemm")
-    out, operands = torch.empty_like(data.grad_SN), (tuple(data.rows), tuple(data.weight.forward))
-    return lambda: library.m_grouped_fp8_gemm_nt_contiguous(*operands, out, data.expert_S)
+    out, operands = torch.empty_like(data.grad_RO), (tuple(data.rows), tuple(data.weight.forward))
+    return lambda: library.m_grouped_fp8_gemm_nt_contiguous(*operands, out, data.expert_R)
 
 
 def transformers_dense(data: Operands) -> Function:
-    """Return the product of transformers' finegrained-fp8 kernel, which quantises the rows itself."""
+    """Return the product of transformers' finegrained-fp8 kernel, which quantizes the rows itself."""
     linear = import_module("transformers.integrations.finegrained_fp8").finegrained_fp8_linear
     values, scales = (part[0] for part in data.weight.forward)
-    return lambda: linear(data.x_SK, values, scales, [128, 128])
+    return lambda: linear(data.x_RI, values, scales, [128, 128])
 
 
 def layers(sizes: tuple[int, int, int], device: torch.device) -> dict[str, Function]:
@@ -189,7 +188,6 @@ def layers(sizes: tuple[int, int, int], device: torch.device) -> dict[str, Funct
         model = change(nn.Sequential(nn.Linear(num_inputs, num_outputs, bias=False, device=device)))
 
         def run() -> None:
-            rounding._derived.clear()  # as after an optimizer step
             with torch.autocast(device.type, torch.bfloat16):
                 output = model(x)
             torch.autograd.grad(output, [x, *model.parameters()], grad)

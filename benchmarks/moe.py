@@ -7,7 +7,10 @@ allocated.
     python -m benchmarks.moe                      the shapes and peers of the README, fp32 on a CPU, bf16 on a GPU
     python -m benchmarks.moe --shape 8,2,256,128,4096 --json moe.json
 
-Letters: T tokens, K experts per token, S = T * K pairs, E experts, H hidden size, I intermediate size, n = S / E.
+Weights are rounded or quantized in every pass, as in the first one after an optimizer step.
+
+Letters: T tokens, K num_experts_per_tok, A assignments, E n_routed_experts, D hidden_size, F intermediate_size,
+R rows.
 """
 
 import json
@@ -26,12 +29,11 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Exper
 from benchmarks.timing import Functions, best_device, conditions, medians_s
 from dsv3.cli import command
 from dsv3.devices import multiplies_fp8
-from dsv3.fp8 import rounding
 from dsv3.kernels.permute import expert_order
 from dsv3.kernels.registry import experts_backend
 
 SHAPES = ["8,2,768,512,2048", "64,6,512,128,2048", "8,2,256,128,4096", "8,2,256,128,1024"]
-GPU_SHAPES = ["8,2,2048,1408,16384", "64,6,2048,1408,16384"]
+GPU_ADAPES = ["8,2,2048,1408,16384", "64,6,2048,1408,16384"]
 PEERS = ["eager", "grouped_mm", "batched_mm"]
 MAX_GATHERED_BYTES = 1 << 30
 """batched_mm copies the weights of every pair; beyond this it is left out."""
@@ -79,18 +81,17 @@ class Layer:
         self.index_TK = scores_TE.topk(shape.num_experts_per_tok).indices
         self.weight_TK = torch.rand(self.index_TK.shape, device=device, dtype=dtype).requires_grad_()
         hidden_shape = shape.num_tokens, shape.hidden_size
-        self.hidden_TH = torch.randn(hidden_shape, device=device, dtype=dtype).requires_grad_()
-        self.grad_TH = torch.randn(hidden_shape, device=device, dtype=dtype)
+        self.hidden_TD = torch.randn(hidden_shape, device=device, dtype=dtype).requires_grad_()
+        self.grad_TD = torch.randn(hidden_shape, device=device, dtype=dtype)
 
     def step(self, implementation: str) -> Callable[[], None]:
         """Return a function that runs forward and backward once."""
 
         def run() -> None:
-            rounding._derived.clear()  # as after an optimizer step: quantised weights are made anew
             self.config._experts_implementation = implementation
-            with torch.autocast(self.hidden_TH.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                output = self.module(self.hidden_TH, self.index_TK, self.weight_TK)
-            torch.autograd.grad(output, [self.hidden_TH, self.weight_TK, *self.module.parameters()], self.grad_TH)
+            with torch.autocast(self.hidden_TD.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                output = self.module(self.hidden_TD, self.index_TK, self.weight_TK)
+            torch.autograd.grad(output, [self.hidden_TD, self.weight_TK, *self.module.parameters()], self.grad_TD)
 
         return run
 
@@ -99,15 +100,15 @@ class Layer:
         order = expert_order(self.index_TK, self.shape.num_experts)
         ends = order.end_E.tolist()
         slices = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-        rows_EnH = [self.hidden_TH[order.token_S[rows]] for rows in slices]
-        padded_EnH = torch.nn.utils.rnn.pad_sequence(rows_EnH, batch_first=True)
+        rows_ERD = [self.hidden_TD[order.token_A[rows]] for rows in slices]
+        padded_ERD = torch.nn.utils.rnn.pad_sequence(rows_ERD, batch_first=True)
         gate_up, down = (parameter.to(self.dtype) for parameter in self.module.parameters())
-        gate_EnI, up_EnI = torch.bmm(padded_EnH, gate_up.transpose(1, 2)).chunk(2, dim=-1)
-        output_EnH = torch.bmm(F.silu(gate_EnI) * up_EnI, down.transpose(1, 2))
-        output_SH = torch.cat([output_EnH[e, : rows.stop - rows.start] for e, rows in enumerate(slices)])
-        weighted_SH = output_SH * self.weight_TK.reshape(-1, 1)[order.pair_S]
-        output = torch.zeros_like(self.hidden_TH).index_add(0, order.token_S, weighted_SH)
-        torch.autograd.grad(output, [self.hidden_TH, self.weight_TK, *self.module.parameters()], self.grad_TH)
+        gate_ERF, up_ERF = torch.bmm(padded_ERD, gate_up.transpose(1, 2)).chunk(2, dim=-1)
+        output_ERD = torch.bmm(F.silu(gate_ERF) * up_ERF, down.transpose(1, 2))
+        output_AD = torch.cat([output_ERD[e, : rows.stop - rows.start] for e, rows in enumerate(slices)])
+        weighted_AD = output_AD * self.weight_TK.reshape(-1, 1)[order.assignment_A]
+        output = torch.zeros_like(self.hidden_TD).index_add(0, order.token_A, weighted_AD)
+        torch.autograd.grad(output, [self.hidden_TD, self.weight_TK, *self.module.parameters()], self.grad_TD)
 
 
 def bound(shape: Shape, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
@@ -178,7 +179,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(
-    shape: Annotated[list[str] | None, typer.Option(help="E,K,H,I,T; may be repeated.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="E,K,D,F,T; may be repeated.")] = None,
     rounds: Annotated[int, typer.Option(help="Times that each contestant runs.")] = 15,
     threads: Annotated[int, typer.Option(help="Threads of the CPU.")] = 2,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -187,7 +188,7 @@ def main(
     """Time one layer of experts under every backend."""
     torch.set_num_threads(threads)
     target = best_device(device)
-    shapes = shape or (GPU_SHAPES if target.type == "cuda" else SHAPES)
+    shapes = shape or (GPU_ADAPES if target.type == "cuda" else SHAPES)
     results = {"conditions": conditions(target), "shapes": []}
     print(json.dumps(results["conditions"]))
     for text in shapes:

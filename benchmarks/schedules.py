@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dsv3.cli import ParamsOption, command
-from dsv3.evaluation.figures import BLUE, STYLE, VERMILION, save
+from dsv3.evaluation.figures import BLUE, STYLE, VERMILION, save_figure
 from dsv3.params.read import read_params
 from dsv3.params.train import TrainParams
 from dsv3.training.budget import Budget, budget_of
@@ -75,7 +75,7 @@ def main(
 ) -> None:
     """Draw the schedules."""
     train = read_params(params).train
-    save(curves(TrainParams(**{**train.model_dump(), **REPORT})), output)
+    save_figure(curves(TrainParams(**{**train.model_dump(), **REPORT})), output)
     print(output)
 
 

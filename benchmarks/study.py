@@ -70,7 +70,7 @@ def report(
     from benchmarks.studies.pages import replace_section
     from benchmarks.studies.report import section
     from benchmarks.studies.results import checked_with_dvc, read_results
-    from dsv3.evaluation.figures import save
+    from dsv3.evaluation.figures import save_figure
 
     study = read_study(name)
     results = read_results(root, name, run_names(name, study))
@@ -78,7 +78,7 @@ def report(
     page = Path(study.document)
     picture = page.parent / "figures" / f"{name}.png"
     if results:
-        save(figure(study, results), picture)
+        save_figure(figure(study, results), picture)
     told = {message for message in messages.values() if not message.startswith("dvc: ")}  # DVC's own words
     conditions = how or "; ".join(sorted(told)) or "on a machine that was not recorded"
     text = section(name, study, results, conditions, picture.relative_to(page.parent).as_posix())

@@ -4,12 +4,14 @@ A stage that dies half-way must not leave a file that looks finished, so everyth
 flushed to the disk, and renamed over it; a rename within one folder is atomic on POSIX and on Windows.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +26,87 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with reporting_full_disk(path.parent):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_names(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def check_replaceable(path: Path, contents: Sequence[str]) -> None:
+    """Raise `UserError` unless `path` is free, or a folder in which every name matches one of `contents`.
+
+    A folder that is replaced as a whole loses everything in it, so only what an earlier run wrote may be there.
+    `contents` are the names that are written, as glob patterns.
+    """
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise UserError(f"{path}: holds the working directory; name a folder that holds nothing else")
+    if path.is_symlink() or not path.is_dir():
+        if path.exists() or path.is_symlink():
+            raise UserError(f"{path}: is no folder; name one that may be written")
+        return
+    foreign = sorted(entry.name for entry in path.iterdir() if not any(fnmatch(entry.name, name) for name in contents))
+    if foreign:
+        others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise UserError(
+            f"{path}: holds {foreign[0]}{others}, which is not written here and would be lost; name another folder"
+        )
+
+
 @contextmanager
-def replacing_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary directory beside `path`; put it in the place of `path` on success, else remove it."""
+def replacing_directory(path: Path, contents: Sequence[str] = ("*",)) -> Iterator[Path]:
+    """Yield an empty temporary directory beside `path`; put it in the place of `path` on success, else remove it.
+
+    Raises `UserError`, before anything is written, where `path` holds what matches none of `contents`.
+    """
+    check_replaceable(path, contents)
+    path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
-        sync_directory(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.replace(path)
+        with reporting_full_disk(path.parent):
+            yield temporary
+            sync_directory(temporary)
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.replace(path)
+            sync_names(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def reporting_full_disk(folder: Path) -> Iterator[None]:
+    """Turn a full disk within the block into a `UserError` that names the folder.
+
+    Libraries have their own types for it: safetensors says "No space left on device" in a `SafetensorError`, torch's
+    archive writer only that it failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        is_full = is_full or "No space left on device" in str(error)
+        is_full = is_full or (
+            "PytorchStreamWriter failed" in str(error) and shutil.disk_usage(folder).free < CHUNK_BYTES
+        )
+        if not is_full:
+            raise
+        free = shutil.disk_usage(folder).free
+        raise UserError(f"{folder}: the disk is full ({free:,} bytes free); make room and run the same again") from None
+
+
+def sync_names(folder: Path) -> None:
+    """Flush the names in `folder` to the disk: a rename is not safe from a power cut before."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sync_directory(path: Path) -> None:

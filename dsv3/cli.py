@@ -3,12 +3,14 @@
 Kept free of heavy imports: `python -m stages.<name> --help` must answer at once.
 """
 
+import errno
 import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +23,9 @@ DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Validate, look at the inputs, print the plan, write nothing.")
 ]
 
+MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EROFS, errno.EIO, errno.EMFILE}
+"""Errors of the machine, not of the program, that may name no file."""
+
 
 def command(main: Callable[..., None]) -> None:
     """Run `main` as a command line; a `UserError` is printed as one line and ends the process with status 2."""
@@ -28,14 +33,27 @@ def command(main: Callable[..., None]) -> None:
     # busy program on two cores, small matrix products become many times slower. This bound costs nothing (docs/log.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(main)
+    app.command()(without_eof(main))
     run_app(app)
+
+
+def without_eof(main: Callable[..., None]) -> Callable[..., None]:
+    """Return `main` with `EOFError` as another error: Typer takes it for the end of a dialogue and says "Aborted!"."""
+
+    @wraps(main)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            main(*arguments, **options)
+        except EOFError as error:
+            raise RuntimeError(f"unexpected end of a file: {error}") from error
+
+    return run
 
 
 def run_app(app: typer.Typer) -> None:
     """Run a command line; a `UserError` is printed as one line and ends the process with status 2.
 
-    So is what the system refuses about a file that it names: no permission, no space, a folder where a file should be.
+    So is what the system refuses: no permission, a folder where a file should be, no space, no memory.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -44,9 +62,15 @@ def run_app(app: typer.Typer) -> None:
         print(" ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in MACHINE_ERRORS:
             raise
-        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"{error.filename or Path.cwd()}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except MemoryError as error:
+        print(
+            f"out of memory{f' ({error})' if str(error) else ''}; use a machine with more, or less data at a time",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)

@@ -1,6 +1,6 @@
-"""What the pipeline found, in one table, and where to look next: `python -m dsv3.report`.
+"""The results of the pipeline in one table, and where to look next: `python -m dsv3.report`.
 
-Reads small files only, and says of each missing one which stage writes it.
+Reads dvc.yaml and the small files that it names, and says which stages have not run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ import typer
 
 from dsv3.artifacts import read_json
 from dsv3.cli import command
+from dsv3.params.read import read_yaml
 
 NEXT = (
     ("make ui", "the run in Aim: curves, routing, samples, figures"),
@@ -23,18 +24,24 @@ NEXT = (
 )
 
 
-def missing_stages(results: Path, samples: Path) -> dict[str, Path]:
-    """Return the stages whose results are not there, with the file that each would have written."""
-    files = {stage: results / stage / "metrics.json" for stage in ("tokenize", "estimate_size", "train", "evaluate")}
-    return {stage: path for stage, path in {**files, "sample": samples}.items() if not path.is_file()}
+def stage_results(pipeline: Path) -> dict[str, Path]:
+    """Return for each stage of dvc.yaml, in its order, a file that is there once it has run.
+
+    It is the stage's metrics file, which is committed, or else its first output.
+    """
+    stages = read_yaml(pipeline)["stages"]
+    return {name: pipeline.parent / _first_result(stage) for name, stage in stages.items()}
 
 
-def results_rows(results: Path) -> list[tuple[str, str]]:
+def _first_result(stage: Mapping[str, Any]) -> str:
+    first = [*stage.get("metrics", []), *stage.get("outs", [])][0]
+    return next(iter(first)) if isinstance(first, dict) else first  # one with flags is a mapping of one path
+
+
+def results_rows(results: Mapping[str, Path]) -> list[tuple[str, str]]:
     """Return (what, value) for each number that a newcomer asks for and that has been found so far."""
-    size, train, evaluate = (
-        _read(results / stage / "metrics.json") for stage in ("estimate_size", "train", "evaluate")
-    )
-    record = _read(results / "train" / "run.json")
+    size, train, evaluate = (_read(results[stage]) for stage in ("estimate_size", "train", "evaluate"))
+    record = _read(results["train"].with_name("run.json"))
     return [*_model_rows(size, record), *_training_rows(train, record), *_score_rows(evaluate)]
 
 
@@ -97,12 +104,12 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
 
 
-def report(results: Path, samples: Path) -> str:
-    """Return the whole report."""
-    parts = []
+def report(pipeline: Path) -> str:
+    """Return the whole report on the pipeline whose dvc.yaml is given."""
+    results, parts = stage_results(pipeline), []
     if rows := results_rows(results):
         parts.append("Results\n" + table(rows))
-    if missing := missing_stages(results, samples):
+    if missing := {stage: path for stage, path in results.items() if not path.exists()}:
         lines = [(stage, f"has not run ({path} is missing): dvc repro {stage}") for stage, path in missing.items()]
         parts.append("Not yet there\n" + table(lines))
     parts.append("Where to look next (after: source .venv/bin/activate)\n" + table(NEXT))
@@ -110,11 +117,10 @@ def report(results: Path, samples: Path) -> str:
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="Folder of the stages' results.")] = Path("results"),
-    samples: Annotated[Path, typer.Option(help="The page that sample writes.")] = Path("outputs/samples.md"),
+    pipeline: Annotated[Path, typer.Option(help="The pipeline whose results are shown.")] = Path("dvc.yaml"),
 ) -> None:
-    """Print what the pipeline found, and where to look next."""
-    typer.echo(report(results, samples))
+    """Print the results of the pipeline, and where to look next."""
+    typer.echo(report(pipeline))
 
 
 if __name__ == "__main__":

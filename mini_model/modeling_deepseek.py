@@ -1,19 +1,19 @@
-"""DeepSeek-V3, readable beside its technical report (arXiv:2412.19437), whose equation numbers the docstrings cite.
+"""DeepSeek-V3, to be read beside its technical report (arXiv:2412.19437), whose equation numbers the docstrings cite.
 
-From bottom to top: normalisation and positions; multi-head latent attention (§2.1.1); the mixture of experts with its
+From bottom to top: normalization and positions; multi-head latent attention (§2.1.1); the mixture of experts with its
 sigmoid router and loss-free balancing (§2.1.2); the decoder layer, which with three more weights is a multi-token
-prediction module (§2.2); the trunk; the language model with its losses.
+prediction (MTP) module (§2.2); the trunk; the language model with its losses.
 
-What is plain here and fast elsewhere hangs on two seams: `model.set_experts_implementation(name)` replaces the loop of
-`DeepseekV3Experts`, and `model.cross_entropy` may be replaced by a function that never holds all logits.
+Two parts are simple here and can be replaced by faster ones of the same value: `model.set_experts_implementation(name)`
+replaces the loop of `DeepseekV3Experts`, and `model.cross_entropy` may be any function of the same signature.
 
-Names of weights are DeepSeek's. On disk each expert has its own matrices, in memory they are stacked; transformers
-converts. Stock transformers loads the same folder without this file and computes the same logits; this file adds what
-it lacks: losses, prediction modules, load counts, a router in fp32, decoding on the latent cache itself.
+Weights have DeepSeek's names. On disk each expert has its own matrices, in memory they are stacked; transformers
+converts. Stock transformers loads the same folder without this file and computes the same logits. This file adds what
+it lacks: losses, MTP modules, load counts, a router in fp32, decoding on the latent cache itself.
 
-Letters: B sequences, S positions, T tokens = B·S, D hidden_size, F intermediate width, V vocab_size; H heads,
-N qk_nope_head_dim, P qk_rope_head_dim, U v_head_dim, C kv_lora_rank (compressed), X positions looked at, M queries of
-all heads; E n_routed_experts, K experts per token, G expert groups, R rows routed to one expert.
+Letters: B sequences, S positions, T tokens, X keys, D hidden_size, F intermediate_size, V vocab_size,
+H num_attention_heads, N qk_nope_head_dim, P qk_rope_head_dim, U v_head_dim, C kv_lora_rank, M queries of all heads,
+E n_routed_experts, K num_experts_per_tok, G n_group, R rows
 """
 
 from collections.abc import Callable, Iterator
@@ -42,7 +42,7 @@ from .configuration_deepseek import GROUP_SCORE_TERMS, DeepseekV3Config
 IGNORED_LABEL = -100  # positions without a target, by Hugging Face's convention
 
 
-# ---------------------------------------------------------------------------------------- normalisation, positions
+# ---------------------------------------------------------------------------------------- normalization, positions
 
 
 class DeepseekV3RMSNorm(nn.Module):
@@ -54,7 +54,7 @@ class DeepseekV3RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `x` normalised over its last dimension, computed in the weight's dtype (fp32 in training)."""
+        """Return `x` normalized over its last dimension, computed in the weight's dtype (fp32 in training)."""
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
 
 
@@ -67,7 +67,7 @@ class Float32Buffers(nn.Module):
     float32_buffers: ClassVar[tuple[str, ...]] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32Buffers":
-        """Apply `fn` (every `to`, `cuda`, `half` … ends here), then undo what it did to the dtype of those buffers."""
+        """Apply `fn` (`to`, `cuda`, `half` and the like call this), then restore the dtype of those buffers."""
         before = {name: self._buffers[name] for name in self.float32_buffers}
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -78,7 +78,7 @@ class Float32Buffers(nn.Module):
 
 
 class DeepseekV3RotaryEmbedding(Float32Buffers):
-    """Turns positions into the angles of RoPE, with YaRN's frequencies where `rope_parameters` asks for them."""
+    """Computes RoPE's angles of positions, with YaRN's frequencies where `rope_parameters` asks for them."""
 
     float32_buffers = ("inv_freq",)
 
@@ -96,7 +96,7 @@ class DeepseekV3RotaryEmbedding(Float32Buffers):
 
 
 def inverse_frequencies(config: DeepseekV3Config) -> tuple[Tensor, float]:
-    """Return RoPE's P / 2 angular frequencies and the factor YaRN puts on cosine and sine (1 without YaRN).
+    """Return RoPE's P / 2 angular frequencies and YaRN's factor on cosine and sine (1 without YaRN).
 
     YaRN (arXiv:2309.00071) divides the slow frequencies by `factor`, leaves the fast ones, and blends in between.
     """
@@ -107,15 +107,15 @@ def inverse_frequencies(config: DeepseekV3Config) -> tuple[Tensor, float]:
     return 1.0 / rope["rope_theta"] ** exponents, 1.0
 
 
-def rotated(x_BHSP: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
-    """Return `x` with each pair of dimensions turned by its position's angle; first halves of all pairs come first.
+def apply_rotary(x_BHSP: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tensor:
+    """Return `x` with each pair of dimensions rotated by its position's angle; first halves of all pairs come first.
 
     A pair is (2i, 2i + 1) if `interleave`, else (i, i + P / 2). Queries and keys come out in the same order, so their
     product doesn't depend on it.
     """
     first, second = (x_BHSP[..., 0::2], x_BHSP[..., 1::2]) if interleave else x_BHSP.chunk(2, dim=-1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.to(x_BHSP.dtype)
+    rotated_BHSP = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotated_BHSP.to(x_BHSP.dtype)
 
 
 # ---------------------------------------------------------------------------------------- multi-head latent attention
@@ -124,14 +124,15 @@ def rotated(x_BHSP: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> Tenso
 class DeepseekV3Attention(nn.Module):
     """Multi-head latent attention: all heads' keys and values are linear in one narrow latent per token (§2.1.1).
 
-    Only that latent (C numbers) and one rotated key shared by all heads (P numbers) are cached. Two ways to use them:
+    Only that latent (C numbers) and one rotated key shared by all heads (P numbers) are cached. There are two ways to
+    attend to them:
 
     - *expanded*: compute every head's keys and values from the latents, then attend as usual (training, prefill);
     - *absorbed*: since q·(W^UK c) = (W^UKᵀ q)·c, move the projections to the query and the output, and attend to the
       latents themselves. All heads then share one key and one value per position (decoding).
 
-    Both give the same result up to rounding. Per query the absorbed form multiplies more, per cached position it saves
-    the expansion, so the shorter computation is taken.
+    Both give the same result up to rounding. The absorbed form multiplies more per query and saves the expansion per
+    cached position. The form with fewer multiplications is used.
     """
 
     def __init__(self, config: DeepseekV3Config, layer_idx: int) -> None:
@@ -183,13 +184,13 @@ class DeepseekV3Attention(nn.Module):
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_BSD)))
         q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         q_nope, q_rope = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
-        return q_nope, rotated(q_rope, cos, sin, self.config.rope_interleave)
+        return q_nope, apply_rotary(q_rope, cos, sin, self.config.rope_interleave)
 
     def latents(self, hidden_BSD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the normalised c^KV and k^R, (B, 1, S, C) and (B, 1, S, P): equations 1 and 3, all that is cached."""
+        """Return the normalized c^KV and k^R, (B, 1, S, C) and (B, 1, S, P): equations 1 and 3, all that is cached."""
         down = self.kv_a_proj_with_mqa(hidden_BSD)[:, None]
         latent, k_rope = down.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
-        return self.kv_a_layernorm(latent), rotated(k_rope, cos, sin, self.config.rope_interleave)
+        return self.kv_a_layernorm(latent), apply_rotary(k_rope, cos, sin, self.config.rope_interleave)
 
     def attend_expanded(
         self, q_nope_BHSN: Tensor, q_rope_BHSP: Tensor, latent_B1XC: Tensor, k_rope_B1XP: Tensor, mask: Tensor | None
@@ -206,7 +207,7 @@ class DeepseekV3Attention(nn.Module):
     def attend_absorbed(
         self, q_nope_BHSN: Tensor, q_rope_BHSP: Tensor, latent_B1XC: Tensor, k_rope_B1XP: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return o of equation 10, (B, S, H, U), without expanding a single latent; `mask` as `eager_attention`'s."""
+        """Return o of equation 10, (B, S, H, U), without expanding the latents; `mask` as `eager_attention`'s."""
         w_uk_HNC, w_uv_HUC = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(self.kv_dims, dim=1)
         latent_BXC, k_rope_BXP = latent_B1XC[:, 0], k_rope_B1XP[:, 0]
         # One shared key: the heads of a query are rows of the same matrix product.
@@ -218,7 +219,7 @@ class DeepseekV3Attention(nn.Module):
         return (out_BHSC @ w_uv_HUC.mT).transpose(1, 2), weights_BHSX
 
     def should_absorb(self, num_queries: int, num_keys: int, mask: Tensor | None) -> bool:
-        """Return whether the absorbed form multiplies less, and the mask is of a kind it can read."""
+        """Return whether the absorbed form multiplies less, and can read the mask."""
         if self.training or num_queries == num_keys:
             return False
         readable = num_queries == 1 if mask is None else isinstance(mask, Tensor) and mask.ndim == 4
@@ -228,9 +229,9 @@ class DeepseekV3Attention(nn.Module):
 
 
 def attention_weights(scores_BHSX: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the softmax over X in fp32; `mask` is boolean (true: may look) or is added to the scores."""
+    """Return the softmax over X in fp32; `mask` is boolean (true: attends) or is added to the scores."""
     if mask is not None and mask.dtype == torch.bool:
-        # Not −inf: a padded query may look at nothing, and must not become NaN.
+        # Not −inf: a padded query may attend to no key, and must not become NaN.
         scores_BHSX = scores_BHSX.masked_fill(~mask, torch.finfo(scores_BHSX.dtype).min)
     elif mask is not None:
         scores_BHSX = scores_BHSX + mask
@@ -240,7 +241,7 @@ def attention_weights(scores_BHSX: Tensor, mask: Tensor | None) -> Tensor:
 def eager_attention(  # noqa: PLR0913 (the signature of transformers' attention functions)
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """Return attention's output, (B, S, H, U), and its weights: the readable twin of transformers' implementations."""
+    """Return attention's output, (B, S, H, U), and its weights: the reference of transformers' implementations."""
     weights_BHSX = attention_weights(query @ key.mT * scaling, mask).to(query.dtype)
     weights_BHSX = F.dropout(weights_BHSX, p=dropout, training=module.training)
     return (weights_BHSX @ value).transpose(1, 2), weights_BHSX
@@ -267,12 +268,12 @@ class DeepseekV3MLP(nn.Module):
 class DeepseekV3TopkRouter(Float32Buffers):
     """Chooses K experts per token by sigmoid affinity, within the best `topk_group` groups (equations 13 to 16).
 
-    `e_score_correction_bias` is added to the affinities for the choice and nowhere else. No gradient reaches it:
-    whoever trains lowers it for busy experts and raises it for idle ones, by the counts in `expert_load` (§2.1.2,
-    loss-free balancing), and then zeroes the counts.
+    `e_score_correction_bias` is added to the affinities for the choice and nowhere else. No gradient reaches it. The
+    training loop lowers it for overloaded experts and raises it for underloaded ones, by the counts in `expert_load`,
+    and then zeroes the counts (§2.1.2, auxiliary-loss-free load balancing).
 
-    Everything here is fp32, whatever the model's dtype or autocast: in bf16, affinities 0.4 % apart tie, and the choice
-    falls to the order of the experts.
+    Everything here is fp32, whatever the model's dtype or autocast: in bf16, affinities 0.4 % apart are equal, and the
+    order of the experts would decide.
     """
 
     float32_buffers = ("e_score_correction_bias",)
@@ -304,18 +305,18 @@ class DeepseekV3TopkRouter(Float32Buffers):
         if kept_groups < groups:
             grouped = biased_TE.unflatten(1, (groups, -1))
             score_TG = grouped.topk(GROUP_SCORE_TERMS, dim=-1).values.sum(dim=-1)
-            kept_TG = one_hot_rows(score_TG.topk(kept_groups, dim=-1, sorted=False).indices, groups)
+            kept_TG = multi_hot(score_TG.topk(kept_groups, dim=-1, sorted=False).indices, groups)
             biased_TE = grouped.masked_fill(~kept_TG[..., None], -torch.inf).flatten(1)
         return biased_TE.topk(self.config.num_experts_per_tok, dim=-1, sorted=False).indices
 
     @torch.no_grad()
     def count(self, index_TK: Tensor) -> None:
-        """Add the tokens each expert was given to `expert_load`, in training or where `counts_when_evaluating`."""
+        """Add the number of tokens of each expert to `expert_load`, in training or if `counts_when_evaluating`."""
         if self.training or self.counts_when_evaluating:
-            self.expert_load.add_(one_hot_rows(index_TK, self.config.n_routed_experts).sum(dim=0))
+            self.expert_load.add_(multi_hot(index_TK, self.config.n_routed_experts).sum(dim=0))
 
 
-def one_hot_rows(index_TK: Tensor, width: int) -> Tensor:
+def multi_hot(index_TK: Tensor, width: int) -> Tensor:
     """Return a boolean matrix (T, width), true in row t at the columns `index[t]`."""
     zeros = torch.zeros(index_TK.shape[0], width, dtype=torch.bool, device=index_TK.device)
     return zeros.scatter_(1, index_TK, True)
@@ -325,7 +326,7 @@ def one_hot_rows(index_TK: Tensor, width: int) -> Tensor:
 class DeepseekV3Experts(nn.Module):
     """All routed experts of a layer, stacked: expert e is a SwiGLU with weights `gate_up_proj[e]` and `down_proj[e]`.
 
-    This loop is what the equations say, and the twin against which fast versions are tested.
+    This loop follows the equations. Fast implementations are tested against it.
     """
 
     def __init__(self, config: DeepseekV3Config) -> None:
@@ -350,7 +351,7 @@ class DeepseekV3Experts(nn.Module):
 
 
 class DeepseekV3MoE(nn.Module):
-    """Routed experts of the router's choice plus shared experts that see every token: equation 12."""
+    """The routed experts that the router chooses, plus shared experts for every token: equation 12."""
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
@@ -372,11 +373,11 @@ class DeepseekV3MoE(nn.Module):
 def sequence_balance_loss(logits_TE: Tensor, top_k: int, num_sequences: int) -> Tensor:
     """Return Σ f_i P_i of one layer, the mean over sequences: equations 17 to 20 without α. It is 1 at balance.
 
-    f counts the top K of the affinities *without* the bias, and has no gradient; P is the mean normalised affinity.
+    f counts the top K of the affinities *without* the bias, and has no gradient; P is the mean normalized affinity.
     """
     num_experts = logits_TE.shape[1]
     scores_BSE = logits_TE.sigmoid().unflatten(0, (num_sequences, -1))
-    hits_TE = one_hot_rows(logits_TE.topk(top_k, dim=-1, sorted=False).indices, num_experts)
+    hits_TE = multi_hot(logits_TE.topk(top_k, dim=-1, sorted=False).indices, num_experts)
     f_BE = hits_TE.view_as(scores_BSE).float().mean(dim=1) * (num_experts / top_k)
     p_BE = (scores_BSE / scores_BSE.sum(dim=-1, keepdim=True)).mean(dim=1)
     return (f_BE * p_BE).sum(dim=-1).mean()
@@ -386,23 +387,26 @@ def sequence_balance_loss(logits_TE: Tensor, top_k: int, num_sequences: int) -> 
 
 
 class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
-    """Attention and a feed-forward network, each normalised before and added to the residual stream.
+    """Attention and a feed-forward network, each normalized before and added to the residual stream.
 
-    Layers from number `num_hidden_layers` on are the multi-token prediction modules. Such a module is a layer with a
-    way in, `eh_proj`, that joins the state before with the embedding of a later token, and a way out,
-    `shared_head.norm`. (It is no class of its own because DeepSeek stores it as one more layer, and because
-    transformers' `MtpModel` builds its drafting layers from the class of the trunk's last layer.)
+    Layers from number `num_hidden_layers` on are the multi-token prediction (MTP) modules. Such a module has three more
+    weights: `enorm`, `hnorm` and `eh_proj` merge the previous state with the embedding of a later token before the
+    layer, and `shared_head.norm` normalizes after it.
+
+    MTP modules have no class of their own. DeepSeek stores them as further `layers`, so they stand at the end of the
+    same list; and transformers' `MtpModel` takes the class of the last entry for a plain layer, and builds its drafting
+    modules around layers of this class.
     """
 
     def __init__(self, config: DeepseekV3Config, layer_idx: int) -> None:
         super().__init__()
         is_dense = layer_idx < min(config.first_k_dense_replace, config.num_hidden_layers)
-        self.predicts_ahead = layer_idx >= config.num_hidden_layers
+        self.is_mtp_module = layer_idx >= config.num_hidden_layers
         self.self_attn = DeepseekV3Attention(config, layer_idx)
         self.mlp = DeepseekV3MLP(config, config.intermediate_size) if is_dense else DeepseekV3MoE(config)
         self.input_layernorm = DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if self.predicts_ahead:
+        if self.is_mtp_module:
             self.enorm = DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.hnorm = DeepseekV3RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
@@ -421,21 +425,28 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
     ) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the layer's output; with `output_routing`, also its router's logits and choice (None if dense).
 
-        The choice is returned, not counted here: under activation checkpointing this code runs twice.
+        `later_embeds` is given to MTP modules only. The choice is returned, not counted here: under activation
+        checkpointing this code runs twice.
         """
         if later_embeds is not None:
-            hidden_states = self.joined(hidden_states, later_embeds)
+            hidden_states = self.merge_embedding(hidden_states, later_embeds)
+
         x_BSD = self.input_layernorm(hidden_states)
-        hidden_states = hidden_states + self.self_attn(x_BSD, position_embeddings, attention_mask, past_key_values)[0]
+        attention_BSD, _weights = self.self_attn(x_BSD, position_embeddings, attention_mask, past_key_values)
+        hidden_states = hidden_states + attention_BSD
+
         x_BSD = self.post_attention_layernorm(hidden_states)
-        is_moe = isinstance(self.mlp, DeepseekV3MoE)
-        y_BSD, logits_TE, index_TK = self.mlp(x_BSD) if is_moe else (self.mlp(x_BSD), None, None)
+        if isinstance(self.mlp, DeepseekV3MoE):
+            y_BSD, logits_TE, index_TK = self.mlp(x_BSD)
+        else:
+            y_BSD, logits_TE, index_TK = self.mlp(x_BSD), None, None
         hidden_states = hidden_states + y_BSD
-        if self.predicts_ahead:
+
+        if self.is_mtp_module:
             hidden_states = self.shared_head["norm"](hidden_states)
         return (hidden_states, logits_TE, index_TK) if output_routing else hidden_states
 
-    def joined(self, hidden_BSD: Tensor, later_embeds_BSD: Tensor) -> Tensor:
+    def merge_embedding(self, hidden_BSD: Tensor, later_embeds_BSD: Tensor) -> Tensor:
         """Return h'^k of equation 21: M_k [RMSNorm(Emb(t_{i+k})); RMSNorm(h^{k-1})].
 
         The report writes the halves in the other order; the released weights have the embedding first.
@@ -447,7 +458,7 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
 
 
 class DeepseekV3PreTrainedModel(PreTrainedModel):
-    """Tells transformers how to initialise, cast, checkpoint and observe the model."""
+    """What transformers needs to initialize, cast, checkpoint and record the model."""
 
     config: DeepseekV3Config
     config_class = DeepseekV3Config
@@ -469,13 +480,13 @@ class DeepseekV3PreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__(config)
-        # DeepSeek stores the embedding and the head again here; by these patterns transformers finds drafting weights.
+        # DeepSeek stores the embedding and the head again here. `MtpModel` finds its weights by the same patterns.
         first, depth = config.num_hidden_layers, max(1, config.num_nextn_predict_layers)
         self._keys_to_ignore_on_load_unexpected = {rf"model\.layers\.{first + k}\." for k in range(depth)}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Fill `module`: every weight from a normal of width `initializer_range` (§4.2), norms one, buffers fresh."""
+        """Fill `module`: weights from a normal distribution of `initializer_range` (§4.2), norms one, buffers anew."""
         super()._init_weights(module)
         if isinstance(module, DeepseekV3TopkRouter):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
@@ -489,7 +500,7 @@ class DeepseekV3PreTrainedModel(PreTrainedModel):
 
 
 class DeepseekV3Model(DeepseekV3PreTrainedModel):
-    """The trunk: embedding, layers, final norm. The prediction modules stand at the end of `layers`, and wait there."""
+    """The trunk: embedding, layers, final norm. The MTP modules stand at the end of `layers`; `forward` skips them."""
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__(config)
@@ -513,24 +524,25 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         sequence_losses: list[Tensor] | None = None,
         **_: Any,
     ) -> MoeModelOutputWithPast:
-        """Return the normalised state of every position; each MoE layer appends to `sequence_losses`, if given.
+        """Return the normalized state of every position; each MoE layer appends to `sequence_losses`, if given.
 
-        Where `position_ids` restart at 0, another document begins, and sees nothing of the one before (only without
-        a cache). `use_cache` unset means the configuration's in evaluation, and no cache in training.
+        Where `position_ids` restart at 0, another document begins, which does not attend to the one before (only
+        without a cache). If `use_cache` is None, the configuration decides in evaluation; training has no cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        default = self.config.use_cache and not self.training
-        if past_key_values is None and (default if use_cache is None else use_cache):
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         context = self.attention_context(hidden_BSD, attention_mask, position_ids, past_key_values)
         for layer in list(self.layers)[: self.config.num_hidden_layers]:
-            hidden_BSD, logits_TE, index_TK = layer(hidden_BSD, None, True, **context)
-            settle(layer, logits_TE, index_TK, hidden_BSD.shape[0], sequence_losses)
+            hidden_BSD, logits_TE, index_TK = layer(hidden_BSD, output_routing=True, **context)
+            count_routing(layer, logits_TE, index_TK, hidden_BSD.shape[0], sequence_losses)
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_BSD), past_key_values=past_key_values)
 
-    def predictions_ahead(
+    def mtp_hidden_states(
         self,
         hidden_BSD: Tensor,
         embeds_BSD: Tensor,
@@ -540,35 +552,38 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
     ) -> Iterator[Tensor]:
         """Yield, for depth k = 1, 2 …, the states from which token t_{i+k+1} is read, (B, S − k, D): equations 21, 22.
 
-        Depth 1 starts from the trunk's state *after* the final norm, depth k from depth k−1's after `shared_head.norm`:
-        transformers and vLLM draft so. Position i sees the states up to i and the tokens up to i + k; the last k
-        positions, which have no token to look at, are cut off.
+        Depth 1 starts from the trunk's state *after* the final norm, depth k from depth k−1's after `shared_head.norm`,
+        as transformers and vLLM draft. Position i attends to the states up to i and the tokens up to i + k. The last k
+        positions, for which there is no token i + k, are left out.
         """
         for depth, layer in enumerate(list(self.layers)[self.config.num_hidden_layers :], start=1):
             hidden_BSD, later_embeds = hidden_BSD[:, :-1], embeds_BSD[:, depth:]
             mask = attention_mask[:, :-depth] * attention_mask[:, depth:] if attention_mask is not None else None
             positions = position_ids[:, :-depth] if position_ids is not None else None
             context = self.attention_context(later_embeds, mask, positions)
-            hidden_BSD, logits_TE, index_TK = layer(hidden_BSD, later_embeds, True, **context)
-            settle(layer, logits_TE, index_TK, hidden_BSD.shape[0], sequence_losses)
+            hidden_BSD, logits_TE, index_TK = layer(hidden_BSD, later_embeds, output_routing=True, **context)
+            count_routing(layer, logits_TE, index_TK, hidden_BSD.shape[0], sequence_losses)
             yield hidden_BSD
 
     def attention_context(
         self, embeds_BSD: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None = None
     ) -> dict[str, Any]:
-        """Return what every layer needs to know of the positions: causal mask, angles, cache."""
+        """Return the keyword arguments of every layer: causal mask, position embeddings, cache."""
         causal_mask = create_causal_mask(self.config, embeds_BSD, mask, cache, position_ids)
         if position_ids is None:
-            seen = cache.get_seq_length() if cache is not None else 0
-            position_ids = torch.arange(embeds_BSD.shape[1], device=embeds_BSD.device)[None] + seen
-        angles = self.rotary_emb(embeds_BSD, position_ids)
-        return {"attention_mask": causal_mask, "position_embeddings": angles, "past_key_values": cache}
+            num_cached = cache.get_seq_length() if cache is not None else 0
+            position_ids = torch.arange(embeds_BSD.shape[1], device=embeds_BSD.device)[None] + num_cached
+        cos_sin = self.rotary_emb(embeds_BSD, position_ids)
+        return {"attention_mask": causal_mask, "position_embeddings": cos_sin, "past_key_values": cache}
 
 
-def settle(
+def count_routing(
     layer: nn.Module, logits_TE: Tensor | None, index_TK: Tensor | None, num_sequences: int, losses: list[Tensor] | None
 ) -> None:
-    """Count a layer's routing, outside of what checkpointing repeats, and append its sequence-wise loss to `losses`."""
+    """Count a layer's routing in its router, and append its sequence-wise loss to `losses`, if given.
+
+    It is called outside of the layer, because activation checkpointing runs the layer twice.
+    """
     if logits_TE is None or index_TK is None or not isinstance(layer.mlp, DeepseekV3MoE):
         return
     layer.mlp.gate.count(index_TK)
@@ -581,18 +596,18 @@ def settle(
 
 @dataclass
 class DeepseekV3CausalLMOutput(MoeCausalLMOutputWithPast):
-    """What the language model returns; what wasn't asked for is None, and was not computed.
+    """What the language model returns. A loss that was not asked for is None and was not computed.
 
     loss = cross_entropy_loss + mtp_loss_weight · mtp_loss + sequence_loss_weight · sequence_loss
     """
 
     cross_entropy_loss: Tensor | None = None  # nats per token
     mtp_loss: Tensor | None = None  # nats per token, the mean over depths (equation 25 without λ)
-    sequence_loss: Tensor | None = None  # the sum over MoE layers, those of prediction modules too; 1 each at balance
+    sequence_loss: Tensor | None = None  # summed over MoE layers, MTP modules too; 1 each at perfect balance
 
 
-def targets_ahead(targets_BS: Tensor, position_ids: Tensor | None, depth: int) -> Tensor:
-    """Return the targets of depth k, (B, S − k), less those for which token t_{i+k} lies in another document than i."""
+def mtp_targets(targets_BS: Tensor, position_ids: Tensor | None, depth: int) -> Tensor:
+    """Return the targets of depth k, (B, S − k); ignored are those for which token t_{i+k} is in another document."""
     if position_ids is None:
         return targets_BS[:, depth:]
     is_other_BS = position_ids[:, depth:] - position_ids[:, :-depth] != depth
@@ -636,55 +651,77 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> DeepseekV3CausalLMOutput:
-        """Return the losses for `labels` (aligned with `input_ids`; −100 is ignored), and logits unless they train.
+        """Return the losses for `labels` (aligned with `input_ids`; −100 is ignored); in training, no logits then.
 
         `shift_labels` replaces `labels` where the target of position i already stands at position i. Losses of weight
-        zero are not computed, nor the mtp loss of a model without prediction modules. Padded positions count in the
-        expert load and the sequence-wise loss: pack training data instead.
+        zero are not computed, nor is the MTP loss of a model without MTP modules. Padded positions count in the expert
+        load and the sequence-wise loss: pack training data instead.
         """
         targets_BS = shift_labels if labels is None else F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
         has_targets = targets_BS is not None
         has_mtp = has_targets and mtp_loss_weight != 0 and self.config.num_nextn_predict_layers > 0
         sequence_losses: list[Tensor] | None = [] if has_targets and sequence_loss_weight != 0 else None
-        if has_mtp and input_ids is not None:
+        if has_mtp and input_ids is not None:  # the MTP modules read the embeddings too
             input_ids, inputs_embeds = None, self.model.embed_tokens(input_ids)
-        use_cache = False if has_targets and use_cache is None else use_cache
-        positions = (attention_mask, position_ids)
-        trunk = self.model(input_ids, *positions, past_key_values, inputs_embeds, use_cache, sequence_losses, **kwargs)
+
+        trunk = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=False if has_targets and use_cache is None else use_cache,
+            sequence_losses=sequence_losses,
+            **kwargs,
+        )
         hidden_BSD = trunk.last_hidden_state
-        result = DeepseekV3CausalLMOutput(**{name: trunk[name] for name in trunk if name != "last_hidden_state"})
+        logits = cross_entropy_loss = mtp_loss = sequence_loss = loss = None
         if not has_targets or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            result.logits = self.lm_head(hidden_BSD[:, kept])
+            logits = self.lm_head(hidden_BSD[:, kept])
         if targets_BS is not None:
-            result.cross_entropy_loss = loss = self.head_loss(hidden_BSD, targets_BS)
+            loss = cross_entropy_loss = self.head_loss(hidden_BSD, targets_BS)
             if has_mtp and inputs_embeds is not None:
-                ahead = self.model.predictions_ahead(hidden_BSD, inputs_embeds, *positions, sequence_losses)
-                losses = [self.head_loss(h, targets_ahead(targets_BS, position_ids, k)) for k, h in enumerate(ahead, 1)]
-                result.mtp_loss = torch.stack(losses).mean()
-                loss = loss + mtp_loss_weight * result.mtp_loss
+                states = self.model.mtp_hidden_states(
+                    hidden_BSD, inputs_embeds, attention_mask, position_ids, sequence_losses
+                )
+                losses = [
+                    self.head_loss(state_BSD, mtp_targets(targets_BS, position_ids, depth))
+                    for depth, state_BSD in enumerate(states, start=1)
+                ]
+                mtp_loss = torch.stack(losses).mean()
+                loss = loss + mtp_loss_weight * mtp_loss
             if sequence_losses:
-                result.sequence_loss = torch.stack(sequence_losses).sum()
-                loss = loss + sequence_loss_weight * result.sequence_loss
-            result.loss = loss
-        return result
+                sequence_loss = torch.stack(sequence_losses).sum()
+                loss = loss + sequence_loss_weight * sequence_loss
+        return DeepseekV3CausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=trunk.past_key_values,
+            hidden_states=trunk.hidden_states,
+            attentions=trunk.attentions,
+            router_logits=trunk.router_logits,
+            cross_entropy_loss=cross_entropy_loss,
+            mtp_loss=mtp_loss,
+            sequence_loss=sequence_loss,
+        )
 
     def head_loss(self, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
-        """Return the mean cross-entropy of the targets, through the seam `cross_entropy`."""
+        """Return the mean cross-entropy of the targets, by the replaceable function `cross_entropy`."""
         return self.cross_entropy(hidden_BSD.flatten(0, 1), self.lm_head.weight, targets_BS.flatten())
 
     def routers(self) -> list[tuple[int, DeepseekV3TopkRouter]]:
-        """Return every router with the number of its layer; prediction modules are numbered on from the trunk."""
+        """Return every router with the number of its layer; MTP modules have the numbers after the trunk's."""
         mlps = [(index, layer.mlp) for index, layer in enumerate(self.model.layers)]
         return [(index, mlp.gate) for index, mlp in mlps if isinstance(mlp, DeepseekV3MoE)]
 
     def set_count_expert_load(self, enabled: bool) -> None:
-        """Make the routers count tokens when evaluating too, or no longer; in training they always do."""
+        """Let the routers count tokens in evaluation too, or not; in training they always do."""
         for _, router in self.routers():
             router.counts_when_evaluating = enabled
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Write the model as DeepSeek does: with a copy of embedding and head under each prediction module."""
+        """Write the model as DeepSeek does: with a copy of embedding and head under each MTP module."""
         state = dict(kwargs.pop("state_dict", None) or self.state_dict())
         first = self.config.num_hidden_layers
         for index in range(first, first + self.config.num_nextn_predict_layers):
@@ -694,7 +731,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
 
 
 DeepseekV3ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-# Unless told so, transformers converts between stacked and separate experts for its own class only.
+# Without this, transformers converts between stacked and separate experts for its own class only.
 register_checkpoint_conversion_mapping(
     DeepseekV3Config.model_type, get_checkpoint_conversion_mapping(DeepseekV3Config.model_type) or [], overwrite=True
 )

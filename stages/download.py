@@ -14,12 +14,12 @@ def main(
     dry_run: DryRunOption = False,
 ) -> None:
     """Fetch the text that section `data` of params.yaml names, verify it, and write it with a manifest."""
-    from dsv3.data.sources import plan, write_corpus
+    from dsv3.data.sources import source_summary, write_corpus
     from dsv3.params.read import read_params
 
     parameters = read_params(params).data
     if dry_run:
-        print(f"would write {plan(parameters)} into {output}")
+        print(f"would write {source_summary(parameters)} into {output}")
         return
     measure, origin = write_corpus(parameters, output, note=print)
     print(f"{output / measure.file}: {origin.source}, {measure.characters:,} characters, {measure.bytes:,} bytes,")

@@ -9,7 +9,7 @@ from dsv3.cli import DryRunOption, ParamsOption, command
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for metrics.json, table.md and table.json.")],
+    output: Annotated[Path, typer.Option(help="Folder for metrics.json, table.md, table.json and accepted.txt.")],
     configs: Annotated[Path, typer.Option(help="Folder whose config*.json make up the table.")] = Path("mini_model"),
     params: ParamsOption = Path("params.yaml"),
     dry_run: DryRunOption = False,
@@ -38,12 +38,16 @@ def main(
     for name, value in values.items():
         print(f"  {name:40} {value:>25,}")
 
-    # Told here rather than by train: the pipeline stops before a tokenizer is trained or a weight is made.
+    # Told here rather than by train: the pipeline stops before a weight is made.
+    accepted = output / "accepted.txt"
+    accepted.unlink(missing_ok=True)
     device = parameters.runtime.device_type(has_nvidia_driver())
     check_budget(architecture, train, device, inference.memory_budget_gib)
     write_text(output / "table.md", markdown_table(rows))
     write_json(output / "table.json", rows)
     write_json(output / "metrics.json", values)
+    # What train depends on: the same words whatever the estimates are, so that none of them re-runs a training.
+    write_text(accepted, "The training fits estimate_size.memory_budget_gib, where that sets a bound.\n")
 
 
 if __name__ == "__main__":

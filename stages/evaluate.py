@@ -1,6 +1,6 @@
 """Score the exported model on the whole held-out text.
 
-Nothing here knows how the model was made: it is loaded as a stranger would load it, with the code that lies beside it.
+transformers loads the model with the code in its folder. This stage imports neither `mini_model` nor `dsv3.training`.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ def main(
     from dsv3.artifacts import read_json
     from dsv3.data.shards import TokenStream
     from dsv3.devices import device_name, torch_device
-    from dsv3.evaluation.files import show, summary, write
+    from dsv3.evaluation.files import log_evaluation, summary, write_evaluation
     from dsv3.evaluation.sliding_window import SPLITS, check_fits, evaluate
     from dsv3.export.loading import check_model, load_model
     from dsv3.tracking.recorder import read_record, reopen_recorder
@@ -52,9 +52,9 @@ def main(
     check_fits(loaded, meta, settings)
     with tqdm(total=num_tokens, unit="token", desc="evaluate") as bar:
         evaluation = evaluate(loaded, streams, meta, settings, bar.update)
-    write(evaluation, output)
+    write_evaluation(evaluation, output)
     recorder = reopen_recorder(record, parameters.runtime)
-    show(evaluation, output, recorder, record["step"])
+    log_evaluation(evaluation, output, recorder, record["step"])
     recorder.close("finished")
     print(summary(evaluation))
 

@@ -1,4 +1,4 @@
-"""Let the exported model write, for reading and for Aim."""
+"""Generate text with the exported model, for reading and for the trackers."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,7 @@ def main(
     params: ParamsOption = Path("params.yaml"),
     dry_run: DryRunOption = False,
 ) -> None:
-    """Let the exported model continue the prompts of params.yaml."""
+    """Continue the prompts of params.yaml with the exported model."""
     from dsv3.params.read import read_params
 
     parameters = read_params(params)
@@ -27,7 +27,7 @@ def main(
     from dsv3.artifacts import write_text
     from dsv3.devices import device_name, torch_device
     from dsv3.export.loading import check_model, load_model, load_tokenizer
-    from dsv3.generation.sampling import check_fits, drafts_of, markdown, sample, show
+    from dsv3.generation.sampling import check_fits, log_samples, markdown, sample, total_drafts
     from dsv3.tracking.recorder import read_record, reopen_recorder
 
     check_model(model)
@@ -52,10 +52,10 @@ def main(
     write_text(output, markdown(samples, settings, parameters.seed, record))
 
     recorder = reopen_recorder(record, parameters.runtime)
-    show(samples, recorder, record["step"])
+    log_samples(samples, recorder, record["step"])
     recorder.close("finished")
     new_tokens = sum(item.num_new_tokens for item in samples)
-    drafts = drafts_of(samples)
+    drafts = total_drafts(samples)
     print(f"{output}: {new_tokens:,} tokens, {new_tokens / seconds:.0f} tokens/s{f'; {drafts}' if drafts else ''}")
 
 

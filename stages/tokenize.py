@@ -17,24 +17,24 @@ def main(
 ) -> None:
     """Split the corpus into train, validation and test, and write each as shards of token ids."""
     from dsv3.artifacts import write_json
-    from dsv3.data.tokens import plan, write_tokens
+    from dsv3.data.tokens import tokens_summary, write_tokens
     from dsv3.params.architecture import read_architecture
     from dsv3.params.read import read_params
 
     parameters = read_params(params)
     if dry_run:
-        print(f"would write {plan(corpus, parameters.tokenize)} into {output}")
+        print(f"would write {tokens_summary(corpus, parameters.tokenize)} into {output}")
         return
     vocabulary_limit = read_architecture(Path(parameters.model.config)).vocab_size
     values = write_tokens(corpus, output, parameters.tokenize, vocabulary_limit)
     write_json(metrics, values)
 
     used = values["vocabulary_used"]
-    spelt = "exactly" if values["round_trip_exact"] else "NOT exactly"
+    exactly = "exactly" if values["round_trip_exact"] else "NOT exactly"
     print(f"{output}: {values['vocab_size']:,} tokens in the vocabulary, {used:.1%} of them used in training")
     for split in ("train", "validation", "test"):
         print(f"  {split:10} {values[split]['tokens']:>15,} tokens {values[split]['characters']:>15,} characters")
-    print(f"  {values['characters_per_token']:.3f} characters per token; decoded again {spelt}")
+    print(f"  {values['characters_per_token']:.3f} characters per token; decoded again {exactly}")
 
 
 if __name__ == "__main__":

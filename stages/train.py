@@ -15,7 +15,9 @@ from dsv3.cli import DryRunOption, ParamsOption, command
 def main(  # noqa: PLR0913 (one option per file that dvc.yaml names)
     tokens: Annotated[Path, typer.Option(help="Folder of the token shards.")],
     corpus: Annotated[Path, typer.Option(help="Folder of the corpus, for its manifest.")],
-    sizes: Annotated[Path, typer.Option(help="The size report's metrics.json.")],
+    sizes: Annotated[
+        Path, typer.Option(help="A file of estimate_size, which writes none for a training that it refuses.")
+    ],
     model: Annotated[Path, typer.Option(help="Folder for the exported model.")],
     results: Annotated[Path, typer.Option(help="Folder for metrics, tables and run.json.")],
     params: ParamsOption = Path("params.yaml"),
@@ -27,9 +29,10 @@ def main(  # noqa: PLR0913 (one option per file that dvc.yaml names)
     parameters = read_params(params)
 
     from dsv3.training.launch import is_worker, run_workers
-    from dsv3.training.plan import read_manifest, read_plan
+    from dsv3.training.plan import check_output, read_manifest, read_training_plan
 
-    plan = read_plan(parameters, tokens, sizes)
+    plan = read_training_plan(parameters, tokens)
+    check_output(sizes, "estimate_size")
     manifest = read_manifest(corpus)
     if not is_worker():
         print(plan.summary())

@@ -1,4 +1,4 @@
-"""Micro models whose prediction modules are known to foresee the trunk always, never, or sometimes."""
+"""Micro models whose MTP modules agree with the trunk always, never, or sometimes."""
 
 import torch
 
@@ -9,15 +9,15 @@ from tests.training_inputs import MICRO
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
 DISTURBANCE = 0.05
-"""Of the layers' outputs; so chosen that some drafts come true and some do not."""
+"""Factor on the layers' outputs, at which some drafts are accepted and some are not."""
 
 
 @torch.no_grad()
-def drafting_model(foresight: str, num_modules: int = 1, **changes) -> DeepseekV3ForCausalLM:
-    """Return a model whose trunk looks at the last token alone; its modules look at the same token.
+def drafting_model(agreement: str, num_modules: int = 1, **changes) -> DeepseekV3ForCausalLM:
+    """Return a model whose trunk predicts from the last token alone, as its modules do.
 
-    `always`: and see the same in it. `never`: and see the opposite, the least probable token. `sometimes`: trunk and
-    modules have layers that disturb both, so that they look at the whole text.
+    `always`: the modules predict the same. `never`: they predict the opposite, the least probable token. `sometimes`:
+    the layers of trunk and modules contribute too, so that the predictions depend on the whole text.
     """
     torch.manual_seed(3)
     sizes = {**MICRO, "vocab_size": 257, "initializer_range": 0.2, "num_nextn_predict_layers": num_modules, **changes}
@@ -25,11 +25,11 @@ def drafting_model(foresight: str, num_modules: int = 1, **changes) -> DeepseekV
     for layer in model.model.layers:
         for name, weight in layer.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
-                weight.mul_(DISTURBANCE if foresight == "sometimes" else 0.0)
+                weight.mul_(DISTURBANCE if agreement == "sometimes" else 0.0)
     width = model.config.hidden_size
     for module in list(model.model.layers)[model.config.num_hidden_layers :]:
         # [the later token's embedding; the state before] -> the embedding, or its negative
-        passed = -torch.eye(width) if foresight == "never" else torch.eye(width)
-        state_weight = module.eh_proj.weight[:, width:] * (0.3 if foresight == "sometimes" else 0.0)
+        passed = -torch.eye(width) if agreement == "never" else torch.eye(width)
+        state_weight = module.eh_proj.weight[:, width:] * (0.3 if agreement == "sometimes" else 0.0)
         module.eh_proj.weight.copy_(torch.cat([passed, state_weight], dim=1))
     return model

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsv3.artifacts import read_json, write_json
-from dsv3.export.huggingface import export
+from dsv3.export.huggingface import export_huggingface
 from dsv3.params.read import Params
 from dsv3.tracking.identity import run_identity
 from dsv3.tracking.recorder import Recorder
@@ -22,7 +22,7 @@ def write_exported(folder: Path, **sections: dict) -> Path:
     """Write tokens, an exported model and run.json into `folder`; return its params.yaml, overlaid with `sections`."""
     params = write_inputs(folder, **{"sample": {"max_new_tokens": 8, "prompts": ["To be", "the king\n"]}, **sections})
     model = build_model(folder / "config.json", seed=0)
-    export(model, model.state_dict(), folder / "tokens", folder / "final_model", "A card\n")
+    export_huggingface(model, model.state_dict(), folder / "tokens", folder / "final_model", "A card\n")
     values = Params.model_validate(YAML(typ="safe").load(params.read_text()))
     architecture, meta = read_json(folder / "config.json"), read_json(folder / "tokens" / "meta.json")
     identity = run_identity(values, "f" * 64, architecture, meta, {}, {"device": "cpu"})

@@ -50,14 +50,14 @@ def renamed(server: Server, config: Config, key: str) -> str | None:
     if not server.drafts:
         return None
     name = match[2]
-    is_way = re.match(r"enorm|hnorm|eh_proj|shared_head\.", name)
+    is_mtp_weight = re.match(r"enorm|hnorm|eh_proj|shared_head\.", name)
     if server is VLLM_MTP:
         if name.startswith("embed_tokens"):
             return f"model.{name}" if layer == first else None
-        return key if is_way else f"model.layers.{layer}.mtp_block.{name}"
+        return key if is_mtp_weight else f"model.layers.{layer}.mtp_block.{name}"
     if layer > first or name.startswith(("embed_tokens", "shared_head.head")):
         return None
-    return f"model.{name}" if is_way else f"model.decoder.{name}"
+    return f"model.{name}" if is_mtp_weight else f"model.decoder.{name}"
 
 
 def part_of(server: Server, config: Config, name: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What vLLM and SGLang make of a DeepSeek-V3 folder, as facts: the parameters that their classes create.
+"""The parameters that the classes of vLLM and SGLang create for a DeepSeek-V3 folder.
 
 Read at these commits, of which nothing but names and shapes was taken:
 
@@ -13,7 +13,7 @@ Read at these commits, of which nothing but names and shapes was taken:
                          .../layers/quantization/utils.py                                006d09616c51
 
 Both multiply some of our matrices as one, so a parameter may have several parts; a part's place is its name there. They
-differ in the name of the joined latent projections, and in the prediction modules: vLLM drafts with any number of them
+differ in the name of the fused latent projections, and in the MTP modules: vLLM drafts with any number of them
 and gives them an embedding and a head of its own, SGLang drafts with one and shares the trunk's. A folder fits a server
 if what the keys fill (tests/server_keys.py) equals what the server created (here).
 """
@@ -40,7 +40,7 @@ class Server:
     latents: str
     """The product of `q_a_proj` and `kv_a_proj_with_mqa`, where queries are compressed."""
     drafts: bool
-    """Whether this is the class of the prediction modules, which skips the trunk, or of the trunk, which skips them."""
+    """Whether this is the class of the MTP modules, which skips the trunk, or of the trunk, which skips them."""
 
 
 VLLM = Server("vllm", "fused_qkv_a_proj", drafts=False)
@@ -81,12 +81,12 @@ def created(server: Server, config: Config) -> Places:
         names = ("mtp_block", "") if server is VLLM_MTP else ("decoder", ".decoder")
         # vLLM's layer 61 of 61 has experts because 61 >= first_k_dense_replace; SGLang's module always has.
         places |= block(server, config, f"{prefix}.{names[0]}", f"{prefix}{names[1]}", has_experts=True)
-        ways = {f"{name}.weight": (width,) for name in ("enorm", "hnorm", "shared_head.norm")}
-        ways["eh_proj.weight"] = (width, 2 * width)
+        mtp_shapes = {f"{name}.weight": (width,) for name in ("enorm", "hnorm", "shared_head.norm")}
+        mtp_shapes["eh_proj.weight"] = (width, 2 * width)
         if server is VLLM_MTP:
-            ways["shared_head.head.weight"] = (vocabulary, width)
+            mtp_shapes["shared_head.head.weight"] = (vocabulary, width)
             places |= plain({"model.embed_tokens.weight": (vocabulary, width)})
-        places |= plain({f"{prefix}.{name}": shape for name, shape in ways.items()})
+        places |= plain({f"{prefix}.{name}": shape for name, shape in mtp_shapes.items()})
     return places
 
 
@@ -96,11 +96,11 @@ def plain(shapes: Mapping[str, tuple[int, ...]]) -> Places:
 
 
 def block(server: Server, config: Config, prefix: str, module: str, has_experts: bool) -> Places:
-    """Return a layer's parameters under `prefix`; `module` is what the quantisation calls the layer."""
+    """Return a layer's parameters under `prefix`; `module` is what the quantization calls the layer."""
     places = plain({f"{prefix}.{name}": shape for name, shape in small_tensors(config, has_experts)})
     for name, parts in {**attention(server, config), **feed_forward(config, has_experts)}.items():
         is_stack = name.startswith("mlp.experts.")
-        is_low = is_quantised(server, config, f"{module}.{'mlp.experts' if is_stack else name}", parts)
+        is_low = is_quantized(server, config, f"{module}.{'mlp.experts' if is_stack else name}", parts)
         weight = f"{prefix}.{name}{'_' if is_stack else '.'}weight"
         places |= {(weight, part): (LOW if is_low else HIGH, shape) for part, shape in parts.items()}
         if is_low:
@@ -114,7 +114,7 @@ def blocks(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def small_tensors(config: Config, has_experts: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield norms and router, which no server quantises."""
+    """Yield norms and router, which no server quantizes."""
     for name in ("input_layernorm", "post_attention_layernorm"):
         yield f"{name}.weight", (config["hidden_size"],)
     yield "self_attn.kv_a_layernorm.weight", (config["kv_lora_rank"],)
@@ -162,10 +162,10 @@ def feed_forward(config: Config, has_experts: bool) -> dict[str, dict[str, tuple
     return layers
 
 
-def is_quantised(server: Server, config: Config, module: str, parts: Mapping[str, object]) -> bool:
+def is_quantized(server: Server, config: Config, module: str, parts: Mapping[str, object]) -> bool:
     """Return whether the server builds this linear layer in FP8: `modules_to_not_convert` must name all or none of it.
 
-    Classes that don't tell the quantisation of what a product is made look for the product's own name.
+    Classes that do not pass the fused modules to the quantization look for the fused module's own name.
     """
     if "quantization_config" not in config:
         return False

@@ -92,7 +92,7 @@ def write_inputs(folder: Path, seed: int = 0, **sections: dict) -> Path:
     (folder / "config.json").write_text(json.dumps({**MICRO, **sections.pop("architecture", {})}))
     write_tokens(folder / "tokens", seed)
     write_json(folder / "corpus" / "manifest.json", {"source": "made up", "sha256": "0" * 64})
-    write_json(folder / "sizes.json", {"training_cpu_peak_gib": 0.1, "training_cuda_peak_gib": 0.1})
+    (folder / "accepted.txt").write_text("accepted\n")
     yaml = YAML()
     params = yaml.load((PROJECT / "params.yaml").read_text())
     params["model"]["config"] = str(folder / "config.json")
@@ -151,7 +151,7 @@ def stage_command(folder: Path, *options: str) -> list[str]:
     paths = {
         "tokens": "tokens",
         "corpus": "corpus",
-        "sizes": "sizes.json",
+        "sizes": "accepted.txt",
         "model": "final_model",
         "results": "results",
         "params": "params.yaml",
@@ -215,6 +215,6 @@ def history(run: Any) -> list[dict[str, Any]]:
 def plan_of(folder: Path, **sections: dict) -> Any:
     """Write the inputs into `folder` and return the plan that the stage makes of them."""
     from dsv3.params.read import read_params
-    from dsv3.training.plan import read_plan
+    from dsv3.training.plan import read_training_plan
 
-    return read_plan(read_params(write_inputs(folder, **sections)), folder / "tokens", folder / "sizes.json")
+    return read_training_plan(read_params(write_inputs(folder, **sections)), folder / "tokens")

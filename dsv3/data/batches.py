@@ -8,14 +8,13 @@ thus every epoch has the same number of blocks, whatever its phase.
 
 Because of this, resuming needs only the step, and the number of processes does not change which sequences a step sees.
 The alternative, a shuffling iterator, has a state that must be saved with each checkpoint and depends on the number of
-processes and workers. We give up two things: up to block_size - 1 tokens per epoch (others each time) fall between the
+processes and workers. It costs two things: up to block_size - 1 tokens per epoch (others each time) fall between the
 last block and the first, and the order of an epoch takes 8 bytes of memory per block.
 
 The order comes from the raw bit stream of PCG64, which NumPy promises never to change (it does not promise that for
 `Generator.permutation`).
 
-Letters: N sequences, L = block_size + 1 tokens (a block and the token after it, which the last one predicts); B
-sequences of a batch, S their positions.
+Letters: B sequences, S positions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,14 +51,17 @@ class Batches:
         return len(self.stream) // self.block_size
 
     def sequences(self, first: int, count: int) -> torch.Tensor:
-        """Return sequences number `first` to `first + count - 1` of the run as int64, (count, block_size + 1)."""
-        tokens_NL = np.empty((count, self.block_size + 1), np.int64)
+        """Return sequences number `first` to `first + count - 1` of the run as int64, (count, block_size + 1).
+
+        The token after a block is the target of the block's last one.
+        """
+        tokens_BS = np.empty((count, self.block_size + 1), np.int64)
         for row, number in enumerate(range(first, first + count)):
             epoch, position = divmod(number, self.num_blocks_per_epoch)
             order, phase = _epoch_order(self.seed, epoch, self.num_blocks_per_epoch, len(self.stream))
             start = (phase + int(order[position]) * self.block_size) % len(self.stream)
-            tokens_NL[row] = self._circular(start, self.block_size + 1)
-        return torch.from_numpy(tokens_NL)
+            tokens_BS[row] = self._circular(start, self.block_size + 1)
+        return torch.from_numpy(tokens_BS)
 
     def _circular(self, start: int, length: int) -> npt.NDArray[np.unsignedinteger]:
         """Return `length` tokens from `start`; after the last token of the stream comes its first."""
@@ -77,7 +79,7 @@ def _epoch_order(seed: int, epoch: int, num_blocks: int, num_tokens: int) -> tup
 
 @dataclass(frozen=True)
 class StepLayout:
-    """How the sequences of a run are dealt to optimizer steps, processes and forward passes.
+    """How the sequences of a run are distributed over optimizer steps, processes and forward passes.
 
     Step n has the micro-batches number `starts[n]` to `starts[n + 1] - 1` of the run, of `micro_batch_size` sequences
     each; process `rank` of `world_size` takes every world_size-th of them. `world_size` must divide their number.

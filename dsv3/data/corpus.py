@@ -49,7 +49,7 @@ class Origin:
     """What was really read; never `auto`."""
 
     origin: dict[str, Any]
-    """What finds it again: a URL, a package, a path, or a Hub id and revision."""
+    """What identifies it: a URL, a package, a path, or a Hub id and revision."""
 
     license: str | None = None
 
@@ -61,7 +61,7 @@ class Chunk(NamedTuple):
     text: str
 
 
-def write_text(directory: Path, parts: Iterable[bytes], name: str) -> Measure:
+def write_single_text(directory: Path, parts: Iterable[bytes], name: str) -> Measure:
     """Write one text from its `parts` to `text.txt`; raise `UserError` (with its `name`) if empty or not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     digest, num_bytes, characters = hashlib.sha256(), 0, 0
@@ -107,7 +107,7 @@ def write_documents(directory: Path, documents: Iterable[str], name: str) -> Mea
 
 
 def write_manifest(directory: Path, requested_source: str, origin: Origin, measure: Measure) -> None:
-    """Write `manifest.json`: what was asked for, where it came from, what it holds."""
+    """Write `manifest.json`: the requested source, the origin, and what the data file holds."""
     fields = dataclasses.asdict(origin)
     manifest = {"source": fields.pop("source"), "requested_source": requested_source, **fields}
     write_json(directory / MANIFEST_FILE, manifest | dataclasses.asdict(measure))

@@ -4,10 +4,10 @@ A long document is cut into pieces that are encoded one by one. A byte-level BPE
 token crosses a word's border, so a cut there changes nothing; the place that is a border for sure is before a space or
 line end with no white space behind it (the splitting rule sets the last white space before a word apart). With a
 tokenizer of another kind, tokens near a cut may be others than without it. Every piece is decoded again and compared
-with its text, so whether the tokens spell the text exactly is known and not assumed.
+with its text, so it is known and not assumed whether the tokens decode to the text exactly.
 
 A task is a group of pieces. Small corpora are encoded in this process, where the library itself uses several threads;
-large ones by several processes, with a bounded number of groups on the way.
+large ones by several processes, with a bounded number of groups in flight.
 """
 
 import multiprocessing
@@ -24,7 +24,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from dsv3.data.corpus import Chunk
-from dsv3.data.tokenizer import SpecialTokens, load_tokenizer, special_tokens
+from dsv3.data.tokenizer import SpecialTokens, read_tokenizer, special_tokens
 
 PIECE_CHARACTERS = 1 << 16
 GROUP_CHARACTERS = 1 << 20
@@ -42,7 +42,7 @@ class Piece(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """The tokens of a group of pieces, and what they spell."""
+    """The tokens of a group of pieces, and the size of the text that they encode."""
 
     tokens: npt.NDArray[np.unsignedinteger]
     characters: int
@@ -93,7 +93,7 @@ class Encoder:
     """Encodes groups of pieces with the tokenizer in a folder."""
 
     def __init__(self, directory: Path, dtype: np.dtype) -> None:
-        self.tokenizer: Tokenizer = load_tokenizer(directory)
+        self.tokenizer: Tokenizer = read_tokenizer(directory)
         self.special: SpecialTokens = special_tokens(self.tokenizer, directory)
         self.dtype = dtype
 
@@ -117,10 +117,10 @@ class Encoder:
         )
 
 
-def encoded_groups(
+def encode_groups(
     all_groups: Iterable[list[Piece]], directory: Path, dtype: np.dtype, num_processes: int
 ) -> Iterator[Encoded]:
-    """Yield the groups encoded, in order; the result does not depend on `num_processes`."""
+    """Encode the groups and yield them in order; the result does not depend on `num_processes`."""
     if num_processes == 1:
         yield from map(Encoder(directory, dtype).encode, all_groups)
         return

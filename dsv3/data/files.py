@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv3.data.corpus import Measure, write_documents, write_text
+from dsv3.data.corpus import Measure, write_documents, write_single_text
 from dsv3.errors import UserError
 
 KINDS = {
@@ -57,7 +57,7 @@ def _is_hidden(path: Path) -> bool:
 def write_files(files: list[Path], text_field: str, directory: Path) -> Measure:
     """Write `files` as the data file of the corpus in `directory`; raise `UserError` for the first fault in them."""
     if len(files) == 1 and _kind(files[0]) == "text":
-        return write_text(directory, _parts(files[0]), str(files[0]))
+        return write_single_text(directory, _parts(files[0]), str(files[0]))
     documents = (text for file in files for text in _documents(file, text_field))
     return write_documents(directory, documents, ", ".join(str(file) for file in files[:3]))
 

@@ -1,8 +1,8 @@
 """Any data set of the Hugging Face Hub as a corpus, read by `datasets` as a stream.
 
-The data set's commit is asked for first, by one request with a time limit: this tells an unreachable Hub, a wrong id
-or a missing permission within seconds (`datasets` alone retries for half a minute), and the commit makes the manifest
-say exactly what was read, even where `data.hub_revision` is a branch.
+The data set's commit is asked for first, by one request with a time limit: so an unreachable Hub, a
+wrong id or a missing permission is reported within seconds (`datasets` alone retries for half a minute), and the
+manifest states exactly what was read, even where `data.hub_revision` is a branch.
 """
 
 import os
@@ -23,13 +23,13 @@ def write_hub(params: DataParams, directory: Path) -> tuple[Measure, Origin]:
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", str(max(1, round(params.timeout_s))))
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", str(max(1, round(params.timeout_s))))
     hub_id = params.hub_id or ""
-    commit = hub_commit(hub_id, params.hub_revision, params.timeout_s)
+    commit = fetch_commit(hub_id, params.hub_revision, params.timeout_s)
     measure = write_documents(directory, _documents(params, hub_id, commit), hub_id)
     origin = {"hub_id": hub_id, "revision": commit, "config": params.hub_config_name, "split": params.hub_split}
     return measure, Origin("hub", origin)
 
 
-def hub_commit(hub_id: str, revision: str | None, timeout_s: float) -> str | None:
+def fetch_commit(hub_id: str, revision: str | None, timeout_s: float) -> str | None:
     """Return the commit of a data set's revision; raise `UserError` where the Hub or the data set can't be reached."""
     import httpx2
     from huggingface_hub import HfApi

@@ -4,8 +4,8 @@ By characters, the text is cut twice, as the Hub's tiny Shakespeare is: the firs
 (1,003,854 / 55,770 / 55,770 characters). The order is kept, so validation and test together are the last tenth of the
 text, which is nanoGPT's validation set. A document across a cut is divided.
 
-By documents, whole documents are dealt by a hash of their text. Equal documents therefore land in the same split, none
-is learnt in one and tested in another, and adding documents moves no other; the shares are met only on average.
+By documents, each document is assigned to a split by a hash of its text. So equal documents are in the same split, none
+is both trained and tested on, and adding documents moves no other; the fractions are met only on average.
 """
 
 import hashlib
@@ -17,23 +17,23 @@ from dsv3.params.tokenize import TokenizeParams
 
 SPLITS = ("train", "validation", "test")
 
-Selection = Callable[[Iterable[Chunk]], Iterator[Chunk]]
-"""Takes the chunks of a corpus, gives those of one split."""
+Selector = Callable[[Iterable[Chunk]], Iterator[Chunk]]
+"""Takes the chunks of a corpus, returns those of one split."""
 
 
-def selections(measure: Measure, params: TokenizeParams) -> dict[str, Selection]:
-    """Return how to select each split from the corpus; raise `UserError` where one would be empty or can't be dealt."""
+def split_selectors(measure: Measure, params: TokenizeParams) -> dict[str, Selector]:
+    """Return a selector for each split; raise `UserError` where one would be empty or documents are too few."""
     if params.split_by == "documents":
         if measure.num_documents < len(SPLITS):
             raise UserError(
                 f"tokenize.split_by is documents; must be characters: there are {measure.num_documents} document(s)"
             )
-        return {split: _dealing(split, params) for split in SPLITS}
+        return {split: _document_selector(split, params) for split in SPLITS}
     spans = character_spans(measure.characters, params.validation_fraction, params.test_fraction)
     for split, span in spans.items():
         if not span:
             raise UserError(f"the corpus has {measure.characters} characters; too few for its {split} split")
-    return {split: _cutting(span) for split, span in spans.items()}
+    return {split: _character_selector(span) for split, span in spans.items()}
 
 
 def character_spans(characters: int, validation_fraction: float, test_fraction: float) -> dict[str, range]:
@@ -44,8 +44,8 @@ def character_spans(characters: int, validation_fraction: float, test_fraction: 
     return {"train": range(first), "validation": range(first, second), "test": range(second, characters)}
 
 
-def _cutting(span: range) -> Selection:
-    """Return the selection of the characters in `span`."""
+def _character_selector(span: range) -> Selector:
+    """Return the selector of the characters in `span`."""
 
     def select(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         position = 0
@@ -58,8 +58,8 @@ def _cutting(span: range) -> Selection:
     return select
 
 
-def _dealing(split: str, params: TokenizeParams) -> Selection:
-    """Return the selection of the documents whose hash falls to `split`."""
+def _document_selector(split: str, params: TokenizeParams) -> Selector:
+    """Return the selector of the documents whose hash assigns them to `split`."""
 
     def select(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         return (chunk for chunk in chunks if split_of(chunk.text, params) == split)
@@ -68,7 +68,7 @@ def _dealing(split: str, params: TokenizeParams) -> Selection:
 
 
 def split_of(document: str, params: TokenizeParams) -> str:
-    """Return the split to which a document is dealt; a pure function of its text."""
+    """Return the split to which a document belongs; a pure function of its text."""
     draw = int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") / 2**64
     if draw < params.validation_fraction:
         return "validation"

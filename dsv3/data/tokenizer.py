@@ -1,7 +1,7 @@
-"""The tokenizer: a byte-level BPE trained on the training split, or somebody else's.
+"""The tokenizer: a byte-level BPE trained on the training split, or a pretrained one.
 
-Byte-level BPE starts from the 256 bytes, so it can spell any text and gives it back exactly; merges of frequent
-neighbours are added until the vocabulary is full. Id 0 is `<|endoftext|>`, which stands before every document. The
+Byte-level BPE starts from the 256 bytes, so it can encode any text and decodes it exactly; merges of frequent pairs
+are added until the vocabulary is full. Id 0 is `<|endoftext|>`, which stands before every document. The
 folder that is written (`tokenizer.json`, `tokenizer_config.json`) is what `transformers.AutoTokenizer` loads.
 """
 
@@ -37,7 +37,7 @@ class SpecialTokens:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Return a byte-level BPE of at most `vocab_size` tokens trained on `texts`; the same texts give the same one."""
+    """Return a byte-level BPE of at most `vocab_size` tokens trained on `texts`; deterministic."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
@@ -90,7 +90,7 @@ def _from_hub(name: str, file: str) -> Path:
         ) from None
 
 
-def load_tokenizer(directory: Path) -> Tokenizer:
+def read_tokenizer(directory: Path) -> Tokenizer:
     """Return the tokenizer in `directory`, which reads `<|endoftext|>` in a text as plain characters."""
     try:
         tokenizer = Tokenizer.from_file(str(directory / TOKENIZER_FILE))
@@ -111,7 +111,7 @@ def special_tokens(tokenizer: Tokenizer, directory: Path) -> SpecialTokens:
         raise UserError(f"{path}: is not JSON") from None
     eos = _token_id(tokenizer, config.get("eos_token"))
     if eos is None:
-        raise UserError(f"{path}: names no eos_token that the tokenizer knows; documents could not be told apart")
+        raise UserError(f"{path}: names no eos_token that the tokenizer knows; documents could not be separated")
     bos = _token_id(tokenizer, config.get("bos_token"))
     return SpecialTokens(eos if bos is None else bos, eos)
 

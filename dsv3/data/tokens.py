@@ -13,14 +13,14 @@ from tqdm import tqdm
 
 from dsv3.artifacts import replacing_directory, sha256_file, sha256_tree, write_json
 from dsv3.data.corpus import Chunk, Measure, read_chunks, read_measure
-from dsv3.data.encoding import Encoded, encoded_groups, groups, pieces
+from dsv3.data.encoding import Encoded, encode_groups, groups, pieces
 from dsv3.data.shards import token_dtype, write_shards
-from dsv3.data.splits import Selection, selections
+from dsv3.data.splits import Selector, split_selectors
 from dsv3.data.tokenizer import (
     TOKENIZER_FILE,
     copy_pretrained,
-    load_tokenizer,
     num_ids,
+    read_tokenizer,
     save_trained,
     special_tokens,
     train_tokenizer,
@@ -35,8 +35,8 @@ PROGRESS_DELAY_S = 1.0
 
 
 @dataclass
-class SplitCount:
-    """What was written of one split, counted while it was."""
+class SplitStatistics:
+    """Size of one split and frequency of each token, counted while it is written."""
 
     vocab_size: int
     corpus_characters: int
@@ -50,7 +50,7 @@ class SplitCount:
     def __post_init__(self) -> None:
         self.frequencies = np.zeros(self.vocab_size, np.int64)
 
-    def counted(self, encoded_parts: Iterable[Encoded]) -> Iterator[npt.NDArray[np.unsignedinteger]]:
+    def count(self, encoded_parts: Iterable[Encoded]) -> Iterator[npt.NDArray[np.unsignedinteger]]:
         """Yield the tokens of the parts and count them."""
         for part in encoded_parts:
             self.tokens += len(part.tokens)
@@ -62,10 +62,10 @@ class SplitCount:
             yield part.tokens
 
 
-def plan(corpus: Path, params: TokenizeParams) -> str:
+def tokens_summary(corpus: Path, params: TokenizeParams) -> str:
     """Return in one line what `write_tokens` would do; raise `UserError` where the corpus does not allow it."""
     source, measure = read_measure(corpus)
-    selections(measure, params)
+    split_selectors(measure, params)
     trained = f"a byte-level BPE of {params.vocab_size} tokens, trained on the training split"
     name = trained if params.tokenizer == TRAINED else params.tokenizer
     return f"{measure.characters:,} characters of {source}, split by {params.split_by}, encoded by {name}"
@@ -78,25 +78,24 @@ def write_tokens(corpus: Path, output: Path, params: TokenizeParams, vocabulary_
     can't be read or is larger, and for a corpus that is damaged or gives an empty split.
     """
     source, measure = read_measure(corpus)
-    chosen = selections(measure, params)
+    selectors = split_selectors(measure, params)
     with replacing_directory(output) as directory:
         folder = directory / "tokenizer"
-        _write_tokenizer(folder, params, _chunks(corpus, measure, chosen["train"], "training the tokenizer"))
-        tokenizer = load_tokenizer(folder)
+        _write_tokenizer(folder, params, _chunks(corpus, measure, selectors["train"], "training the tokenizer"))
+        tokenizer = read_tokenizer(folder)
         vocab_size, special = num_ids(tokenizer), special_tokens(tokenizer, folder)
         if vocab_size > vocabulary_limit:
             raise UserError(
                 f"tokenize.tokenizer is {params.tokenizer} with {vocab_size} tokens; must be <= {vocabulary_limit}, "
                 "the model's vocab_size"
             )
-        counts, shards = {}, {}
-        for split, selection in chosen.items():
-            count = SplitCount(vocab_size, measure.characters)
-            chunks = _chunks(corpus, measure, selection, f"encoding {split}")
-            shards[split] = _write_split(directory, split, chunks, count, params.shard_tokens)
-            counts[split] = count
-            if not count.tokens:
-                raise UserError(f"the {split} split is empty: {measure.num_documents} documents are too few to deal")
+        statistics, shards = {}, {}
+        for split, selector in selectors.items():
+            statistics[split] = SplitStatistics(vocab_size, measure.characters)
+            chunks = _chunks(corpus, measure, selector, f"encoding {split}")
+            shards[split] = _write_split(directory, split, chunks, statistics[split], params.shard_tokens)
+            if not statistics[split].tokens:
+                raise UserError(f"the {split} split is empty: {measure.num_documents} documents are too few to split")
         meta = {
             "vocab_size": vocab_size,
             "bos_token_id": special.bos_token_id,
@@ -106,12 +105,12 @@ def write_tokens(corpus: Path, output: Path, params: TokenizeParams, vocabulary_
             "sha256": sha256_tree([path for paths in shards.values() for path in paths], directory),
             "corpus": {"source": source, "sha256": measure.sha256},
             "splits": {
-                split: _sizes(count) | {"shards": [path.name for path in shards[split]]}
-                for split, count in counts.items()
+                split: _sizes(counted) | {"shards": [path.name for path in shards[split]]}
+                for split, counted in statistics.items()
             },
         }
         write_json(directory / "meta.json", meta)
-    return _metrics(counts, vocab_size)
+    return _metrics(statistics, vocab_size)
 
 
 def _write_tokenizer(folder: Path, params: TokenizeParams, chunks: Iterable[Chunk]) -> None:
@@ -123,7 +122,7 @@ def _write_tokenizer(folder: Path, params: TokenizeParams, chunks: Iterable[Chun
         copy_pretrained(params.tokenizer, folder)
 
 
-def _chunks(corpus: Path, measure: Measure, selection: Selection, description: str) -> Iterator[Chunk]:
+def _chunks(corpus: Path, measure: Measure, selector: Selector, description: str) -> Iterator[Chunk]:
     """Yield the chunks of one split, with a progress bar over the characters of the corpus."""
     with tqdm(
         total=measure.characters, desc=description, unit="char", unit_scale=True, delay=PROGRESS_DELAY_S, leave=False
@@ -134,16 +133,16 @@ def _chunks(corpus: Path, measure: Measure, selection: Selection, description: s
                 yield chunk
                 bar.update(len(chunk.text))
 
-        yield from selection(watched())
+        yield from selector(watched())
 
 
 def _write_split(
-    directory: Path, split: str, chunks: Iterable[Chunk], count: SplitCount, shard_tokens: int
+    directory: Path, split: str, chunks: Iterable[Chunk], statistics: SplitStatistics, shard_tokens: int
 ) -> list[Path]:
-    """Encode and write one split, fill in `count`, return the shards."""
-    dtype, num_processes = token_dtype(count.vocab_size), _num_processes(count.corpus_characters)
-    encoded = encoded_groups(groups(pieces(chunks)), directory / "tokenizer", dtype, num_processes)
-    return write_shards(directory, split, count.counted(encoded), dtype, shard_tokens)
+    """Encode and write one split, fill in its `statistics`, return the shards."""
+    dtype, num_processes = token_dtype(statistics.vocab_size), _num_processes(statistics.corpus_characters)
+    encoded = encode_groups(groups(pieces(chunks)), directory / "tokenizer", dtype, num_processes)
+    return write_shards(directory, split, statistics.count(encoded), dtype, shard_tokens)
 
 
 def _num_processes(characters: int) -> int:
@@ -153,26 +152,27 @@ def _num_processes(characters: int) -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _sizes(count: SplitCount) -> dict[str, int]:
+def _sizes(counted: SplitStatistics) -> dict[str, int]:
     """Return the size of one split."""
     return {
-        "tokens": count.tokens,
-        "characters": count.characters,
-        "bytes": count.bytes,
-        "documents": count.documents,
+        "tokens": counted.tokens,
+        "characters": counted.characters,
+        "bytes": counted.bytes,
+        "documents": counted.documents,
     }
 
 
-def _metrics(counts: dict[str, SplitCount], vocab_size: int) -> dict[str, Any]:
+def _metrics(statistics: dict[str, SplitStatistics], vocab_size: int) -> dict[str, Any]:
     """Return the metrics of the stage."""
-    tokens, characters = (sum(getattr(count, name) for count in counts.values()) for name in ("tokens", "characters"))
+    tokens = sum(counted.tokens for counted in statistics.values())
+    characters = sum(counted.characters for counted in statistics.values())
     return {
         "vocab_size": vocab_size,
-        "vocabulary_used": float(np.count_nonzero(counts["train"].frequencies) / vocab_size),
+        "vocabulary_used": float(np.count_nonzero(statistics["train"].frequencies) / vocab_size),
         "characters_per_token": characters / tokens,
-        "round_trip_exact": all(count.round_trip_exact for count in counts.values()),
+        "round_trip_exact": all(counted.round_trip_exact for counted in statistics.values()),
         **{
-            split: _sizes(count) | {"characters_per_token": count.characters / count.tokens}
-            for split, count in counts.items()
+            split: _sizes(counted) | {"characters_per_token": counted.characters / counted.tokens}
+            for split, counted in statistics.items()
         },
     }

@@ -1,78 +1,52 @@
-"""How evenly a model's experts are used, counted by the routers in the exported code.
+"""How many tokens each expert of an exported model gets, counted by the model's own routers.
 
-Letters: E routed experts of a layer.
+Letters: L layers, E n_routed_experts
 """
 
-from typing import Protocol, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+import torch
 from transformers import PreTrainedModel
+
+from dsv3.evaluation.load_balance import load_entropy, max_vio, num_dead_experts
+from dsv3.export.interface import ExportedModel
 
 Floats = npt.NDArray[np.float64]
 
 
-class Router(Protocol):
-    """A router that counts the tokens it sends to each of its experts."""
-
-    expert_load: Tensor
-
-
-class CountsExpertLoad(Protocol):
-    """What the exported code offers beyond transformers' interface."""
-
-    def set_count_expert_load(self, enabled: bool) -> None:
-        """Count in evaluation mode too."""
-        ...
-
-    def routers(self) -> list[tuple[int, Router]]:
-        """Return (layer, router) of each mixture-of-experts layer."""
-        ...
-
-
 class ExpertLoad:
-    """Counts, per layer, how many tokens each routed expert gets while the block runs."""
+    """Counts, per layer, how many tokens each routed expert gets while the `with` block runs."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._counting = cast(CountsExpertLoad, model)
-        self._routers = self._counting.routers()
+        self._model = cast(ExportedModel, model)
+        self._routers = self._model.routers()
         self.counts: dict[int, Floats] = {}
-        """Layer to loads (one number per expert), of the layers that routed anything; filled when the block ends."""
+        """Layer -> number of tokens per expert, of the layers that routed anything; filled when the block ends."""
 
     def __enter__(self) -> "ExpertLoad":
-        self._counting.set_count_expert_load(True)
+        self._model.set_count_expert_load(True)
         for _, router in self._routers:
             router.expert_load.zero_()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._counting.set_count_expert_load(False)
+        self._model.set_count_expert_load(False)
         loads = {layer: router.expert_load.double().cpu().numpy().copy() for layer, router in self._routers}
-        self.counts = {layer: load for layer, load in loads.items() if load.any()}
-
-
-def router_metrics(load_E: Floats) -> dict[str, float | int]:
-    """Return how evenly one layer's experts were used, under the vocabulary's names."""
-    share_E = load_E / load_E.sum()
-    used_E = share_E[share_E > 0]
-    return {
-        "max_vio_global": float(load_E.max() / load_E.mean() - 1),
-        "entropy": float(-(used_E * np.log(used_E)).sum()),
-        "dead_experts": int((load_E == 0).sum()),
-    }
+        self.counts = {layer: load_E for layer, load_E in loads.items() if load_E.any()}
 
 
 def router_summary(counts: dict[int, Floats]) -> dict[str, float | int]:
-    """Return the layers' router metrics in one row; empty for a model without experts."""
+    """Return how evenly the experts were used, means over layers and the worst; empty for a model without experts."""
     if not counts:
         return {}
-    layers = [router_metrics(load_E) for load_E in counts.values()]
-    violations = [layer["max_vio_global"] for layer in layers]
+    load_LE = torch.from_numpy(np.stack(list(counts.values())))
+    max_vio_L, entropy_L = max_vio(load_LE).tolist(), load_entropy(load_LE).tolist()
     return {
-        "max_vio_global_mean": sum(violations) / len(layers),
-        "max_vio_global_max": max(violations),
-        "entropy_mean": sum(layer["entropy"] for layer in layers) / len(layers),
-        "dead_experts": int(sum(layer["dead_experts"] for layer in layers)),
-        "num_layers": len(layers),
+        "max_vio_global_mean": sum(max_vio_L) / len(max_vio_L),
+        "max_vio_global_max": max(max_vio_L),
+        "entropy_mean": sum(entropy_L) / len(entropy_L),
+        "dead_experts": int(num_dead_experts(load_LE).sum()),
+        "num_layers": len(counts),
     }

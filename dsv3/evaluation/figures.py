@@ -1,8 +1,8 @@
 """The figures of `evaluate`: PNG files whose bytes depend on the numbers (and matplotlib's version) alone.
 
-Colours are Okabe and Ito's and the PuOr map, which keep apart under every common colour blindness.
+The colors are Okabe and Ito's and the PuOr map, which remain distinguishable under common color blindness.
 
-Letters: L layers with experts, E n_routed_experts, T positions.
+Letters: S positions, L layers, E n_routed_experts
 """
 
 from itertools import pairwise
@@ -32,22 +32,22 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG without version or date, atomically."""
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, without version or date in it, atomically."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
 
 
-def loss_by_position(loss_T: Floats, mean: float, title: str) -> Figure:
-    """Return the curve of the loss over the number of tokens seen before, beside `mean`, the score of the split."""
+def loss_by_position(loss_S: Floats, mean: float, title: str) -> Figure:
+    """Return the curve of the loss over the number of context tokens, with `mean`, the score of the split."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axes = figure.add_subplot()
-        context = np.arange(1, len(loss_T) + 1)
-        axes.plot(context, loss_T, color=BLUE, alpha=0.3, linewidth=0.8, label="each position")
-        edges = np.unique(np.geomspace(1, len(loss_T) + 1, num=25).astype(int))
+        context = np.arange(1, len(loss_S) + 1)
+        axes.plot(context, loss_S, color=BLUE, alpha=0.3, linewidth=0.8, label="each position")
+        edges = np.unique(np.geomspace(1, len(loss_S) + 1, num=25).astype(int))
         middles = [np.sqrt(low * (high - 1)) for low, high in pairwise(edges)]
-        means = [loss_T[low - 1 : high - 1].mean() for low, high in pairwise(edges)]
+        means = [loss_S[low - 1 : high - 1].mean() for low, high in pairwise(edges)]
         axes.plot(middles, means, color=BLUE, linewidth=2, marker="o", markersize=3, label="mean of neighbours")
         axes.axhline(
             mean, color=VERMILION, linestyle="--", linewidth=1.5, label=f"score with sliding window: {mean:.3f}"
@@ -70,7 +70,7 @@ def expert_load(counts: dict[int, Floats], title: str) -> Figure:
         size = (min(3 + 0.55 * num_experts, 14), min(1.6 + 0.42 * num_layers, 12))
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
-        # white is balanced; the scale never zooms in so far that noise looks like imbalance
+        # White is balanced. The scale reaches at least 2, so that noise does not look like imbalance.
         norm = TwoSlopeNorm(1.0, vmin=0.0, vmax=max(2.0, float(relative_LE.max())))
         image = axes.imshow(relative_LE, cmap="PuOr_r", norm=norm, aspect="auto", interpolation="nearest")
         axes.set_yticks(range(num_layers), [str(layer) for layer in counts])

@@ -1,28 +1,28 @@
-"""Where an evaluation goes: files in a folder (the truth), and the same in the trackers (a view)."""
+"""Where an evaluation is written: files in a folder, which DVC versions, and the same numbers in the trackers."""
 
 from pathlib import Path
 
 from dsv3.artifacts import write_json, write_text
-from dsv3.evaluation.figures import expert_load, loss_by_position, save
+from dsv3.evaluation.figures import expert_load, loss_by_position, save_figure
 from dsv3.evaluation.sliding_window import Evaluation
 from dsv3.tracking.recorder import Recorder
 
 
-def write(evaluation: Evaluation, folder: Path) -> None:
+def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """Write metrics.json, loss_by_position.tsv, expert_load.tsv and figures/*.png."""
     heldout = evaluation.scores["heldout"]
     title = f"Loss by position, held-out text ({heldout.tokens:,} tokens)"
     curve = loss_by_position(evaluation.positions.means(), heldout.nats / heldout.tokens, title)
-    save(curve, folder / "figures" / "loss_by_position.png")
+    save_figure(curve, folder / "figures" / "loss_by_position.png")
     if evaluation.loads:
-        save(expert_load(evaluation.loads, "Expert load, held-out text"), folder / "figures" / "expert_load.png")
+        save_figure(expert_load(evaluation.loads, "Expert load, held-out text"), folder / "figures" / "expert_load.png")
     write_text(folder / "loss_by_position.tsv", evaluation.position_table())
     write_text(folder / "expert_load.tsv", evaluation.load_table())
     write_json(folder / "metrics.json", evaluation.metrics())
 
 
-def show(evaluation: Evaluation, folder: Path, recorder: Recorder, step: int) -> None:
-    """Add what `write` left in `folder` to the run of `recorder`, at the training's last step."""
+def log_evaluation(evaluation: Evaluation, folder: Path, recorder: Recorder, step: int) -> None:
+    """Log the metrics, and the figures that `write_evaluation` wrote into `folder`, at the training's last step."""
     recorder.result("evaluate", evaluation.metrics(), step)
     for figure in sorted((folder / "figures").glob("*.png")):
         recorder.figure(figure.stem, figure, step, subset="heldout")
@@ -31,7 +31,7 @@ def show(evaluation: Evaluation, folder: Path, recorder: Recorder, step: int) ->
 
 
 def summary(evaluation: Evaluation) -> str:
-    """Return a line per split, and per prediction module where there are any."""
+    """Return a line per split, and one per MTP module."""
     units = {"nats_per_token": "nats/token", "nats_per_char": "nats/char", "bits_per_byte": "bits/byte"}
     metrics = evaluation.metrics()
     lines = [

@@ -1,83 +1,68 @@
-"""How often the prediction modules foresee the trunk, on text that is given.
+"""How often the drafts of the multi-token prediction (MTP) modules would be accepted, on text that is given.
 
-In decoding, a draft is kept if the trunk would have written the same, and if all drafts before it were kept. Here every
-token is given instead of written, which needs no decoding and depends on no prompt. At each position the modules guess
-the tokens to come, module k told the k true tokens next in line; its guess is accepted where modules 1 … k all say what
-the trunk, given all true tokens before, finds most probable. Greedy decoding writes about 1 + (sum of the shares)
-tokens per forward pass, as far as written text is like given text.
+In decoding, a draft is accepted if the trunk would have chosen the same token, and if all drafts before it were
+accepted. Here every token is given instead of generated, which needs no decoding and depends on no prompt. At each
+position module k predicts a token from the k true tokens after that position. Its prediction is accepted where modules
+1 … k all name the token that the trunk, given all true tokens before, finds most probable. Greedy decoding generates
+about 1 + (sum of the acceptance rates) tokens per forward pass, as far as generated text is like given text.
 
-Letters: B windows in a batch, T positions in a window, D hidden_size, V vocab_size.
+Letters: B sequences, S positions, D hidden_size, V vocab_size
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-
-class Trunk(Protocol):
-    """What the exported code offers beyond transformers' interface."""
-
-    def embed_tokens(self, ids: Tensor, /) -> Tensor:
-        """Return the tokens' embeddings."""
-        ...
-
-    def predictions_ahead(self, hidden: Tensor, embeds: Tensor, /, *, position_ids: Tensor | None) -> Iterator[Tensor]:
-        """Yield, for module k = 1, 2 …, the states from which the token k + 1 places on is read, k positions fewer."""
-        ...
-
-    def __call__(self, input_ids: Tensor, *, position_ids: Tensor | None, use_cache: bool) -> Any:
-        """Return an object with the normalised `last_hidden_state` of every position."""
-        ...
+from dsv3.export.interface import ExportedModel
 
 
-class Acceptance:
-    """Sums over scored tokens, an entry per prediction module."""
+class MTPAcceptance:
+    """Sums over scored tokens, an entry per MTP module."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         num_modules = model.config.num_nextn_predict_layers
-        self._trunk = cast(Trunk, model.model)
-        self._head = cast(Callable[[Tensor], Tensor], model.lm_head)
+        self._model = cast(ExportedModel, model)
         self.accepted = [0] * num_modules
         self.nats = [0.0] * num_modules
         self.tokens = [0] * num_modules
 
-    def logits(self, ids: Tensor, num_scored: Sequence[int], position_ids: Tensor | None = None) -> Tensor:
-        """Return the model's own logits for all but the last of `ids`, (B, T, V), and count what the modules say.
+    def update(self, ids: Tensor, num_scored: Sequence[int], position_ids: Tensor | None = None) -> Tensor:
+        """Add the predictions of every module; return the model's own logits for all but the last of `ids`, (B, S, V).
 
-        Each row of `ids` is a window with its last target, (B, T + 1), whose last `num_scored` targets count. A guess
-        is filed under the token that it is about, so each token counts once per module (but for the first tokens of a
-        text, which the deeper modules have no position to guess from). `position_ids` (B, T) restart where another
-        document begins that is not to see the one before; the modules were not trained to look across, and no guess
-        counts that would.
+        Each row of `ids`, (B, S + 1), is a window with its last target; its last `num_scored` targets are scored. A
+        prediction belongs to the token it predicts, so each token counts once per module, except for the first tokens
+        of a text, for which the deeper modules have no position to predict from. `position_ids` (B, S) restart where a
+        document begins that does not attend to the one before. The modules were not trained to predict across such a
+        boundary, and a prediction that would does not count.
         """
-        input_BT = ids[:, :-1]
-        hidden_BTD = self._trunk(input_BT, position_ids=position_ids, use_cache=False).last_hidden_state
-        logits_BTV = self._head(hidden_BTD)
-        choice_BT = logits_BTV.argmax(dim=-1)
-        length = input_BT.shape[1]
-        unscored_B1 = length - torch.tensor(num_scored, device=ids.device)[:, None]
-        is_scored_BT = torch.arange(length, device=ids.device) >= unscored_B1
-        is_accepted_BT = torch.ones_like(is_scored_BT)
-        embeds_BTD = self._trunk.embed_tokens(input_BT)
-        ahead = self._trunk.predictions_ahead(hidden_BTD, embeds_BTD, position_ids=position_ids)
-        for depth, state_BTD in zip(range(1, length), ahead, strict=False):
-            guess_BTV = self._head(state_BTD)
-            is_accepted_BT = is_accepted_BT[:, :-1] & (guess_BTV.argmax(dim=-1) == choice_BT[:, depth:])
-            loss = F.cross_entropy(guess_BTV.flatten(0, 1).float(), ids[:, depth + 1 :].flatten(), reduction="none")
-            counts_BT = is_scored_BT[:, depth:]
+        trunk, head = self._model.model, self._model.lm_head
+        input_BS = ids[:, :-1]
+        hidden_BSD = trunk(input_BS, position_ids=position_ids, use_cache=False).last_hidden_state
+        logits_BSV = head(hidden_BSD)
+        choice_BS = logits_BSV.argmax(dim=-1)
+        length = input_BS.shape[1]
+        num_unscored_B1 = length - torch.tensor(num_scored, device=ids.device)[:, None]
+        is_scored_BS = torch.arange(length, device=ids.device) >= num_unscored_B1
+        is_accepted_BS = torch.ones_like(is_scored_BS)
+        states = trunk.mtp_hidden_states(hidden_BSD, trunk.embed_tokens(input_BS), position_ids=position_ids)
+        for depth, state_BSD in zip(range(1, length), states, strict=False):
+            draft_BSV = head(state_BSD)
+            is_accepted_BS = is_accepted_BS[:, :-1] & (draft_BSV.argmax(dim=-1) == choice_BS[:, depth:])
+            loss = F.cross_entropy(draft_BSV.flatten(0, 1).float(), ids[:, depth + 1 :].flatten(), reduction="none")
+            counts_BS = is_scored_BS[:, depth:]
             if position_ids is not None:
-                counts_BT = counts_BT & (position_ids[:, depth:] - position_ids[:, :-depth] == depth)
-            self.accepted[depth - 1] += int((is_accepted_BT & counts_BT).sum())
-            self.nats[depth - 1] += float(loss.view_as(counts_BT)[counts_BT].double().sum())
-            self.tokens[depth - 1] += int(counts_BT.sum())
-        return logits_BTV
+                counts_BS = counts_BS & (position_ids[:, depth:] - position_ids[:, :-depth] == depth)
+            self.accepted[depth - 1] += int((is_accepted_BS & counts_BS).sum())
+            self.nats[depth - 1] += float(loss.view_as(counts_BS)[counts_BS].double().sum())
+            self.tokens[depth - 1] += int(counts_BS.sum())
+        return logits_BSV
 
     def metrics(self) -> dict[str, dict[str, float | int]]:
-        """Return shares, cross-entropies and counts of `depth_1`, `depth_2` …, under the vocabulary's names."""
+        """Return rates, cross-entropies and counts of `depth_1`, `depth_2` …, under the names of the metrics table."""
         rows = enumerate(zip(self.accepted, self.nats, self.tokens, strict=True), start=1)
         return {
             f"depth_{depth}": {"mtp_acceptance": accepted / tokens, "nats_per_token": nats / tokens, "tokens": tokens}

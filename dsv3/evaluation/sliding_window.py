@@ -1,16 +1,17 @@
-"""The score of a whole split, by a window that slides over it.
+"""The score of a whole split, by a sliding window.
 
-A model sees at most `block_size` tokens at once. Cutting a text into separate blocks would judge the first tokens of
-each almost without context, and so measure the cutting. Here the window moves by `stride` tokens; of every window but
-the first, only those last tokens are scored that no earlier window has scored. So each token counts once, and has at
-least `block_size - stride` tokens before it (or all there are). A smaller stride is kinder to the model and dearer: the
-text is computed block_size / stride times over. The last window is moved back to the end of the text rather than
-padded, so no padding is ever computed, scored or routed. Where documents are not to see one another, a token has at
-least that many before it or all of its document, and the first word of a document is foretold from nothing.
+A model sees at most `block_size` tokens at once. If a text were cut into separate blocks, the first tokens of each
+block would be predicted almost without context, and the score would depend on the cutting. Here the window moves by
+`stride` tokens. Of every window but the first, only those last tokens are scored that no earlier window has scored. So
+each token counts once, and has at least `block_size - stride` tokens before it (or all there are). A smaller stride
+gives every token more context and costs more: the text is computed block_size / stride times. The last window is moved
+back to the end of the text rather than padded, so no padding is computed, scored or routed. Where documents do not
+attend to one another, a token has at least that many tokens before it or all of its document, and the first word of a
+document is predicted from the end-of-text token alone.
 
-Nats per token depend on the tokenizer; per character and per byte they do not, which is what runs are compared by.
+Nats per token depend on the tokenizer. Nats per character and bits per byte do not: compare runs by these.
 
-Letters: B windows in a batch, T positions in a window, V vocab_size, E n_routed_experts.
+Letters: B sequences, S positions, V vocab_size, E n_routed_experts
 """
 
 import math
@@ -29,17 +30,17 @@ from transformers import PreTrainedModel
 from dsv3.data.batches import document_positions
 from dsv3.errors import UserError
 from dsv3.evaluation.expert_load import ExpertLoad, router_summary
-from dsv3.evaluation.mtp_acceptance import Acceptance
+from dsv3.evaluation.mtp_acceptance import MTPAcceptance
 from dsv3.params.evaluate import EvaluateParams
 
 Floats = npt.NDArray[np.float64]
-Positions = Callable[[Tensor], Tensor | None]
-"""From tokens (B, T) to their positions, or to None, which counts them from each window's beginning."""
+PositionIds = Callable[[Tensor], Tensor | None]
+"""From tokens (B, S) to their position ids, or to None, which counts from each window's beginning."""
 SPLITS = ("validation", "test")
 
 
 class TokenSequence(Protocol):
-    """Tokens that may lie on the disk: `len(tokens)`, `tokens[start:stop]`."""
+    """Tokens in memory or on disk: `len(tokens)`, `tokens[start:stop]`."""
 
     def __len__(self) -> int: ...
 
@@ -47,7 +48,7 @@ class TokenSequence(Protocol):
 
 
 @dataclass(frozen=True)
-class Window:
+class SlidingWindow:
     """Inputs `start` to `start + length`; the last `num_scored` of their targets are scored."""
 
     start: int
@@ -73,7 +74,7 @@ class SplitScore:
         )
 
     def metrics(self) -> dict[str, float | int]:
-        """Return the ratios and counts under the vocabulary's names."""
+        """Return the ratios and counts, under the names of the metrics table."""
         nats_per_token = self.nats / self.tokens
         return {
             "nats_per_token": nats_per_token,
@@ -88,39 +89,39 @@ class SplitScore:
 
 @dataclass
 class PositionLoss:
-    """Sum of losses and number of windows for each position of the window, scored or not."""
+    """Sum of losses and number of windows at each position of the window, scored or not."""
 
-    nats_T: Floats
-    count_T: npt.NDArray[np.int64]
+    nats_S: Floats
+    count_S: npt.NDArray[np.int64]
 
     @classmethod
     def zeros(cls, block_size: int) -> "PositionLoss":
         """Return an empty table."""
         return cls(np.zeros(block_size), np.zeros(block_size, dtype=np.int64))
 
-    def add(self, loss_BT: Floats) -> None:
+    def add(self, loss_BS: Floats) -> None:
         """Add a batch of windows."""
-        num_windows, length = loss_BT.shape
-        self.nats_T[:length] += loss_BT.sum(axis=0)
-        self.count_T[:length] += num_windows
+        num_windows, length = loss_BS.shape
+        self.nats_S[:length] += loss_BS.sum(axis=0)
+        self.count_S[:length] += num_windows
 
     def means(self) -> Floats:
-        """Return the mean loss of each position that was ever filled."""
-        filled = self.count_T > 0
-        return self.nats_T[filled] / self.count_T[filled]
+        """Return the mean loss of each position that any window reached."""
+        is_reached_S = self.count_S > 0
+        return self.nats_S[is_reached_S] / self.count_S[is_reached_S]
 
 
-def windows(num_tokens: int, block_size: int, stride: int) -> Iterator[Window]:
-    """Yield windows that score each of tokens 1 … num_tokens - 1 once; token 0 has nothing before it."""
+def sliding_windows(num_tokens: int, block_size: int, stride: int) -> Iterator[SlidingWindow]:
+    """Yield windows that score each of tokens 1 … num_tokens - 1 once; token 0 has no context."""
     num_targets = num_tokens - 1
     if num_targets <= 0:
         return
     end = min(block_size, num_targets)
-    yield Window(0, end, end)
+    yield SlidingWindow(0, end, end)
     while end < num_targets:
         scored = min(stride, num_targets - end)
         end += scored
-        yield Window(end - block_size, block_size, scored)
+        yield SlidingWindow(end - block_size, block_size, scored)
 
 
 @torch.inference_mode()
@@ -130,70 +131,67 @@ def score_split(  # noqa: PLR0913 (the last three have defaults)
     params: EvaluateParams,
     positions: PositionLoss,
     progress: Callable[[int], object] = lambda num_scored: None,
-    acceptance: Acceptance | None = None,
-    position_ids: Positions = lambda _: None,
+    acceptance: MTPAcceptance | None = None,
+    position_ids: PositionIds = lambda _: None,
 ) -> float:
     """Return the sum of nats over tokens 1 … end of a split; add every window's losses to `positions`.
 
-    `acceptance` is to be given for a model with prediction modules, and adds what they guess of the same tokens.
-    `progress` is told the number of tokens scored by each batch. Sums are kept in float64 on the CPU, in a fixed order.
+    With `acceptance`, for a model with MTP modules, their predictions of the same tokens are added to it. `progress` is
+    called with the number of tokens scored by each batch. Sums are in float64 on the CPU, in a fixed order.
     """
     nats = 0.0
-    pending: list[Window] = []
-    for window in [*windows(len(tokens), params.block_size, params.stride), None]:
-        if pending and (window is None or len(pending) == params.per_device_eval_batch_size):
-            loss_BT = _losses(model, tokens, pending, acceptance, position_ids)
-            positions.add(loss_BT)
-            nats += sum(float(loss_T[-w.num_scored :].sum()) for w, loss_T in zip(pending, loss_BT, strict=True))
-            progress(sum(w.num_scored for w in pending))
-            pending = []
-        if window is not None:
-            pending.append(window)
+    windows = list(sliding_windows(len(tokens), params.block_size, params.stride))
+    for first in range(0, len(windows), params.per_device_eval_batch_size):
+        batch = windows[first : first + params.per_device_eval_batch_size]
+        loss_BS = window_losses(model, tokens, batch, acceptance, position_ids)
+        positions.add(loss_BS)
+        nats += sum(float(loss_S[-w.num_scored :].sum()) for w, loss_S in zip(batch, loss_BS, strict=True))
+        progress(sum(w.num_scored for w in batch))
     return nats
 
 
-def _losses(
+def window_losses(
     model: PreTrainedModel,
     tokens: TokenSequence,
-    batch: Sequence[Window],
-    acceptance: Acceptance | None,
-    position_ids: Positions,
+    batch: Sequence[SlidingWindow],
+    acceptance: MTPAcceptance | None,
+    position_ids: PositionIds,
 ) -> Floats:
-    """Return the cross-entropy in nats of every target of a batch of equally long windows."""
+    """Return the cross-entropy in nats, (B, S), of every target of a batch of equally long windows."""
     rows = [tokens[w.start : w.start + w.length + 1].astype(np.int64) for w in batch]
     ids = torch.from_numpy(np.stack(rows)).to(model.device)
-    positions_BT = position_ids(ids[:, :-1])
-    logits_BTV: Tensor
+    positions_BS = position_ids(ids[:, :-1])
+    logits_BSV: Tensor
     if acceptance is None:
-        logits_BTV = model(input_ids=ids[:, :-1], position_ids=positions_BT, use_cache=False).logits
+        logits_BSV = model(input_ids=ids[:, :-1], position_ids=positions_BS, use_cache=False).logits
     else:
-        logits_BTV = acceptance.logits(ids, [w.num_scored for w in batch], positions_BT)
-    loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+        logits_BSV = acceptance.update(ids, [w.num_scored for w in batch], positions_BS)
+    loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
     return loss.view(len(batch), -1).double().cpu().numpy()
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that `evaluate` finds out."""
+    """The results of `evaluate`."""
 
     scores: dict[str, SplitScore]
-    """Split to its sums; `heldout` is validation and test together."""
+    """Split -> its sums; `heldout` is validation and test together."""
 
     positions: PositionLoss
     loads: dict[int, Floats]
-    """Layer to the number of tokens that each expert got, prediction modules included."""
-    acceptance: Acceptance | None = None
-    """Over all splits; None for a model without prediction modules."""
+    """Layer -> number of tokens per expert, MTP modules included."""
+    acceptance: MTPAcceptance | None = None
+    """Over all splits; None for a model without MTP modules."""
 
     def metrics(self) -> dict[str, dict[str, Any]]:
-        """Return what results/evaluate/metrics.json holds."""
+        """Return the content of results/evaluate/metrics.json."""
         splits = {name: score.metrics() for name, score in self.scores.items()}
         mtp = {} if self.acceptance is None else {"mtp": self.acceptance.metrics()}
         return {**splits, "router": router_summary(self.loads), **mtp}
 
     def position_table(self) -> str:
         """Return the loss by position as tab-separated text."""
-        rows = enumerate(zip(self.positions.means(), self.positions.count_T, strict=False))
+        rows = enumerate(zip(self.positions.means(), self.positions.count_S, strict=False))
         return "position\tloss\ttokens\n" + "".join(f"{at}\t{loss:.9g}\t{count}\n" for at, (loss, count) in rows)
 
     def load_table(self) -> str:
@@ -211,12 +209,12 @@ def evaluate(
     params: EvaluateParams,
     progress: Callable[[int], object] = lambda num_scored: None,
 ) -> Evaluation:
-    """Return the scores of each split in `streams` and of all together; `meta` is what lies beside the tokens."""
+    """Return the scores of each split in `streams` and of all together; `meta` is the tokens' meta.json."""
     positions = PositionLoss.zeros(params.block_size)
     scores: dict[str, SplitScore] = {}
-    acceptance = Acceptance(model) if model.config.num_nextn_predict_layers else None
-    apart: Positions = partial(document_positions, end_of_text=meta["eos_token_id"])
-    position_ids: Positions = (lambda _: None) if params.cross_document_attention else apart
+    acceptance = MTPAcceptance(model) if model.config.num_nextn_predict_layers else None
+    per_document: PositionIds = partial(document_positions, end_of_text=meta["eos_token_id"])
+    position_ids: PositionIds = (lambda _: None) if params.cross_document_attention else per_document
     with ExpertLoad(model) as load:
         for split, stream in streams.items():
             nats = score_split(model, stream, params, positions, progress, acceptance, position_ids)

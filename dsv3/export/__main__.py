@@ -1,6 +1,6 @@
-"""An exported model in other forms: `python -m dsv3.export gguf MODEL OUTPUT.gguf | fp8 MODEL OUTPUT`.
+"""The command that exports a model in another form: `python -m dsv3.export gguf MODEL OUTPUT.gguf | fp8 MODEL OUTPUT`.
 
-MODEL is the folder that the train stage wrote, `outputs/final_model`; it is only read.
+MODEL is the folder that the train stage wrote, `outputs/final_model`. It is not changed.
 """
 
 import logging
@@ -33,18 +33,18 @@ class Dtype(StrEnum):
 @app.command("gguf")
 def write_gguf(
     model: ModelArgument,
-    output: Annotated[Path, typer.Argument(help="The file to be written.")],
+    output: Annotated[Path, typer.Argument(help="The file to write.")],
     dtype: Annotated[Dtype, typer.Option(help="Of matrices; vectors and routers are always f32.")] = Dtype.f32,
 ) -> None:
-    """Write one file for llama.cpp and what is built on it."""
+    """Write one GGUF file, for llama.cpp and programs built on it."""
     from dsv3.export.gguf.write import export_gguf  # torch is slow to import, and --help needs none
 
-    logging.getLogger("gguf").setLevel(logging.WARNING)  # it would tell of the file's temporary name
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # its INFO line names the temporary file
     typer.echo(export_gguf(model, output, dtype.value))
 
 
 @app.command("fp8")
-def write_fp8(model: ModelArgument, output: Annotated[Path, typer.Argument(help="The folder to be written.")]) -> None:
+def write_fp8(model: ModelArgument, output: Annotated[Path, typer.Argument(help="The folder to write.")]) -> None:
     """Write a folder with the matrices in block-scaled FP8, the form of DeepSeek's release."""
     from dsv3.export.fp8 import export_fp8
 

@@ -1,4 +1,4 @@
-"""How the exported model is opened: as a stranger would, through transformers and the code beside the weights."""
+"""Loading the exported model by transformers, with the code in its own folder, as any other program would."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from dsv3.artifacts import check_weights, read_json
 from dsv3.errors import UserError
 
 LOCK_S = 120
-"""Longest wait for another process that opens a model."""
+"""Longest wait for another process that loads a model."""
 
 
 def check_model(folder: Path) -> None:
     """Raise `UserError` unless `folder` holds an exported model with its own code."""
     config = folder / "config.json"
     if not config.is_file():
-        raise UserError(f"{folder}: holds no config.json, so no model; run dvc repro train")
+        raise UserError(f"{folder}: holds no config.json; run dvc repro train")
     if "AutoModelForCausalLM" not in read_json(config).get("auto_map", {}):
         raise UserError(f"{config}: names no code of its own (auto_map); export it with stages.train")
 
@@ -26,14 +26,14 @@ def check_model(folder: Path) -> None:
 def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
     """Return the model in `folder` on `device`, in evaluation mode.
 
-    The weights keep their stored type on a GPU; on a CPU they become fp32, since most CPUs multiply nothing else fast.
+    The weights have their stored dtype on a GPU, and fp32 on a CPU, because most CPUs are fast in fp32 only.
     """
     check_model(folder)
     check_weights(folder)
     dtype = torch.float32 if device.type == "cpu" else "auto"
     cache = Path(HF_MODULES_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
-    # transformers copies the code into this shared folder without a lock, and would import a half-written copy.
+    # transformers copies the code into this shared folder without a lock; another process could import half of it.
     with FileLock(cache / "dsv3.lock", timeout=LOCK_S):
         model = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=True, dtype=dtype, device_map={"": device}

@@ -1,13 +1,13 @@
-"""The README of an exported model."""
+"""The model card: the README of an exported model."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def model_card(facts: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    """Return the README of an exported model: what it is, where it comes from, how to load it.
+    """Return the model card: what the model is, how it was trained, how to load it.
 
-    Nothing in it depends on the clock or the machine's speed, so equal trainings export equal folders.
+    Nothing in it depends on the time or the machine's speed, so equal trainings export equal folders.
     """
     rows = "\n".join(f"| {name} | {value} |" for name, value in {**facts, **metrics}.items())
     return f"""---

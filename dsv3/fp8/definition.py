@@ -49,7 +49,7 @@ def e4m3(value: float) -> float:
     return math.copysign(min(round(abs(value) / spacing) * spacing, E4M3_MAX), value)  # round() ties to even
 
 
-def scale_and_inverse(amax: float, has_power_of_two_scales: bool = False) -> tuple[float, float]:
+def scale_and_inverse(amax: float, power_of_two_scales: bool = False) -> tuple[float, float]:
     """Return the scale of a block with largest magnitude `amax`, and what its numbers are multiplied by."""
     if math.isnan(amax):
         return math.nan, math.nan
@@ -57,15 +57,15 @@ def scale_and_inverse(amax: float, has_power_of_two_scales: bool = False) -> tup
         return math.inf, 0.0
     amax = max(amax, AMAX_FLOOR)
     scale = fp32(amax / E4M3_MAX)
-    if not has_power_of_two_scales:
+    if not power_of_two_scales:
         return scale, fp32(E4M3_MAX / amax)
     mantissa, exponent = math.frexp(scale)
     scale = 2.0 ** (exponent - 1 if mantissa == 0.5 else exponent)
     return scale, 1 / scale
 
 
-def quantised_block(values: list[float], has_power_of_two_scales: bool = False) -> tuple[list[float], float]:
+def quantized_block(values: list[float], power_of_two_scales: bool = False) -> tuple[list[float], float]:
     """Return the e4m3 numbers that store one block of fp32 `values`, and their scale."""
     amax = math.nan if any(map(math.isnan, values)) else max(map(abs, values))
-    scale, inverse = scale_and_inverse(amax, has_power_of_two_scales)
+    scale, inverse = scale_and_inverse(amax, power_of_two_scales)
     return [e4m3(fp32(value * inverse)) for value in values], scale

@@ -1,39 +1,47 @@
-"""Which operands are quantised, and how: the knobs of block-scaled FP8."""
+"""Which operands are quantized, and how: the knobs of block-scaled FP8.
 
-from dataclasses import dataclass
+Each knob is `train.fp8_<name>` in params.yaml, and has the same name here and in the kernels.
+"""
+
+from dataclasses import dataclass, fields
+from itertools import product
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The choices of a quantised layer; the defaults are DeepSeek-V3's GEMMs (report, section 3.3)."""
+    """The choices of a quantized layer; the defaults are DeepSeek-V3's GEMMs (report, section 3.3)."""
 
-    quantises_weights: bool = True
-    """Weights in 128x128 blocks."""
-    quantises_activations: bool = True
-    """Activations and their gradients in 1x128 tiles, and in 128x1 tiles for the weight gradient."""
-    has_power_of_two_scales: bool = False
-    """Scales rounded up to powers of two: exact to multiply by, at up to one bit of range."""
-    quantises_wgrad: bool = True
-    """Whether the weight gradient's GEMM takes FP8 operands, too."""
-    caches_swiglu: bool = False
-    """Whether the input of the routed experts' SwiGLU waits for the backward pass in FP8 (section 3.3.3, DeepSeek's
-    choice; here it is one, because it moves the gradients and not the loss)."""
+    weight_quant: bool = True
+    """Weights are quantized, in 128x128 blocks."""
+    activation_quant: bool = True
+    """Activations and their gradients are, in 1x128 tiles, and in 128x1 tiles for the weight gradient."""
+    power_of_two_scales: bool = False
+    """Scales are rounded up to powers of two: exact to multiply by, at up to one bit of range."""
+    wgrad_quant: bool = True
+    """The weight gradient's GEMM takes FP8 operands, too."""
+    swiglu_cache: bool = False
+    """The input of the routed experts' SwiGLU is kept for the backward pass in FP8 (section 3.3.3, DeepSeek's choice;
+    here it is off by default, because it moves the gradients and not the loss)."""
 
     @property
-    def quantises_both_sides(self) -> bool:
+    def quantizes_both_sides(self) -> bool:
         """Whether both operands of forward and dgrad are FP8; with one side only, no FP8 instruction fits."""
-        return self.quantises_weights and self.quantises_activations
+        return self.weight_quant and self.activation_quant
 
     def deviations(self) -> list[str]:
-        """Return a word for each choice that is not the default, for the name under which a run is recorded."""
-        words = {
-            "high_weights": not self.quantises_weights,
-            "high_activations": not self.quantises_activations,
-            "pow2": self.has_power_of_two_scales,
-            "high_wgrad": not self.quantises_wgrad,
-            "fp8_swiglu_cache": self.caches_swiglu,
-        }
-        return [word for word, deviates in words.items() if deviates]
+        """Return a word for each knob that is not at its default, for the name under which a run is recorded."""
+        changed = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = {name: value for name, value in changed.items() if value != getattr(DEEPSEEK_RECIPE, name)}
+        return [name if value else f"no_{name}" for name, value in changed.items()]
+
+    @property
+    def name(self) -> str:
+        """The name by which operators find the recipe in `RECIPES`."""
+        return "_".join(["fp8", *self.deviations()])
 
 
 DEEPSEEK_RECIPE = Recipe()
+RECIPES = {
+    recipe.name: recipe for recipe in (Recipe(*choice) for choice in product((True, False), repeat=len(fields(Recipe))))
+}
+"""Every recipe by its name: operators of torch.library take strings, not objects."""

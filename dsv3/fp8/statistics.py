@@ -10,7 +10,7 @@ A fourth is seen in what comes out: gradients that are zero where they should no
 Everything is a ratio of two sums, so that the statistics of a model are the sum of its layers', and a large tensor is
 gone through in pieces.
 
-Letters: B blocks, n numbers of a block.
+Letters: Q blocks, W columns.
 """
 
 from collections.abc import Callable, Sequence
@@ -93,20 +93,20 @@ Found = dict[str, dict[str, Statistics]]
 """Module -> operand (`input`, `gradient`, and its weights) -> statistics."""
 
 
-def row_statistics(x: Tensor, pow2: bool = False) -> Statistics:
+def row_statistics(x: Tensor, power_of_two_scales: bool = False) -> Statistics:
     """Return the statistics of activations or gradients in 1x128 blocks along the last dimension."""
     padded = F.pad(x.detach().float(), (0, -x.shape[-1] % BLOCK))
-    return Statistics(*_sums(padded.reshape(-1, BLOCK), pow2).tolist())
+    return Statistics(*_sums(padded.reshape(-1, BLOCK), power_of_two_scales).tolist())
 
 
-def weight_statistics(weight: Tensor, pow2: bool = False) -> Statistics:
+def weight_statistics(weight: Tensor, power_of_two_scales: bool = False) -> Statistics:
     """Return the statistics of a weight, or a stack of weights, in 128x128 blocks."""
     num_outputs, num_inputs = weight.shape[-2:]
     total = torch.zeros(7, dtype=torch.float64, device=weight.device)
     for matrix in weight.detach().reshape(-1, num_outputs, num_inputs):
         padded = F.pad(matrix.float(), (0, -num_inputs % BLOCK, 0, -num_outputs % BLOCK))
         grid = padded.view(-1, BLOCK, padded.shape[-1] // BLOCK, BLOCK).transpose(1, 2)
-        total += _sums(grid.reshape(-1, BLOCK * BLOCK), pow2)
+        total += _sums(grid.reshape(-1, BLOCK * BLOCK), power_of_two_scales)
     return Statistics(*total.tolist())
 
 
@@ -115,35 +115,35 @@ def gradient_statistics(gradient: Tensor) -> Statistics:
     return Statistics(num_gradients=gradient.numel(), num_nonzero_gradients=int(gradient.count_nonzero()))
 
 
-def _sums(x_Bn: Tensor, pow2: bool) -> Tensor:
+def _sums(x_QW: Tensor, power_of_two_scales: bool) -> Tensor:
     """Return the first seven fields of `Statistics` of fp32 blocks."""
-    chunks = x_Bn.split(max(1, CHUNK_NUMBERS // x_Bn.shape[1]))
-    return torch.stack([_chunk_sums(chunk_Bn, pow2) for chunk_Bn in chunks]).sum(0)
+    chunks = x_QW.split(max(1, CHUNK_NUMBERS // x_QW.shape[1]))
+    return torch.stack([_chunk_sums(chunk_QW, power_of_two_scales) for chunk_QW in chunks]).sum(0)
 
 
-def _chunk_sums(x_Bn: Tensor, pow2: bool) -> Tensor:
+def _chunk_sums(x_QW: Tensor, power_of_two_scales: bool) -> Tensor:
     """Return the same of few blocks."""
-    amax_B1 = x_Bn.abs().amax(-1, keepdim=True)
-    scale_B1, inverse_B1 = scale_and_inverse(amax_B1, pow2)
-    stored_Bn = round_to_e4m3_(x_Bn * inverse_B1, torch.empty_like(x_Bn))
-    is_number_Bn = x_Bn != 0
-    square_B1 = x_Bn.square().sum(-1, keepdim=True)
-    mean_square_B1 = square_B1 / is_number_Bn.sum(-1, keepdim=True).clamp_min(1)
-    has_numbers_B1 = amax_B1 > 0
+    amax_Q1 = x_QW.abs().amax(-1, keepdim=True)
+    scale_Q1, inverse_Q1 = scale_and_inverse(amax_Q1, power_of_two_scales)
+    stored_QW = round_to_e4m3_(x_QW * inverse_Q1, torch.empty_like(x_QW))
+    is_number_QW = x_QW != 0
+    square_Q1 = x_QW.square().sum(-1, keepdim=True)
+    mean_square_Q1 = square_Q1 / is_number_QW.sum(-1, keepdim=True).clamp_min(1)
+    has_numbers_Q1 = amax_Q1 > 0
     sums = (
-        is_number_Bn,
-        (stored_Bn == 0) & is_number_Bn,
-        stored_Bn.abs() == E4M3_MAX,
-        has_numbers_B1,
-        has_numbers_B1 & (amax_B1 >= OUTLIER_CREST * mean_square_B1.sqrt()),
-        square_B1,
-        (stored_Bn * scale_B1 - x_Bn).square(),
+        is_number_QW,
+        (stored_QW == 0) & is_number_QW,
+        stored_QW.abs() == E4M3_MAX,
+        has_numbers_Q1,
+        has_numbers_Q1 & (amax_Q1 >= OUTLIER_CREST * mean_square_Q1.sqrt()),
+        square_Q1,
+        (stored_QW * scale_Q1 - x_QW).square(),
     )
     return torch.stack([part.sum(dtype=torch.float64) for part in sums])
 
 
 def fp8_statistics(model: nn.Module, loss: Callable[[], Tensor], recipe: Recipe = DEEPSEEK_RECIPE) -> Found:
-    """Return the statistics of every FP8 linear layer and of the routed experts, of what `recipe` quantises.
+    """Return the statistics of every FP8 linear layer and of the routed experts, of what `recipe` quantizes.
 
     Runs one forward and one backward pass of `loss`, a function that returns a scalar; gradients that the parameters
     hold are left as they were. Modules that did not run are missing, and `gradient` is where none came back.
@@ -175,19 +175,21 @@ class _Watch:
     def __call__(self, _: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> None:
         """Look at the input and the weights, and at the gradient when it comes back."""
         operands = self.found.setdefault(self.name, {})
-        pow2 = self.recipe.has_power_of_two_scales
+        power_of_two_scales = self.recipe.power_of_two_scales
         if isinstance(self.module, DeepseekV3Experts):
             self.used_experts = inputs[1].unique()
-        if self.recipe.quantises_activations:
-            operands["input"] = row_statistics(inputs[0], pow2)
+        if self.recipe.activation_quant:
+            operands["input"] = row_statistics(inputs[0], power_of_two_scales)
             if output.requires_grad:
                 output.register_hook(self.on_gradient)
-        if self.recipe.quantises_weights:
-            operands |= {operand: weight_statistics(weight, pow2) for operand, weight in self.weights.items()}
+        if self.recipe.weight_quant:
+            operands |= {
+                operand: weight_statistics(weight, power_of_two_scales) for operand, weight in self.weights.items()
+            }
 
     def on_gradient(self, gradient: Tensor) -> Any:
         """Look at the gradient by the module's output."""
-        self.found[self.name]["gradient"] = row_statistics(gradient, self.recipe.has_power_of_two_scales)
+        self.found[self.name]["gradient"] = row_statistics(gradient, self.recipe.power_of_two_scales)
 
     def add_gradient(self, operand: str, gradient: Tensor) -> None:
         """Look at a weight's gradient."""

@@ -2,23 +2,23 @@
 
 DeepSeek-V3 keeps in high precision the embedding, the output head, the router, the norms and the attention operators
 (report, section 3.3.1); every other linear layer runs in FP8. Here the rule is: every `nn.Linear` except the output
-head, those named in `KEPT`, and those with a dimension smaller than one block. A dimension that is no multiple of 128
-ends in a shorter block (`kv_a_proj_with_mqa`), which equals padding with zeros.
+head, those named in `HIGH_PRECISION`, and those with a dimension smaller than one block. A dimension that is no
+multiple of 128 ends in a shorter block (`kv_a_proj_with_mqa`), which equals padding with zeros.
 """
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch import nn
 
 from dsv3.devices import multiplies_fp8
 from dsv3.fp8.definition import BLOCK
-from dsv3.fp8.linear import LowPrecisionLinear, Product, rounded_product
+from dsv3.fp8.linear import LowPrecisionLinear, Product
 from dsv3.fp8.recipe import Recipe
 from dsv3.fp8.rounding import BF16, fp8_rounding
+from dsv3.kernels import emulated_linear
 
-KEPT = frozenset({"lm_head", "shared_head", "gate", "router"})
+HIGH_PRECISION = frozenset({"lm_head", "shared_head", "gate", "router"})
 """Last parts of module names that stay in high precision wherever they stand."""
 
 
@@ -30,7 +30,7 @@ class Conversion:
     """How the converted layers multiply: fp8, fp8_emulated, bf16_emulated, with the recipe's deviations."""
     converted: list[str] = field(default_factory=list)
     """Module names."""
-    kept: dict[str, str] = field(default_factory=dict)
+    high_precision: dict[str, str] = field(default_factory=dict)
     """Module name -> why it stays in high precision."""
     partial_blocks: list[str] = field(default_factory=list)
     """Converted modules with a dimension that is no multiple of 128."""
@@ -42,14 +42,13 @@ def convert(model: nn.Module, recipe: Recipe, device: torch.device) -> Conversio
     On a GPU that multiplies e4m3 they run this project's Triton kernels; elsewhere, and with one side only, they are
     emulated.
     """
-    recipe = replace(recipe, caches_swiglu=False)  # the routed experts' choice: linear layers keep their inputs whole
-    if multiplies_fp8(device) and recipe.quantises_both_sides:
-        from dsv3.kernels.triton_linear import linear_product  # triton is not installed with every torch
+    recipe = replace(recipe, swiglu_cache=False)  # a knob of the routed experts; linear layers keep their inputs whole
+    if multiplies_fp8(device) and recipe.quantizes_both_sides:
+        from dsv3.kernels import triton_linear  # triton is not installed with every torch
 
-        return _replace(model, partial(linear_product, recipe=recipe), "_".join(["fp8", *recipe.deviations()]))
-    rounding = fp8_rounding(recipe)
+        return _replace(model, triton_linear.product(recipe), recipe.name)
     precision = "_".join(["fp8_emulated", *recipe.deviations()])
-    return _replace(model, partial(rounded_product, rounding=rounding.name), precision)
+    return _replace(model, emulated_linear.product(fp8_rounding(recipe)), precision)
 
 
 def emulate_bf16(model: nn.Module) -> Conversion:
@@ -58,7 +57,7 @@ def emulate_bf16(model: nn.Module) -> Conversion:
     For a CPU without native bf16, where real bf16 products are 27 times slower than fp32 ones. Attention operators and
     the output head stay in fp32.
     """
-    return _replace(model, partial(rounded_product, rounding=BF16.name), "bf16_emulated", smallest=1)
+    return _replace(model, emulated_linear.product(BF16), "bf16_emulated", smallest=1)
 
 
 def _replace(model: nn.Module, product: Product, precision: str, smallest: int = BLOCK) -> Conversion:
@@ -68,7 +67,7 @@ def _replace(model: nn.Module, product: Product, precision: str, smallest: int =
     for name, linear in linears:
         reason = _reason_to_keep(name, linear, smallest)
         if reason:
-            conversion.kept[name] = reason
+            conversion.high_precision[name] = reason
             continue
         conversion.converted.append(name)
         if linear.in_features % BLOCK or linear.out_features % BLOCK:
@@ -79,9 +78,9 @@ def _replace(model: nn.Module, product: Product, precision: str, smallest: int =
 
 def _reason_to_keep(name: str, linear: nn.Linear, smallest: int) -> str | None:
     """Return why the layer stays in high precision, or None."""
-    kept = KEPT.intersection(name.split("."))
-    if kept:
-        return f"{min(kept)} stays in high precision"
+    named = HIGH_PRECISION.intersection(name.split("."))
+    if named:
+        return f"{min(named)} stays in high precision"
     if min(linear.in_features, linear.out_features) < smallest:
         return f"{linear.out_features}x{linear.in_features} is smaller than one {BLOCK}x{BLOCK} block"
     return None

@@ -1,19 +1,22 @@
-"""The experts as the paper writes them (section 2.1.2, equation 12): slow, readable, the oracle of every other backend.
+"""The model's own loop over its experts as a backend: slow, readable, the oracle of every other one.
 
-Letters: T tokens, K experts per token, E experts, H hidden size, I intermediate size, n tokens of one expert.
+Letters: T tokens, K num_experts_per_tok, E n_routed_experts, D hidden_size, F intermediate_size.
 """
 
-import torch
+from types import SimpleNamespace
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
+from mini_model.modeling_deepseek import DeepseekV3Experts
 
-def experts(hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor) -> Tensor:
-    """Return the weighted sum of each token's experts, shape (T, H); any dtype, any device, gradients by autograd."""
-    output_TH = torch.zeros_like(hidden_TH)
-    for expert, (gate_up_2IH, down_HI) in enumerate(zip(gate_up_E2IH.unbind(), down_EHI.unbind(), strict=True)):
-        token_n, choice_n = torch.where(index_TK == expert)
-        gate_nI, up_nI = F.linear(hidden_TH[token_n], gate_up_2IH).chunk(2, dim=-1)
-        expert_nH = F.linear(F.silu(gate_nI) * up_nI, down_HI)
-        output_TH = output_TH.index_add(0, token_n, expert_nH * weight_TK[token_n, choice_n, None])
-    return output_TH
+model_loop: Any = DeepseekV3Experts.forward.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
+"""`DeepseekV3Experts.forward` as it is written; transformers wraps it to choose a backend."""
+
+
+def experts(hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
+    """Return the weighted sum of each token's experts, shape (T, D); any dtype, any device, gradients by autograd."""
+    weights = {"gate_up_proj": gate_up_E2FD.unbind(), "down_proj": down_EDF.unbind()}
+    module = SimpleNamespace(num_experts=len(gate_up_E2FD), act_fn=F.silu, **weights)
+    return model_loop(module, hidden_TD, index_TK, weight_TK)

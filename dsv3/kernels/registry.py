@@ -17,46 +17,62 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dsv3.devices import multiplies_bf16, multiplies_fp8
 from dsv3.errors import UserError
+from dsv3.fp8.linear import Operands
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE, Recipe
-from dsv3.fp8.rounding import BF16, fp8_rounding
-from dsv3.kernels import cpu, grouped_mm, reference
+from dsv3.fp8.rounding import BF16, Rounding, fp8_rounding
+from dsv3.kernels import cpu, emulated_linear, grouped_mm, reference
 
 DTYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
-Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""From hidden (T, H), index and weight (T, K), gate_up (E, 2I, H), down (E, H, I) to the output (T, H)."""
+Experts = Callable[..., Tensor]
+"""From hidden (T, D), index and weight (T, K), gate_up (E, 2F, D), down (E, D, F) to the output (T, D)."""
 
 
-def _reference(recipe: Recipe) -> Experts:
-    return reference.experts
+@dataclass(frozen=True)
+class Function:
+    """What a backend computes by."""
+
+    experts: Experts
+    weight_operands: Callable[[list[Tensor]], Operands] | None = None
+    """From gate_up and down to what is multiplied, which `experts` then takes as one more argument, `operands`."""
 
 
-def _cpu(recipe: Recipe) -> Experts:
-    return cpu.experts
+def _reference(recipe: Recipe) -> Function:
+    return Function(reference.experts)
 
 
-def _grouped_mm(recipe: Recipe) -> Experts:
-    return grouped_mm.experts
+def _cpu(recipe: Recipe) -> Function:
+    return Function(cpu.experts)
 
 
-def _bf16_emulated(recipe: Recipe) -> Experts:
-    return partial(cpu.experts, rounding=BF16)
+def _grouped_mm(recipe: Recipe) -> Function:
+    return Function(grouped_mm.experts)
 
 
-def _fp8_emulated(recipe: Recipe) -> Experts:
-    return partial(cpu.experts, rounding=fp8_rounding(recipe))
+def _emulation(rounding: Rounding) -> Function:
+    operands = partial(emulated_linear.weight_operands, rounding=rounding)
+    return Function(partial(cpu.experts, rounding=rounding), operands)
 
 
-def _triton_fp8(recipe: Recipe) -> Experts:
+def _bf16_emulated(recipe: Recipe) -> Function:
+    return _emulation(BF16)
+
+
+def _fp8_emulated(recipe: Recipe) -> Function:
+    return _emulation(fp8_rounding(recipe))
+
+
+def _triton_fp8(recipe: Recipe) -> Function:
     from dsv3.kernels import triton_experts  # triton is not installed with every torch
 
-    return partial(triton_experts.experts, recipe=recipe)
+    operands = partial(triton_experts.weight_operands, recipe=recipe)
+    return Function(partial(triton_experts.experts, recipe=recipe), operands)
 
 
 @dataclass(frozen=True)
 class Backend:
     """What a backend is made of, and what it needs."""
 
-    function: Callable[[Recipe], Experts]
+    function: Callable[[Recipe], Function]
     """Makes the function; only the FP8 backends look at the recipe."""
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
@@ -108,7 +124,7 @@ def auto_backend(
     widths: Sequence[int] = (),
 ) -> str:
     """Return the backend that `auto` stands for."""
-    is_fp8_native = multiplies_fp8(device) and recipe.quantises_both_sides
+    is_fp8_native = multiplies_fp8(device) and recipe.quantizes_both_sides
     is_native = is_fp8_native if use_fp8 else compute_dtype != BF16_DTYPE or multiplies_bf16(device)
     name = dict(AUTO)[device.type, use_fp8, is_native]
     return AUTO_UNSUITED[name] if BACKENDS[name].unsuited(widths, compute_dtype) else name
@@ -127,7 +143,7 @@ def experts_backend(
     `name` is `train.experts`, `widths` are the model's `hidden_size` and `moe_intermediate_size`. Raises `UserError`
     for an unknown name and for a backend that can't run here.
     """
-    if use_fp8 and not (recipe.quantises_weights or recipe.quantises_activations):
+    if use_fp8 and not (recipe.weight_quant or recipe.activation_quant):
         raise UserError(
             "train.use_fp8 is true with fp8_weight_quant and fp8_activation_quant both false; set one to true"
         )
@@ -138,8 +154,8 @@ def experts_backend(
     reason = refusal(backend, device, compute_dtype, use_fp8) or backend.unsuited(widths, compute_dtype)
     if reason:
         raise UserError(f"train.experts is {name}; {reason}, take auto")
-    if name == "triton_fp8" and not recipe.quantises_both_sides:
-        raise UserError(f"train.experts is {name}; quantises weights and activations, not one of them, take auto")
+    if name == "triton_fp8" and not recipe.quantizes_both_sides:
+        raise UserError(f"train.experts is {name}; quantizes weights and activations, not one of them, take auto")
     return _register(name, compute_dtype, recipe)
 
 
@@ -157,22 +173,42 @@ def refusal(backend: Backend, device: torch.device, compute_dtype: torch.dtype, 
     return None
 
 
+@dataclass(frozen=True)
+class RegisteredBackend:
+    """A backend as transformers calls it: with the experts module first."""
+
+    function: Function
+    dtype: torch.dtype
+    """In which it computes."""
+    weight_dtype: torch.dtype
+    """In which it takes the weights."""
+
+    def weight_operands(self, experts: Any) -> Operands | None:
+        """Return what stands for the weights of `experts` in its products; None if the weights themselves do."""
+        if self.function.weight_operands is None:
+            return None
+        return self.function.weight_operands([weight.to(self.weight_dtype) for weight in self._weights(experts)])
+
+    def __call__(self, experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return the experts' output in the dtype of `hidden`, computed in the backend's."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            arguments = [hidden.to(self.dtype), top_k_index, top_k_weights.to(self.dtype)]
+            arguments += [weight.to(self.weight_dtype) for weight in self._weights(experts)]
+            if self.function.weight_operands is not None:
+                arguments.append(getattr(experts, "weight_operands", None))  # of `cached_weights`, within its block
+            output = self.function.experts(*arguments)
+        return output.to(hidden.dtype)
+
+    def _weights(self, experts: Any) -> tuple[Tensor, Tensor]:
+        return experts.gate_up_proj, experts.down_proj
+
+
 def _register(name: str, compute_dtype: torch.dtype, recipe: Recipe) -> str:
     """Register the backend with transformers; return the name under which it stands."""
     backend = BACKENDS[name]
-    function = backend.function(recipe)
     dtype = FP32 if backend.is_emulated else compute_dtype
-    weight_dtype = FP32 if backend.is_fp8 else dtype  # the FP8 backends quantise the master weights
-
-    def forward(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Return the experts' output in the dtype of `hidden`, computed in the backend's."""
-        gate_up, down = experts.gate_up_proj, experts.down_proj
-        with torch.autocast(hidden.device.type, enabled=False):
-            operands = hidden.to(dtype), top_k_index, top_k_weights.to(dtype)
-            output = function(*operands, gate_up.to(weight_dtype), down.to(weight_dtype))
-        return output.to(hidden.dtype)
-
+    weight_dtype = FP32 if backend.is_fp8 else dtype  # the FP8 backends quantize the master weights
     parts = ["dsv3", name, *(recipe.deviations() if backend.is_fp8 else [])]
     registered = "_".join(parts if backend.is_emulated else [*parts, DTYPE_NAMES[compute_dtype]])
-    ALL_EXPERTS_FUNCTIONS.register(registered, forward)
+    ALL_EXPERTS_FUNCTIONS.register(registered, RegisteredBackend(backend.function(recipe), dtype, weight_dtype))
     return registered

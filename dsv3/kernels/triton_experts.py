@@ -1,15 +1,13 @@
 """Experts whose products run in FP8 on the GPU.
 
 The same computation as `dsv3.kernels.cpu` with an FP8 rounding, launched as a few kernels for all experts at once.
-Weights are quantised once per optimizer step; the tokens' rows are quantised before they are copied to their experts,
-so a token with eight experts is quantised once.
+The tokens' rows are quantized before they are copied to their experts, so a token with eight experts is quantized once.
 
-Letters: T tokens, K experts per token, S = T * K pairs sorted by expert, E experts, H hidden size, I intermediate size;
-in weight gradients N outputs and K inputs.
+Letters: T tokens, K num_experts_per_tok, A assignments, E n_routed_experts, D hidden_size, F intermediate_size,
+I inputs, O outputs.
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,165 +15,116 @@ from torch import Tensor
 
 from dsv3.errors import UserError
 from dsv3.fp8.definition import BLOCK
-from dsv3.fp8.recipe import Recipe
-from dsv3.fp8.swiglu_cache import fake_kept, kept, restored
+from dsv3.fp8.linear import Operands
+from dsv3.fp8.recipe import DEEPSEEK_RECIPE, RECIPES, Recipe
+from dsv3.fp8.swiglu_cache import packed, unpacked
+from dsv3.kernels.op import expert_shapes, experts_op
 from dsv3.kernels.permute import expert_order, sum_per_token, with_inverse
 from dsv3.kernels.swiglu import swiglu, swiglu_backward
 from dsv3.kernels.triton_launch import (
     Schedule,
     grouped_gemm,
     grouped_wgrad,
-    quantise_columns,
-    quantise_rows,
+    quantize_columns,
+    quantize_rows,
     schedule,
 )
-from dsv3.kernels.triton_linear import quantised
+from dsv3.kernels.triton_linear import dgrad_operand, forward_operand, weight_operands
+
+Side = tuple[Tensor, Tensor | None]
+"""Rows, and an index into them or None."""
 
 
-def experts(
-    hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, recipe: Recipe
+def experts(  # noqa: PLR0913 (a backend's arguments)
+    hidden_TD: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    operands: Operands | None = None,
+    recipe: Recipe = DEEPSEEK_RECIPE,
 ) -> Tensor:
-    """Return the weighted sum of each token's experts, shape (T, H), in the dtype of `hidden_TH`.
+    """Return the weighted sum of each token's experts, shape (T, D), in the dtype of `hidden_TD`.
 
-    Raises `UserError` where a dimension is no multiple of 128.
+    `operands` are `weight_operands` of gate_up and down, made here where they are not given. Raises `UserError` where
+    a dimension is no multiple of 128.
     """
-    hidden_size, intermediate_size = down_EHI.shape[1:]
+    hidden_size, intermediate_size = down_EDF.shape[1:]
     if hidden_size % BLOCK or intermediate_size % BLOCK:
         raise UserError(
             f"train.experts is triton_fp8; needs dimensions that are multiples of {BLOCK}, not hidden_size "
             f"{hidden_size} and moe_intermediate_size {intermediate_size}, take fp8_emulated"
         )
-    choices = recipe.has_power_of_two_scales, recipe.quantises_wgrad, recipe.caches_swiglu
-    return _forward(hidden_TH, index_TK, weight_TK, gate_up_E2IH, down_EHI, *choices)[0]
+    operands = weight_operands([gate_up_E2FD, down_EDF], recipe) if operands is None else operands
+    return _experts_triton(hidden_TD, index_TK, weight_TK, gate_up_E2FD, down_EDF, operands, recipe.name)[0]
 
 
-def _wgrad(
-    grad: tuple[Tensor, Tensor | None], x: tuple[Tensor, Tensor | None], tiles: Schedule, pow2: bool, is_fp8: bool
-) -> Tensor:
-    """Return the gradient of a stack of weights in fp32, from (rows, index into them or None) of both sides."""
-    if is_fp8:
-        grad_NS, x_KS = (quantise_columns(rows, tiles, index_S, pow2) for rows, index_S in (grad, x))
-        return grouped_wgrad(grad_NS, x_KS, tiles, torch.float32)
-    grad_SN, x_SK = ((rows if index_S is None else rows[index_S]).bfloat16() for rows, index_S in (grad, x))
-    return F.grouped_mm(grad_SN.t(), x_SK, offs=tiles.end_E).float()
+def _wgrad(grad: Side, x: Side, tiles: Schedule, recipe: Recipe) -> Tensor:
+    """Return the gradient of a stack of weights in fp32."""
+    if recipe.wgrad_quant:
+        columns = [quantize_columns(rows, tiles, index_A, recipe.power_of_two_scales) for rows, index_A in (grad, x)]
+        return grouped_wgrad(*columns, tiles, torch.float32)
+    grad_AO, x_AI = ((rows if index_A is None else rows[index_A]).bfloat16() for rows, index_A in (grad, x))
+    return F.grouped_mm(grad_AO.t(), x_AI, offs=tiles.end_E).float()
 
 
-@torch.library.custom_op("dsv3::experts_triton", mutates_args=())
-def _forward(  # noqa: PLR0913
-    hidden_TH: Tensor,
+def _forward(  # noqa: PLR0913 (an operator's arguments)
+    hidden_TD: Tensor,
     index_TK: Tensor,
     weight_TK: Tensor,
-    gate_up_E2IH: Tensor,
-    down_EHI: Tensor,
-    pow2: bool,
-    quantises_wgrad: bool,
-    caches_swiglu: bool,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    operands: list[Tensor],
+    recipe: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the output, and what the backward pass needs: gate and up of every pair, the order, the ends."""
-    order = expert_order(index_TK, len(gate_up_E2IH))
-    num_pairs, dtype = len(order.pair_S), hidden_TH.dtype
-    tiles = schedule(order.end_E, num_pairs)
-    gate_up, down = quantised(gate_up_E2IH, pow2).forward, quantised(down_EHI, pow2).forward
-    rows = quantise_rows(hidden_TH.contiguous(), pow2)
-    gate_up_S2I = grouped_gemm(rows, order.token_S, gate_up, tiles, num_pairs, dtype)
-    act_SI = swiglu(gate_up_S2I).mul_(weight_TK.reshape(-1, 1)[order.pair_S])
-    output_SH = grouped_gemm(quantise_rows(act_SI, pow2), None, down, tiles, num_pairs, dtype)
-    waiting = kept(gate_up_S2I, partial(quantise_rows, pow2=pow2) if caches_swiglu else None)
-    return sum_per_token(output_SH, order.position_TK), *waiting, order.pair_S, order.end_E
+    """Return the output, and what the backward pass needs: gate and up of every assignment, the order, the ends."""
+    choice = RECIPES[recipe]
+    quantize = partial(quantize_rows, power_of_two_scales=choice.power_of_two_scales)
+    order = expert_order(index_TK, len(gate_up_E2FD))
+    num_assignments, dtype = len(order.assignment_A), hidden_TD.dtype
+    tiles = schedule(order.end_E, num_assignments)
+    gate_up, down = forward_operand(operands, 0), forward_operand(operands, 1)
+    rows = quantize(hidden_TD.contiguous())
+    gate_up_A2F = grouped_gemm(rows, order.token_A, gate_up, tiles, num_assignments, dtype)
+    act_AF = swiglu(gate_up_A2F).mul_(weight_TK.reshape(-1, 1)[order.assignment_A])
+    output_AD = grouped_gemm(quantize(act_AF), None, down, tiles, num_assignments, dtype)
+    kept = packed(gate_up_A2F, quantize if choice.swiglu_cache else None)
+    return sum_per_token(output_AD, order.position_TK), *kept, order.assignment_A, order.end_E
 
 
-@_forward.register_fake
-def _(  # noqa: PLR0913
-    hidden_TH: Tensor,
-    index_TK: Tensor,
+def _backward(  # noqa: PLR0913 (an operator's arguments)
+    grad_TD: Tensor,
+    hidden_TD: Tensor,
     weight_TK: Tensor,
-    gate_up_E2IH: Tensor,
-    down_EHI: Tensor,
-    pow2: bool,
-    quantises_wgrad: bool,
-    caches_swiglu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_pairs = index_TK.shape[0] * index_TK.shape[1]
-    return (
-        torch.empty_like(hidden_TH, memory_format=torch.contiguous_format),
-        *fake_kept(hidden_TH, (num_pairs, gate_up_E2IH.shape[1]), caches_swiglu),
-        index_TK.new_empty(num_pairs, dtype=torch.int64),
-        index_TK.new_empty(gate_up_E2IH.shape[0], dtype=torch.int32),
-    )
-
-
-@torch.library.custom_op("dsv3::experts_triton_backward", mutates_args=())
-def _backward(  # noqa: PLR0913
-    grad_TH: Tensor,
-    hidden_TH: Tensor,
-    weight_TK: Tensor,
-    gate_up_E2IH: Tensor,
-    down_EHI: Tensor,
-    kept_S2I: Tensor,
+    operands: list[Tensor],
+    packed_A2F: Tensor,
     scales: Tensor,
-    pair_S: Tensor,
+    assignment_A: Tensor,
     end_E: Tensor,
-    pow2: bool,
-    quantises_wgrad: bool,
+    recipe: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients by hidden, weight, gate_up and down; those of the master weights in fp32."""
-    order = with_inverse(pair_S, end_E, weight_TK.shape[1])
-    tiles, num_pairs, dtype = schedule(end_E, len(pair_S)), len(pair_S), hidden_TH.dtype
-    grad_TH, hidden_TH = grad_TH.contiguous(), hidden_TH.contiguous()
-    gate_up, down = quantised(gate_up_E2IH, pow2).transposed, quantised(down_EHI, pow2).transposed
-    weight_S1 = weight_TK.reshape(-1, 1)[pair_S]
-    gate_up_S2I = restored(kept_S2I, scales, gate_up_E2IH.shape[1], dtype)
-    gate_SI, up_SI = gate_up_S2I.chunk(2, dim=-1)
-    silu_SI = F.silu(gate_SI)
-    act_SI = silu_SI * up_SI
-    rows = quantise_rows(grad_TH, pow2)
-    grad_act_SI = grouped_gemm(rows, order.token_S, down, tiles, num_pairs, dtype)  # by weight * swiglu
-    grad_weight_S = (grad_act_SI.float() * act_SI.float()).sum(-1).to(weight_TK.dtype)
-    sides = (grad_TH, order.token_S), (act_SI.mul_(weight_S1), None)
-    grad_down_EHI = _wgrad(*sides, tiles, pow2, quantises_wgrad)
-    grad_S2I = swiglu_backward(grad_act_SI.mul_(weight_S1), gate_up_S2I, silu_SI)
-    sides = (grad_S2I, None), (hidden_TH, order.token_S)
-    grad_gate_up_E2IH = _wgrad(*sides, tiles, pow2, quantises_wgrad)
-    grad_SH = grouped_gemm(quantise_rows(grad_S2I, pow2), None, gate_up, tiles, num_pairs, dtype)
-    grad_hidden_TH = sum_per_token(grad_SH, order.position_TK)
-    return grad_hidden_TH, grad_weight_S[order.position_TK], grad_gate_up_E2IH, grad_down_EHI
+    choice, (gate_up_shape, _) = RECIPES[recipe], expert_shapes(operands)
+    quantize = partial(quantize_rows, power_of_two_scales=choice.power_of_two_scales)
+    order = with_inverse(assignment_A, end_E, weight_TK.shape[1])
+    num_assignments, dtype = len(assignment_A), hidden_TD.dtype
+    tiles = schedule(end_E, num_assignments)
+    grad_TD, hidden_TD = grad_TD.contiguous(), hidden_TD.contiguous()
+    gate_up, down = dgrad_operand(operands, 0), dgrad_operand(operands, 1)
+    weight_A1 = weight_TK.reshape(-1, 1)[assignment_A]
+    gate_up_A2F = unpacked(packed_A2F, scales, gate_up_shape[1], dtype)
+    gate_AF, up_AF = gate_up_A2F.chunk(2, dim=-1)
+    silu_AF = F.silu(gate_AF)
+    act_AF = silu_AF * up_AF
+    rows = quantize(grad_TD)
+    grad_act_AF = grouped_gemm(rows, order.token_A, down, tiles, num_assignments, dtype)  # by weight * swiglu
+    grad_weight_A = (grad_act_AF.float() * act_AF.float()).sum(-1).to(weight_TK.dtype)
+    grad_down_EDF = _wgrad((grad_TD, order.token_A), (act_AF.mul_(weight_A1), None), tiles, choice)
+    grad_A2F = swiglu_backward(grad_act_AF.mul_(weight_A1), gate_up_A2F, silu_AF)
+    grad_gate_up_E2FD = _wgrad((grad_A2F, None), (hidden_TD, order.token_A), tiles, choice)
+    grad_AD = grouped_gemm(quantize(grad_A2F), None, gate_up, tiles, num_assignments, dtype)
+    grad_hidden_TD = sum_per_token(grad_AD, order.position_TK)
+    return grad_hidden_TD, grad_weight_A[order.position_TK], grad_gate_up_E2FD, grad_down_EDF
 
 
-@_backward.register_fake
-def _(  # noqa: PLR0913
-    grad_TH: Tensor,
-    hidden_TH: Tensor,
-    weight_TK: Tensor,
-    gate_up_E2IH: Tensor,
-    down_EHI: Tensor,
-    kept_S2I: Tensor,
-    scales: Tensor,
-    pair_S: Tensor,
-    end_E: Tensor,
-    pow2: bool,
-    quantises_wgrad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(hidden_TH, memory_format=torch.contiguous_format),
-        torch.empty_like(weight_TK, memory_format=torch.contiguous_format),
-        gate_up_E2IH.new_empty(gate_up_E2IH.shape, dtype=torch.float32),
-        down_EHI.new_empty(down_EHI.shape, dtype=torch.float32),
-    )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep for the backward pass what can't be recomputed cheaply."""
-    ctx.set_materialize_grads(False)  # else zeros as large as gate and up, which nobody reads
-    hidden_TH, _, weight_TK, gate_up_E2IH, down_EHI, ctx.pow2, ctx.quantises_wgrad, _ = inputs
-    ctx.save_for_backward(hidden_TH, weight_TK, gate_up_E2IH, down_EHI, *output[1:])
-
-
-def _gradients(ctx: Any, grad_TH: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    """Return the gradients in the order of `_forward`'s arguments."""
-    if grad_TH is None:
-        return (None,) * 8
-    grads = _backward(grad_TH, *ctx.saved_tensors, ctx.pow2, ctx.quantises_wgrad)
-    return grads[0], None, *grads[1:], None, None, None
-
-
-_forward.register_autograd(_gradients, setup_context=_save)
+_experts_triton = experts_op("experts_triton", _forward, _backward, weight_grad_dtype=torch.float32)

@@ -1,32 +1,54 @@
 """Linear layers whose three products run in FP8 on the GPU: the grouped kernels with one group.
 
-Letters: R rows, K inputs, N outputs; E = 1.
+Letters: R rows, I inputs, O outputs.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.fp8.definition import BLOCK
-from dsv3.fp8.recipe import Recipe
-from dsv3.fp8.rounding import until_changed
+from dsv3.fp8.linear import Operands, Product
+from dsv3.fp8.quantize import Quantized
+from dsv3.fp8.recipe import RECIPES, Recipe
+from dsv3.kernels.op import linear_op, op
 from dsv3.kernels.triton_launch import (
-    QuantisedWeight,
     Schedule,
     grouped_gemm,
     grouped_wgrad,
-    quantise_columns,
-    quantise_rows,
-    quantise_weight,
+    quantize_columns,
+    quantize_rows,
+    quantize_weight,
     schedule,
 )
 
 
-def linear_product(x_RK: Tensor, weight_NK: Tensor, recipe: Recipe) -> Tensor:
-    """Return x @ weight.T in the dtype of x, all three products in FP8; dimensions are padded to multiples of 128."""
-    return _forward(x_RK, weight_NK, recipe.has_power_of_two_scales, recipe.quantises_wgrad)
+def product(recipe: Recipe) -> Product:
+    """Return the product by `recipe`, in the dtype of x; dimensions are padded to multiples of 128."""
+
+    def multiply(x_RI: Tensor, weight_OI: Tensor, operands: Operands) -> Tensor:
+        return linear_triton(x_RI, weight_OI, operands, recipe.name)
+
+    return Product(lambda weight: weight_operands([weight], recipe), multiply)
+
+
+def weight_operands(weights: list[Tensor], recipe: Recipe) -> Operands:
+    """Return of each weight, or stack of weights, e4m3 numbers, as bytes, and scales, and both transposed."""
+    return [part for weight in weights for part in quantized_weight(weight.detach(), recipe.power_of_two_scales)]
+
+
+def forward_operand(operands: Operands, number: int = 0) -> Quantized:
+    """Return the quantized weight of that number, as forward takes it."""
+    return _quantized(*operands[4 * number : 4 * number + 2])
+
+
+def dgrad_operand(operands: Operands, number: int = 0) -> Quantized:
+    """Return the quantized weight of that number, transposed, as dgrad takes it."""
+    return _quantized(*operands[4 * number + 2 : 4 * number + 4])
+
+
+def _quantized(values: Tensor, scales: Tensor) -> Quantized:
+    return Quantized(values.view(torch.float8_e4m3fn), scales)
 
 
 def padded(x: Tensor, num_dims: int) -> Tensor:
@@ -35,65 +57,48 @@ def padded(x: Tensor, num_dims: int) -> Tensor:
     return F.pad(x, [side for gap in gaps for side in (0, gap)]) if any(gaps) else x.contiguous()
 
 
-def quantised(weight: Tensor, pow2: bool) -> QuantisedWeight:
-    """Return the quantised weight or stack of weights, computed once per optimizer step."""
-
-    def derive(weight: Tensor) -> QuantisedWeight:
-        stack = weight if weight.dim() == 3 else weight[None]
-        return quantise_weight(padded(stack, 2), pow2)
-
-    return until_changed(weight, f"triton_fp8_{pow2}", derive)
-
-
-def whole_schedule(x_RK: Tensor) -> Schedule:
+def whole_schedule(x_RI: Tensor) -> Schedule:
     """Return the tiles of rows that all belong to one expert."""
-    return schedule(torch.full((1,), len(x_RK), dtype=torch.int32, device=x_RK.device), len(x_RK))
+    return schedule(torch.full((1,), len(x_RI), dtype=torch.int32, device=x_RI.device), len(x_RI))
 
 
-@torch.library.custom_op("dsv3::linear_triton", mutates_args=())
-def _forward(x_RK: Tensor, weight_NK: Tensor, pow2: bool, quantises_wgrad: bool) -> Tensor:
-    """Return the product of the quantised operands."""
-    rows = quantise_rows(padded(x_RK, 1), pow2)
-    weight = quantised(weight_NK, pow2).forward
-    y_RN = grouped_gemm(rows, None, weight, whole_schedule(x_RK), len(x_RK), x_RK.dtype)
-    return y_RN[:, : len(weight_NK)].contiguous()
+def _quantized_weight(weight_OI: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    stack = weight_OI if weight_OI.dim() == 3 else weight_OI[None]
+    forward, transposed = quantize_weight(padded(stack, 2), power_of_two_scales)
+    # Bytes, because torch's checks of an operator can't compare e4m3 numbers.
+    return forward.values.view(torch.uint8), forward.scales, transposed.values.view(torch.uint8), transposed.scales
 
 
-@_forward.register_fake
-def _(x_RK: Tensor, weight_NK: Tensor, pow2: bool, quantises_wgrad: bool) -> Tensor:
-    return x_RK.new_empty(x_RK.shape[0], weight_NK.shape[0])
+def _empty_weight(weight_OI: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_experts = weight_OI.shape[0] if weight_OI.dim() == 3 else 1
+    output_blocks, input_blocks = (-(-size // BLOCK) for size in weight_OI.shape[-2:])
+
+    def empty(*blocks: int) -> tuple[Tensor, Tensor]:
+        values = weight_OI.new_empty(num_experts, *(BLOCK * size for size in blocks), dtype=torch.uint8)
+        return values, weight_OI.new_empty(num_experts, *blocks, dtype=torch.float32)
+
+    return *empty(output_blocks, input_blocks), *empty(input_blocks, output_blocks)
 
 
-@torch.library.custom_op("dsv3::linear_triton_backward", mutates_args=())
-def _backward(
-    grad_RN: Tensor, x_RK: Tensor, weight_NK: Tensor, pow2: bool, quantises_wgrad: bool
-) -> tuple[Tensor, Tensor]:
+def _forward(x_RI: Tensor, weight_OI: Tensor, operands: list[Tensor], recipe: str) -> Tensor:
+    """Return the product of the quantized operands."""
+    rows = quantize_rows(padded(x_RI, 1), RECIPES[recipe].power_of_two_scales)
+    y_RO = grouped_gemm(rows, None, forward_operand(operands), whole_schedule(x_RI), len(x_RI), x_RI.dtype)
+    return y_RO[:, : len(weight_OI)].contiguous()
+
+
+def _backward(grad_RO: Tensor, x_RI: Tensor, operands: list[Tensor], recipe: str) -> tuple[Tensor, Tensor]:
     """Return the gradients by x, in its dtype, and by the master weight, in fp32."""
-    num_outputs, num_inputs = weight_NK.shape
-    tiles, grad, x = whole_schedule(x_RK), padded(grad_RN, 1), padded(x_RK, 1)
-    weight = quantised(weight_NK, pow2).transposed
-    grad_x_RK = grouped_gemm(quantise_rows(grad, pow2), None, weight, tiles, len(x), x.dtype)[:, :num_inputs]
-    if not quantises_wgrad:
-        return grad_x_RK.contiguous(), (grad_RN.bfloat16().t() @ x_RK.bfloat16()).float()
-    grad_NR, x_KR = (quantise_columns(rows, tiles, None, pow2) for rows in (grad, x))
-    grad_weight_NK = grouped_wgrad(grad_NR, x_KR, tiles, torch.float32)[0, :num_outputs, :num_inputs]
-    return grad_x_RK.contiguous(), grad_weight_NK.contiguous()
+    choice, num_outputs, num_inputs = RECIPES[recipe], grad_RO.shape[1], x_RI.shape[1]
+    tiles, grad, x = whole_schedule(x_RI), padded(grad_RO, 1), padded(x_RI, 1)
+    rows = quantize_rows(grad, choice.power_of_two_scales)
+    grad_x_RI = grouped_gemm(rows, None, dgrad_operand(operands), tiles, len(x), x.dtype)[:, :num_inputs]
+    if not choice.wgrad_quant:
+        return grad_x_RI.contiguous(), (grad_RO.bfloat16().t() @ x_RI.bfloat16()).float()
+    columns = [quantize_columns(side, tiles, None, choice.power_of_two_scales) for side in (grad, x)]
+    grad_weight_OI = grouped_wgrad(*columns, tiles, torch.float32)[0, :num_outputs, :num_inputs]
+    return grad_x_RI.contiguous(), grad_weight_OI.contiguous()
 
 
-@_backward.register_fake
-def _(grad_RN: Tensor, x_RK: Tensor, weight_NK: Tensor, pow2: bool, quantises_wgrad: bool) -> tuple[Tensor, Tensor]:
-    return x_RK.new_empty(x_RK.shape), weight_NK.new_empty(weight_NK.shape, dtype=torch.float32)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep the unquantised operands."""
-    x_RK, weight_NK, ctx.pow2, ctx.quantises_wgrad = inputs
-    ctx.save_for_backward(x_RK, weight_NK)
-
-
-def _gradients(ctx: Any, grad_RN: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients in the order of `_forward`'s arguments."""
-    return *_backward(grad_RN, *ctx.saved_tensors, ctx.pow2, ctx.quantises_wgrad), None, None
-
-
-_forward.register_autograd(_gradients, setup_context=_save)
+quantized_weight = op("quantized_weight", _quantized_weight, _empty_weight)
+linear_triton = linear_op("linear_triton", _forward, _backward)

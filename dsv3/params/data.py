@@ -1,16 +1,23 @@
 """Section `data`: parameters of `download`."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from dsv3.params.section import Section
+from dsv3.params.section import OneOf, Section
+
+REQUIRED_KEY: Mapping[str, str | None] = MappingProxyType(
+    {"auto": None, "tiny_shakespeare": None, "plays": None, "file": "path", "hub": "hub_id"}
+)
+"""Each source, and the key that must be set for it. `dsv3.data.sources.SOURCES` says what a source does."""
 
 
 class DataParams(Section):
     """Section `data`: where the text comes from."""
 
-    source: Literal["auto", "tiny_shakespeare", "plays", "file", "hub"]
+    source: Annotated[str, OneOf(REQUIRED_KEY)]
     """auto: the exact tiny Shakespeare where it can be reached, else plays."""
 
     path: str | None
@@ -35,10 +42,9 @@ class DataParams(Section):
     """Longest wait for a connection or for the next bytes, in seconds."""
 
     @model_validator(mode="after")
-    def names_its_source(self) -> Self:
-        """A source that needs a path or an id must have one."""
-        if self.source == "file" and not self.path:
-            raise ValueError("path is empty; source 'file' needs a file, a folder or a glob")
-        if self.source == "hub" and not self.hub_id:
-            raise ValueError("hub_id is empty; source 'hub' needs a data set's id")
+    def has_the_key_of_its_source(self) -> Self:
+        """Check that the key which the source needs is set."""
+        key = REQUIRED_KEY[self.source]
+        if key and not getattr(self, key):
+            raise ValueError(f"{key} is empty; source '{self.source}' needs it")
         return self

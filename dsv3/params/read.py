@@ -150,7 +150,7 @@ def _sample_rules(params: Params, architecture: Architecture) -> list[tuple[bool
         ),
         (
             sample.speculative and architecture.num_nextn_predict_layers == 0,
-            "sample.speculative is true; needs a model with prediction modules, and num_nextn_predict_layers of "
+            "sample.speculative is true; needs a model with MTP modules, and num_nextn_predict_layers of "
             f"{config} is 0; set it to 1, or sample.speculative to false",
         ),
     ]

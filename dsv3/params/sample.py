@@ -32,7 +32,7 @@ class SampleParams(Section):
     """Continuations per prompt."""
 
     speculative: bool
-    """Let the model's own prediction modules draft; what is written stays the same (sampled: equally distributed)."""
+    """Let the multi-token prediction (MTP) modules draft; the text is the same (sampled: equally distributed)."""
 
     @model_validator(mode="after")
     def fits_together(self) -> Self:

@@ -1,10 +1,11 @@
-"""The base class of every section of params.yaml, and how a value that it refuses is told."""
+"""The base class of every section of params.yaml, a type for names from a table, and the line about a wrong value."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, ErrorDetails, core_schema
 
 
 class Section(BaseModel):
@@ -13,6 +14,19 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
     )
+
+
+class OneOf:
+    """Annotates a text that must be one of the names of a table: `Annotated[str, OneOf(TABLE)]`.
+
+    It is refused in the same words as a value of a `Literal`, and is an enum in the JSON schema.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.literal_schema(list(self.names))
 
 
 BOUNDS = {

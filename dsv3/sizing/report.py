@@ -29,16 +29,27 @@ DEVICES: tuple[Device, ...] = ("cpu", "cuda")
 
 def metrics(a: Architecture, train: TrainParams, inference: EstimateSizeParams) -> dict[str, int | float]:
     """Return every estimate of one architecture under a flat name with its unit."""
-    parts = {f"parameters_{part}": count for part, count in parameters_by_part(a).items()}
     return {
-        "parameters_total": num_parameters(a),
-        "parameters_active": num_active_parameters(a),
-        **parts,
-        "parameters_mtp": num_mtp_parameters(a),
-        "buffers_router_bias": num_router_biases(a),
+        **parameter_metrics(a),
         **training_metrics(a, train),
         **inference_metrics(a, inference),
         **flops_metrics(a, train),
+    }
+
+
+def training_size(a: Architecture, train: TrainParams) -> dict[str, int | float]:
+    """Return what a training records of its size: the estimates that no other section has a part in."""
+    return {**parameter_metrics(a), **training_metrics(a, train), **flops_metrics(a, train)}
+
+
+def parameter_metrics(a: Architecture) -> dict[str, int | float]:
+    """Return the numbers of parameters: in all, active per token, and by part."""
+    return {
+        "parameters_total": num_parameters(a),
+        "parameters_active": num_active_parameters(a),
+        **{f"parameters_{part}": count for part, count in parameters_by_part(a).items()},
+        "parameters_mtp": num_mtp_parameters(a),
+        "buffers_router_bias": num_router_biases(a),
     }
 
 

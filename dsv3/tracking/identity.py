@@ -48,7 +48,7 @@ class RunIdentity:
     """Versions, device, number of processes, what precision and which backends ran."""
 
     size: dict[str, Any]
-    """results/estimate_size/metrics.json."""
+    """Estimates of parameters, memory and arithmetic (`dsv3.sizing`)."""
 
 
 def run_identity(
@@ -62,8 +62,8 @@ def run_identity(
     """Return the identity of the training that is about to start in this process.
 
     `params` are the validated parameters, `architecture` the content of the file that they name, `data` the token
-    data's meta.json, `size` the size report, `env` what only the training knows (device, world_size, precision,
-    experts ...); versions and platform are added here.
+    data's meta.json, `size` the estimates of its size, `env` what only the training knows (device, world_size,
+    precision, experts ...); versions and platform are added here.
     """
     values = native(params.model_dump())
     source = os.environ
@@ -74,7 +74,7 @@ def run_identity(
     told = (corpus.get("source"), values["train"]["optim"], env.get("precision"))
     return RunIdentity(
         name=source.get("DVC_EXP_NAME") or f"workspace-{commit[:7] if commit else 'untracked'}",
-        experiment=values["runtime"]["experiment"] or config,
+        experiment=experiment_name(params),
         tags=tuple(dict.fromkeys(tag for tag in (config, *told) if tag)),
         params=values,
         architecture=native(architecture),
@@ -92,6 +92,11 @@ def run_identity(
         env=native({**software(), **env}),
         size=native(dict(size)),
     )
+
+
+def experiment_name(params: Any) -> str:
+    """Return the group under which runs of the validated parameters are filed."""
+    return params.runtime.experiment or Path(params.model.config).stem
 
 
 def software() -> dict[str, str | None]:

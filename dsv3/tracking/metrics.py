@@ -95,7 +95,6 @@ METRICS = MappingProxyType(
         "model_flops_per_s": Metric("FLOP/s", "the model's arithmetic per second, recomputation not counted"),
         "peak_memory_bytes": Metric("bytes", "peak memory of the device (CPU: resident memory of the process)"),
         "train_s": Metric("s", "wall-clock time of the training, resumed parts included"),
-        "evaluation_s": Metric("s", "wall-clock time of the evaluation"),
     }
 )
 

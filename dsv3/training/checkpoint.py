@@ -2,9 +2,10 @@
 
 They are insurance against a crash, not artefacts, so DVC does not know them: it deletes a stage's outputs before the
 stage runs, and checks them out by force in `dvc exp run`. They lie at the root of the repository, where temporary and
-queued experiments find them too, in a folder named by the fingerprint of everything that shapes the weights:
+queued experiments find them too, in a folder named by the fingerprint of everything that shapes the weights
+(`dsv3.training.fingerprint`), which one training at a time may use (`dsv3.training.lock`):
 
-    .checkpoints/<fingerprint>/lock
+    .checkpoints/<fingerprint>/facts.json
                                step_200/{model.safetensors, optimizer.pt, scheduler.pt, config.json, trainer_state.json,
                                          complete}
                                best_150/{model.safetensors, complete}
@@ -16,13 +17,9 @@ would find itself finished.
 No state of data or random numbers is saved: both are functions of the seed and the step.
 """
 
-import hashlib
 import json
-import os
 import shutil
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +31,8 @@ from dsv3.artifacts import read_json, replacing_directory
 from dsv3.errors import UserError
 
 FORMAT_VERSION = 1
+"""Of what is written here; part of the fingerprint."""
+
 COMPLETE = "complete"
 SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
@@ -42,65 +41,6 @@ SIZES = (
     "tie_word_embeddings",
 )  # fmt: skip
 """What decides the shapes of the weights."""
-
-
-def fingerprint(facts: Mapping[str, Any]) -> str:
-    """Return a digest of `facts`, JSON values that name everything the weights depend on; their order is no matter."""
-    text = json.dumps({"format": FORMAT_VERSION, **facts}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold `directory` for this process; raise `UserError` where another training already writes there.
-
-    An orphan (DVC was killed, the stage lives on) would otherwise be writing the same files. The lock of a process that
-    is gone is taken over.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "lock"
-    _acquire(path)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        if directory.is_dir() and not any(directory.iterdir()):
-            directory.rmdir()
-
-
-def _acquire(path: Path) -> None:
-    """Create the lock file, with our process and host in it."""
-    owner, holder = f"{os.getpid()} {socket.gethostname()}", ""
-    for _ in range(2):
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(owner)
-            return
-        except FileExistsError:
-            holder = path.read_text(encoding="utf-8")
-            if not _is_gone(holder):
-                break
-            path.unlink(missing_ok=True)
-    raise UserError(
-        f"{path}: another training with the same parameters is running (process and host {holder or 'unknown'}); "
-        "wait for it or stop it, and delete this file only if it is gone"
-    )
-
-
-def _is_gone(holder: str) -> bool:
-    """Return whether the process named in a lock is known to have ended; of another host nothing is known."""
-    number, _, host = holder.partition(" ")
-    if host != socket.gethostname() or not number.isdigit():
-        return False
-    if int(number) == os.getpid():
-        return True  # a restarted container numbers its processes anew
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -184,8 +124,8 @@ def prune(directory: Path, save_total_limit: int, best_step: int) -> None:
             shutil.rmtree(path)
 
 
-def delete(directory: Path) -> None:
-    """Remove everything but the lock, which its holder removes."""
+def delete_checkpoints(directory: Path) -> None:
+    """Remove all that was saved in `directory`, whole or half-written."""
     for path in directory.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

@@ -1,9 +1,8 @@
-"""What FP8 does to the training's numbers, measured on one micro-batch every so many steps.
+"""What FP8 does to the training's numbers, measured on one micro-batch every `eval_steps` steps.
 
-The measurement repeats a forward and a backward pass of the training beside it, and leaves no trace: the routers'
-counts and the random state are put back, gradients are returned instead of accumulated, and the quantised weights that
-it leaves behind are those that the next step would make. The compiled form of a model is passed by, for a compiled
-model does not see hooks that came later.
+The measurement repeats a forward and a backward pass of the training and changes nothing in it: the routers' counts
+and the random state are restored, and gradients are returned instead of accumulated. It calls the model as it was
+before compilation, for a compiled model ignores hooks that are added later.
 """
 
 from collections.abc import Iterator
@@ -21,21 +20,21 @@ from dsv3.training.setup import fp8_recipe
 WHOLE_MODEL = "model"
 """Module under which the sums over all modules are recorded; every module's name begins with it."""
 OPERAND_KINDS = {"gate_up": "weight", "down": "weight"}
-"""What an operand counts as in the sums over all modules; others keep their name."""
+"""Operand -> its name in the sums over all modules; others keep theirs."""
 
 
 def log_fp8(run: Run, recorder: Recorder | None) -> None:
-    """Write the rows of the step just done; the main process alone measures, on a micro-batch of its own."""
+    """Write the rows of the last step; only the main process measures, on a micro-batch of its own."""
     if recorder is None:
         return
-    for module, operands in with_sums(measured(run)).items():
+    for module, operands in with_totals(measure_fp8(run)).items():
         for operand, statistics in operands.items():
             row: dict[str, Cell] = {"step": run.state.step, "module": module, "operand": operand}
             recorder.log("fp8", row | statistics.shares())
 
 
-def measured(run: Run) -> Found:
-    """Return the statistics of the first micro-batch of the step just done, a pure function of step and weights."""
+def measure_fp8(run: Run) -> Found:
+    """Return the statistics of the first micro-batch of the last step; they depend on step and weights alone."""
     params, step, layout = run.plan.params.train, run.state.step - 1, run.layout
     tokens = run.plan.batches.sequences(layout.sequences_before(step), layout.micro_batch_size)
     tokens, mtp_weight = tokens.to(run.accelerator.device), mtp_loss_weight(step, params, run.plan.budget)
@@ -45,13 +44,13 @@ def measured(run: Run) -> Found:
         assert output.loss is not None, "targets were given"
         return output.loss / layout.accumulation(step) * layout.world_size
 
-    with unnoticed(run):
+    with preserve_training_state(run):
         return fp8_statistics(run.model, loss, fp8_recipe(params))
 
 
 @contextmanager
-def unnoticed(run: Run) -> Iterator[None]:
-    """Put random state and routers' counts back at the end of the block, which itself begins with the step's seed."""
+def preserve_training_state(run: Run) -> Iterator[None]:
+    """Run the block with the step's seed; restore random state and routers' counts at its end."""
     device, routers = run.accelerator.device, [router for _, router in run.model.routers()]
     loads = [router.expert_load.clone() for router in routers]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -63,8 +62,8 @@ def unnoticed(run: Run) -> Iterator[None]:
                 router.expert_load.copy_(load)
 
 
-def with_sums(found: Found) -> Found:
-    """Return `found` after the sums over all its modules, by kind of operand."""
+def with_totals(found: Found) -> Found:
+    """Return `found` with the sums over all its modules first, by kind of operand."""
     sums: dict[str, Statistics] = {}
     for operands in found.values():
         for operand, statistics in operands.items():

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
+from dsv3.kernels.weight_cache import cached_weights
 from dsv3.tracking.recorder import Recorder
 from dsv3.training.balancing import router_rows
 from dsv3.training.checkpoint import prune, save_best, save_checkpoint
 from dsv3.training.loop import Run
 from dsv3.training.schedule import bias_update_rate, learning_rate, mtp_loss_weight
 from dsv3.training.state import Window
-from dsv3.training.validation import summed_loss, windows
+from dsv3.training.validation import block_batches, summed_loss
 
 Row = dict[str, int | float]
 
@@ -69,10 +70,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 def validate(run: Run, recorder: Recorder | None, directory: Path) -> None:
     """Write a row of the validation loss; keep the weights if they are the best and are wanted."""
     stream, params, layout = run.plan.validation, run.plan.params.train, run.layout
-    batches = windows(len(stream), params.block_size, params.per_device_eval_batch_size)
+    batches = block_batches(len(stream), params.block_size, params.per_device_eval_batch_size)
     run.model.eval()
     own_batches, device = batches[layout.rank :: layout.world_size], run.accelerator.device
-    own = summed_loss(run.forward, stream, own_batches, device, run.position_ids)
+    with cached_weights(run.model):
+        own = summed_loss(run.forward, stream, own_batches, device, run.position_ids)
     run.model.train()
     nats = run.summed(torch.tensor(own, dtype=torch.float64, device=device)).item()
     loss = nats / (len(stream) - 1)

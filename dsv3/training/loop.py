@@ -18,10 +18,11 @@ from torch import Tensor
 
 from dsv3.data.batches import StepLayout, document_positions, micro_batches
 from dsv3.errors import Interrupted, UserError
-from dsv3.training.balancing import taken_loads, update_router_bias
+from dsv3.kernels.weight_cache import cached_weights
+from dsv3.training.balancing import pop_expert_load, update_router_bias
 from dsv3.training.interruption import Interruption
 from dsv3.training.optimizer import Optimizer
-from dsv3.training.plan import Plan
+from dsv3.training.plan import TrainingPlan
 from dsv3.training.schedule import bias_update_rate, learning_rate, mtp_loss_weight
 from dsv3.training.state import LOSS_PARTS, Measured, TrainState
 from mini_model.modeling_deepseek import DeepseekV3CausalLMOutput, DeepseekV3ForCausalLM
@@ -31,7 +32,7 @@ from mini_model.modeling_deepseek import DeepseekV3CausalLMOutput, DeepseekV3For
 class Run:
     """A training that is ready to go on from `state.step`."""
 
-    plan: Plan
+    plan: TrainingPlan
     accelerator: Accelerator
     layout: StepLayout
     model: DeepseekV3ForCausalLM
@@ -91,7 +92,8 @@ def train(run: Run, hooks: Sequence[Hook], save: Callable[[Run], None]) -> None:
     while state.step < budget.total_steps:
         started_at, step = time.perf_counter(), state.step
         torch.manual_seed(step_seed(run))
-        losses = accumulate_gradients(run, batches, mtp_loss_weight(step, params, budget))
+        with cached_weights(run.model):
+            losses = accumulate_gradients(run, batches, mtp_loss_weight(step, params, budget))
         grad_norm = run.clip_grad_norm(params.max_grad_norm)
         measured = agreed(run, losses, grad_norm)
         if not measured.is_finite:
@@ -132,7 +134,7 @@ def accumulate_gradients(run: Run, batches: Iterator[Tensor], mtp_weight: float)
             output = micro_batch_output(run, run.forward, tokens, mtp_weight)
             assert output.loss is not None, "targets were given"
             run.accelerator.backward(output.loss / count)
-        parts = (output.loss, output.cross_entropy_loss, output.mtp_loss, output.sequence_loss)
+        parts = [getattr(output, field) for field in LOSS_PARTS.values()]
         sums += torch.stack([sums.new_zeros(()) if part is None else part.detach().double() for part in parts])
     return sums
 
@@ -159,7 +161,7 @@ def agreed(run: Run, loss_sums: Tensor, grad_norm: Tensor) -> Measured:
         losses={name: value / accumulation for name, value in zip(LOSS_PARTS, sums, strict=True)},
         grad_norm=grad_norm.item(),
         is_interrupted=stopped > 0,
-        load_LE=taken_loads(run.model.routers(), run.summed),
+        load_LE=pop_expert_load(run.model.routers(), run.summed),
     )
 
 

@@ -1,4 +1,4 @@
-"""From an architecture's file to a model that has learnt nothing yet."""
+"""From an architecture's file to an initialized model."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 
 
 def build_model(config_path: Path, seed: int) -> DeepseekV3ForCausalLM:
-    """Return a freshly initialised fp32 model on the CPU, so that a seed gives the same weights on every device."""
+    """Return a newly initialized fp32 model, on the CPU, so that a seed gives the same weights on every device."""
     try:
         config = DeepseekV3Config.from_json_file(config_path)
     except (OSError, ValueError) as error:

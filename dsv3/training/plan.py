@@ -12,20 +12,17 @@ from dsv3.errors import UserError
 from dsv3.params.architecture import Architecture, read_architecture
 from dsv3.params.read import Params
 from dsv3.sizing.flops import training_flops_per_token
-from dsv3.sizing.parameters import num_active_parameters, num_mtp_parameters, num_parameters
+from dsv3.sizing.report import training_size
 from dsv3.training.budget import Budget, budget_of
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """The inputs, checked, and what follows from them."""
 
     params: Params
     meta: Mapping[str, Any]
     """The token data's meta.json."""
-
-    sizes: Mapping[str, Any]
-    """results/estimate_size/metrics.json."""
 
     architecture: Architecture
     batches: Batches
@@ -65,29 +62,34 @@ class Plan:
         """Return the arithmetic of training on one token, MTP modules included."""
         return training_flops_per_token(self.architecture, self.params.train.block_size)
 
+    @property
+    def size(self) -> dict[str, int | float]:
+        """Return the estimates of parameters, memory and arithmetic."""
+        return training_size(self.architecture, self.params.train)
+
     def summary(self) -> str:
         """Return the plan in a few lines."""
-        train, shape = self.params.train, self.architecture
+        train, size = self.params.train, self.size
         total_tokens = self.tokens_before(self.total_steps)
         return "\n".join(
             (
-                f"model    {self.params.model.config}: {num_parameters(shape):,} parameters, "
-                f"{num_active_parameters(shape):,} active per token, {num_mtp_parameters(shape):,} for MTP",
+                f"model    {self.params.model.config}: {size['parameters_total']:,} parameters, "
+                f"{size['parameters_active']:,} active per token, {size['parameters_mtp']:,} for MTP",
                 f"data     {len(self.batches.stream):,} training tokens, {len(self.validation):,} for validation",
                 f"steps    {self.total_steps:,} of {self.tokens_per_step:,} tokens "
                 f"({self.sequences_per_step} sequences of {train.block_size}): "
                 f"{total_tokens:,} tokens, {self.epochs_before(self.total_steps):.2f} epochs",
                 f"cost     {self.flops_per_token:.3g} FLOPs per token, "
                 f"{self.flops_per_token * total_tokens:.3g} in all",
-                f"memory   {self.sizes['training_cpu_peak_gib']} GiB estimated on a CPU, "
-                f"{self.sizes['training_cuda_peak_gib']} GiB on a GPU, by the last estimate_size",
+                f"memory   {size['training_cpu_peak_gib']} GiB estimated on a CPU, "
+                f"{size['training_cuda_peak_gib']} GiB on a GPU",
             )
         )
 
 
-def read_plan(params: Params, tokens: Path, sizes: Path) -> Plan:
+def read_training_plan(params: Params, tokens: Path) -> TrainingPlan:
     """Return the plan; raise `UserError` for an input that is missing, or that does not fit the parameters."""
-    meta, size_report = _read(tokens / "meta.json", "tokenize"), _read(sizes, "estimate_size")
+    meta = _read(tokens / "meta.json", "tokenize")
     architecture = read_architecture(Path(params.model.config))
     vocab_size = architecture.vocab_size
     if meta["vocab_size"] > vocab_size:
@@ -100,7 +102,7 @@ def read_plan(params: Params, tokens: Path, sizes: Path) -> Plan:
     if len(validation) < 2:
         raise UserError(f"{tokens}: {len(validation)} tokens for validation; must be >= 2; raise validation_fraction")
     budget = budget_of(params.train, batches.num_blocks_per_epoch)
-    return Plan(params, meta, size_report, architecture, batches, validation, budget)
+    return TrainingPlan(params, meta, architecture, batches, validation, budget)
 
 
 def read_manifest(corpus: Path) -> dict[str, Any]:
@@ -109,6 +111,11 @@ def read_manifest(corpus: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, stage: str) -> Any:
+    check_output(path, stage)
+    return read_json(path)
+
+
+def check_output(path: Path, stage: str) -> None:
+    """Raise `UserError` unless `stage` has written `path`."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; run dvc repro {stage}")
-    return read_json(path)

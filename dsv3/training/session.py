@@ -1,8 +1,9 @@
 """The life of one training: found or begun, trained, recorded, exported, its checkpoints removed."""
 
+import shutil
 import statistics
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,18 @@ from tqdm import tqdm
 
 from dsv3.artifacts import read_json, write_json
 from dsv3.errors import Interrupted, UserError
-from dsv3.export.huggingface import export
+from dsv3.export.huggingface import export_huggingface
 from dsv3.export.model_card import model_card
-from dsv3.tracking.identity import project_root, run_identity
+from dsv3.tracking.identity import experiment_name, project_root, run_identity
 from dsv3.tracking.recorder import Recorder, open_recorder
 from dsv3.training import fp8_hooks, hooks
-from dsv3.training.checkpoint import check_checkpoint, checkpoints, delete, load_best, load_checkpoint, locked
+from dsv3.training.checkpoint import check_checkpoint, checkpoints, delete_checkpoints, load_best, load_checkpoint
+from dsv3.training.fingerprint import Fingerprint, other_checkpoints, write_facts
 from dsv3.training.interruption import caught_signals
+from dsv3.training.lock import hold_lock
 from dsv3.training.loop import Hook, Run, train
-from dsv3.training.plan import Plan
+from dsv3.training.plan import TrainingPlan
+from dsv3.training.progress import progress_bar
 from dsv3.training.setup import Choices, prepared_model, prepared_run, run_fingerprint, start_accelerator
 from dsv3.training.state import TrainState
 
@@ -35,7 +39,7 @@ class Outputs:
     """The corpus's manifest."""
 
 
-def run_training(plan: Plan, outputs: Outputs) -> dict[str, Any] | None:
+def run_training(plan: TrainingPlan, outputs: Outputs) -> dict[str, Any] | None:
     """Train, from the newest checkpoint where there is one, and write `outputs`; return the metrics.
 
     Only the main process writes, and returns metrics. Raises `Interrupted` after SIGINT or SIGTERM, when everything is
@@ -44,20 +48,19 @@ def run_training(plan: Plan, outputs: Outputs) -> dict[str, Any] | None:
     with caught_signals() as interruption:
         accelerator = start_accelerator(plan)
         model, chosen = prepared_model(plan, accelerator.device)
-        digest = run_fingerprint(plan, chosen)
-        directory = project_root() / ".checkpoints" / digest
-        with locked(directory) if accelerator.is_main_process else nullcontext():
+        fingerprint = run_fingerprint(plan, chosen)
+        with hold_checkpoints(plan, fingerprint, accelerator.is_main_process) as directory:
             accelerator.wait_for_everyone()
             run = prepared_run(plan, accelerator, model, interruption)
-            saved = resumed(run, directory)
+            saved = resume_or_start(run, directory, fingerprint)
             recorder = None
             if accelerator.is_main_process:
-                recorder = recorder_of(plan, chosen, digest, outputs, saved)
+                recorder = start_recorder(plan, chosen, fingerprint, outputs, saved)
             status = "failed"
             try:
                 with progress_bar(run, chosen) as bar:
-                    train(run, training_hooks(run, recorder, directory, bar), saving(recorder, directory))
-                metrics = exported(run, recorder, chosen, directory, outputs)
+                    train(run, training_hooks(run, recorder, directory, bar), checkpoint_writer(recorder, directory))
+                metrics = export_and_record(run, recorder, chosen, directory, outputs)
                 status = "finished"
             except Interrupted:
                 status = "interrupted"
@@ -66,30 +69,56 @@ def run_training(plan: Plan, outputs: Outputs) -> dict[str, Any] | None:
                 if recorder is not None:
                     recorder.close(status)
             if accelerator.is_main_process:
-                delete(directory)
+                delete_checkpoints(directory)
             accelerator.wait_for_everyone()
     return metrics
 
 
-def resumed(run: Run, directory: Path) -> dict[str, Any]:
-    """Bring `run` to the newest checkpoint in `directory`, as `runtime.resume` allows; return what else it held."""
-    mode, found = run.plan.params.runtime.resume, checkpoints(directory)
-    if mode == "must" and not found:
+@contextmanager
+def hold_checkpoints(plan: TrainingPlan, fingerprint: Fingerprint, is_main_process: bool) -> Iterator[Path]:
+    """Yield the folder of this training's checkpoints, locked for it and with its facts; remove it if nothing is saved.
+
+    Only the main process does anything there. Raises `UserError` where another training holds it.
+    """
+    directory = project_root() / ".checkpoints" / fingerprint.digest
+    if not is_main_process:
+        yield directory
+        return
+    with hold_lock(directory):
+        write_facts(directory, fingerprint, experiment_name(plan.params))
+        try:
+            yield directory
+        finally:
+            if not any(path.is_dir() for path in directory.iterdir()):
+                shutil.rmtree(directory)
+
+
+def resume_or_start(run: Run, directory: Path, fingerprint: Fingerprint) -> dict[str, Any]:
+    """Bring `run` to the newest checkpoint in `directory`, as `runtime.resume` allows; return what else it held.
+
+    Where there is none, say which ones of other trainings are there, and start.
+    """
+    params, found = run.plan.params, checkpoints(directory)
+    mode = params.runtime.resume
+    if found and mode != "never":
+        saved = load_checkpoint(found[-1], run.model, run.optimizer)
+        run.state = TrainState.from_json(saved)
+        return saved
+    others = "" if found else other_checkpoints(directory, fingerprint, experiment_name(params))
+    if mode == "must":
         raise UserError(
             f"params.yaml: runtime.resume is must; no checkpoint in {directory}, the place of these parameters, data "
-            "and code; set it to auto to start afresh"
+            f"and code; set it to auto to start afresh{'; ' if others else ''}{others}"
         )
-    if mode == "never" or not found:
-        run.accelerator.wait_for_everyone()
-        if run.accelerator.is_main_process:
-            delete(directory)
-        return started_from(run)
-    saved = load_checkpoint(found[-1], run.model, run.optimizer)
-    run.state = TrainState.from_json(saved)
-    return saved
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        if others:
+            tqdm.write(others)
+        delete_checkpoints(directory)
+    return start_from_named_checkpoint(run)
 
 
-def started_from(run: Run) -> dict[str, Any]:
+def start_from_named_checkpoint(run: Run) -> dict[str, Any]:
     """Bring `run` to the checkpoint that `train.resume_from_checkpoint` names, if any; return what else it held.
 
     Checkpoints hold master weights under DeepSeek's names and know no precision, so that a training in FP8 may go on in
@@ -109,11 +138,13 @@ def started_from(run: Run) -> dict[str, Any]:
     return {**saved, "aim_run_hash": None}
 
 
-def recorder_of(plan: Plan, chosen: Choices, digest: str, outputs: Outputs, saved: Mapping[str, Any]) -> Recorder:
-    """Return the run's recorder, with the rows up to the checkpoint where the training goes on from one."""
+def start_recorder(
+    plan: TrainingPlan, chosen: Choices, fingerprint: Fingerprint, outputs: Outputs, saved: Mapping[str, Any]
+) -> Recorder:
+    """Return the run's recorder, opened, with the rows up to the checkpoint where the training goes on from one."""
     data = {**plan.meta, "corpus": {**plan.meta.get("corpus", {}), **outputs.manifest}}
     architecture = read_json(Path(plan.params.model.config))
-    identity = run_identity(plan.params, digest, architecture, data, plan.sizes, asdict(chosen))
+    identity = run_identity(plan.params, fingerprint.digest, architecture, data, plan.size, asdict(chosen))
     recorder = open_recorder(outputs.results, plan.params.runtime, identity, saved.get("aim_run_hash"))
     if saved:
         recorder.restore(saved["rows"])
@@ -129,24 +160,16 @@ def training_hooks(run: Run, recorder: Recorder | None, directory: Path, bar: tq
         Hook(runtime.logging_steps, lambda run: hooks.log_curves(run, recorder)),
         Hook(train.eval_steps, lambda run: hooks.validate(run, recorder, directory)),
         *fp8,
-        Hook(runtime.save_steps, saving(recorder, directory)),
+        Hook(runtime.save_steps, checkpoint_writer(recorder, directory)),
     ]
 
 
-def saving(recorder: Recorder | None, directory: Path) -> Callable[[Run], None]:
+def checkpoint_writer(recorder: Recorder | None, directory: Path) -> Callable[[Run], None]:
     """Return the function that writes a checkpoint of a run into `directory`."""
     return lambda run: hooks.save(run, recorder, directory)
 
 
-def progress_bar(run: Run, chosen: Choices) -> tqdm:
-    """Return the bar that the main process shows, under a line that says how it computes."""
-    is_hidden = not run.accelerator.is_main_process
-    if not is_hidden:
-        tqdm.write(chosen.summary())
-    return tqdm(total=run.plan.total_steps, initial=run.state.step, unit="step", desc="train", disable=is_hidden)
-
-
-def exported(
+def export_and_record(
     run: Run, recorder: Recorder | None, chosen: Choices, directory: Path, outputs: Outputs
 ) -> dict[str, Any] | None:
     """Write the model, run.json and metrics.json; return the metrics. Only the main process does anything."""
@@ -155,8 +178,8 @@ def exported(
     if run.plan.params.train.load_best_model_at_end:
         load_best(directory, run.model, run.state.best_step)
     metrics = final_metrics(run, recorder, chosen)
-    card = model_card(provenance(run, recorder, outputs), metrics["validation"])
-    export(run.model, run.model.state_dict(), outputs.tokens, outputs.model, card)
+    card = model_card(model_facts(run, recorder, outputs), metrics["validation"])
+    export_huggingface(run.model, run.model.state_dict(), outputs.tokens, outputs.model, card)
     write_json(outputs.results / "run.json", {**recorder.run_record(), "step": run.state.step})
     write_json(outputs.results / "metrics.json", metrics)
     recorder.result("train", metrics, run.state.step)
@@ -181,7 +204,7 @@ def final_metrics(run: Run, recorder: Recorder, chosen: Choices) -> dict[str, An
     }
 
 
-def provenance(run: Run, recorder: Recorder, outputs: Outputs) -> dict[str, Any]:
+def model_facts(run: Run, recorder: Recorder, outputs: Outputs) -> dict[str, Any]:
     """Return the facts of the model card: what the weights come from."""
     record, plan = recorder.run_record(), run.plan
     return {

@@ -2,35 +2,33 @@
 
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
-import mini_model
-from dsv3.artifacts import read_json, sha256_tree
+from dsv3.artifacts import read_json
 from dsv3.data.batches import StepLayout
+from dsv3.dependencies import dependencies, syntax_digests
 from dsv3.devices import device_name, torch_device
 from dsv3.errors import UserError
 from dsv3.fp8.recipe import Recipe
 from dsv3.kernels.convert import Conversion, convert, emulate_bf16
 from dsv3.kernels.registry import experts_backend
 from dsv3.params.train import TrainParams
-from dsv3.training.checkpoint import fingerprint
+from dsv3.training.checkpoint import FORMAT_VERSION
+from dsv3.training.fingerprint import Fingerprint
 from dsv3.training.interruption import Interruption
 from dsv3.training.loop import Run
 from dsv3.training.loss import chunked_cross_entropy, pays
 from dsv3.training.model import build_model
 from dsv3.training.optimizer import Optimizer, parameter_groups
-from dsv3.training.plan import Plan
+from dsv3.training.plan import TrainingPlan
 from dsv3.training.precision import COMPUTE_DTYPES, autocast_dtype, resolved_precision
 from dsv3.training.state import TrainState
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
-
-NUMERIC_CODE = ("mini_model", "dsv3/data", "dsv3/fp8", "dsv3/kernels", "dsv3/training")
-"""Where the code lies that shapes the weights; a checkpoint made by other code is not resumed."""
 
 REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 """Launches in which every process holds the whole model. A sharded one would need sharded checkpoints, and Muon whole
@@ -62,7 +60,7 @@ class Choices:
         return {name: value for name, value in asdict(self).items() if isinstance(value, (str, int))}
 
 
-def start_accelerator(plan: Plan) -> Accelerator:
+def start_accelerator(plan: TrainingPlan) -> Accelerator:
     """Return Accelerate's view of devices and processes; raise `UserError` where they do not fit the plan."""
     train = plan.params.train
     device = torch_device(plan.params.runtime)
@@ -92,17 +90,11 @@ def start_accelerator(plan: Plan) -> Accelerator:
 
 
 def fp8_recipe(train: TrainParams) -> Recipe:
-    """Return how `use_fp8` quantises: one recipe for the linear layers and the experts."""
-    return Recipe(
-        quantises_weights=train.fp8_weight_quant,
-        quantises_activations=train.fp8_activation_quant,
-        has_power_of_two_scales=train.fp8_power_of_two_scales,
-        quantises_wgrad=train.fp8_wgrad_quant,
-        caches_swiglu=train.fp8_swiglu_cache,
-    )
+    """Return how `use_fp8` quantizes: one recipe for the linear layers and the experts."""
+    return Recipe(**{field.name: getattr(train, f"fp8_{field.name}") for field in fields(Recipe)})
 
 
-def prepared_model(plan: Plan, device: torch.device) -> tuple[DeepseekV3ForCausalLM, Choices]:
+def prepared_model(plan: TrainingPlan, device: torch.device) -> tuple[DeepseekV3ForCausalLM, Choices]:
     """Return the initialised model, made to compute on `device` as the parameters ask, and what that came to.
 
     Raises `UserError` for what can't run there.
@@ -132,33 +124,33 @@ def prepared_model(plan: Plan, device: torch.device) -> tuple[DeepseekV3ForCausa
         precision=conversion.precision,
         experts=experts,
         cross_entropy="chunked" if is_chunked else "plain",
-        high_precision_linears=tuple(conversion.kept),
+        high_precision_linears=tuple(conversion.high_precision),
     )
 
 
-def run_fingerprint(plan: Plan, chosen: Choices) -> str:
-    """Return the digest of everything that shapes the weights: parameters, architecture, data, formats, code.
+def run_fingerprint(plan: TrainingPlan, chosen: Choices) -> Fingerprint:
+    """Return what shapes the weights: parameters, architecture, data, formats, and the syntax of the code.
 
     Not in it: `runtime`, the device and the number of processes, which change at most the rounding, so that a training
     may go on elsewhere.
     """
-    root = Path(mini_model.__file__).parent.parent
-    paths = [root / name for name in NUMERIC_CODE]
-    code = [file for path in paths for file in ([path] if path.is_file() else path.glob("*.py"))]
-    return fingerprint(
+    return Fingerprint(
         {
+            "format": FORMAT_VERSION,
             "seed": plan.params.seed,
             "train": plan.params.train.model_dump(),
             "architecture": read_json(Path(plan.params.model.config)),
             "tokens": plan.meta["sha256"],
             "precision": chosen.precision,
             "experts": chosen.experts,
-            "code": sha256_tree(code, root),
+            "code": syntax_digests(dependencies("train")),
         }
     )
 
 
-def prepared_run(plan: Plan, accelerator: Accelerator, model: DeepseekV3ForCausalLM, interruption: Interruption) -> Run:
+def prepared_run(
+    plan: TrainingPlan, accelerator: Accelerator, model: DeepseekV3ForCausalLM, interruption: Interruption
+) -> Run:
     """Return a training at step 0: the model wrapped for its processes, the optimizer empty."""
     train = plan.params.train
     # Muon's matrix products run in the training's own format: bf16 where the device is fast at it, else fp32.

@@ -10,9 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3.training.balancing import max_vio
+from dsv3.evaluation.load_balance import max_vio
 
-LOSS_PARTS = ("total_loss", "loss", "mtp_loss", "sequence_loss")
+LOSS_PARTS = {
+    "total_loss": "loss",
+    "loss": "cross_entropy_loss",
+    "mtp_loss": "mtp_loss",
+    "sequence_loss": "sequence_loss",
+}
+"""Name in the history → field of the model's output."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class Measured:
     """What one optimizer step measured, the same on every process."""
 
     losses: dict[str, float]
-    """Means over the step's batch, by the names of `LOSS_PARTS`."""
+    """Means over the step's batch, by the keys of `LOSS_PARTS`."""
 
     grad_norm: float
     """Norm of all gradients before clipping."""

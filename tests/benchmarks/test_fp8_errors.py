@@ -26,14 +26,14 @@ def normal(*shape: int) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.parametrize("power_of_two_scales", [False, True])
 @pytest.mark.parametrize("shape", [(130, 256), (5, 200), (257, 160)])
-def test_the_projects_choice_is_what_its_layers_compute_bit_for_bit(shape, pow2):
+def test_the_projects_choice_is_what_its_layers_compute_bit_for_bit(shape, power_of_two_scales):
     x = normal(*shape)
-    tile, square = (Choice(block, has_power_of_two_scales=pow2) for block in (TILE, SQUARE))
-    assert torch.equal(rounded(x, tile), rounded_rows(x, pow2))
-    assert torch.equal(rounded(x.t(), tile).t(), rounded_columns(x, pow2))
-    assert torch.equal(rounded(x, square), rounded_weight(x, pow2))
+    tile, square = (Choice(block, power_of_two_scales=power_of_two_scales) for block in (TILE, SQUARE))
+    assert torch.equal(rounded(x, tile), rounded_rows(x, power_of_two_scales))
+    assert torch.equal(rounded(x.t(), tile).t(), rounded_columns(x, power_of_two_scales))
+    assert torch.equal(rounded(x, square), rounded_weight(x, power_of_two_scales))
 
 
 def test_e5m2_has_a_mantissa_bit_less_and_one_scale_for_all_is_one_scale():
@@ -56,7 +56,7 @@ def test_the_error_does_not_depend_on_the_size_of_a_channel():
 
 def test_bf16_errs_least_and_e5m2_most_on_normal_numbers():
     whole = normal_layer(1.0)
-    layer = Layer(whole.x_RK[:64, :256], whole.grad_RN[:64, :128], whole.weight_NK[:128, :256])
+    layer = Layer(whole.x_RI[:64, :256], whole.grad_RO[:64, :128], whole.weight_OI[:128, :256])
     found = {name: errors(layer, choice)["forward"] for name, choice in CHOICES.items()}
     assert min(found, key=lambda name: found[name]) == "bf16, no scales"
     assert max(found, key=lambda name: found[name]) == "1×128, e5m2"
@@ -82,6 +82,6 @@ def test_the_operands_of_every_fp8_layer_are_captured():
     x = torch.randn(2, 3, 128)
     layers = watched(model, lambda: model(x).sum())
     assert list(layers) == ["0", "2"]
-    assert torch.equal(layers["0"].x_RK, x.view(6, 128))
-    assert torch.equal(layers["2"].grad_RN, torch.ones(6, 128))
-    assert layers["0"].grad_RN.shape == (6, 256)
+    assert torch.equal(layers["0"].x_RI, x.view(6, 128))
+    assert torch.equal(layers["2"].grad_RO, torch.ones(6, 128))
+    assert layers["0"].grad_RO.shape == (6, 256)

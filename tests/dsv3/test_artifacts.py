@@ -1,9 +1,16 @@
+import errno
 import hashlib
 import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
 
 from dsv3.artifacts import (
+    check_replaceable,
     read_json,
     replacing,
     replacing_directory,
@@ -109,3 +116,86 @@ def test_the_digest_of_a_tree_knows_names_and_contents_but_not_the_order_or_the_
 def test_json_is_readable_by_people(tmp_path):
     write_json(tmp_path / "value.json", {"a": 1})
     assert (tmp_path / "value.json").read_text(encoding="utf-8") == json.dumps({"a": 1}, indent=2) + "\n"
+
+
+CONTENTS = ("text.txt", "*.json")
+
+
+def test_what_an_earlier_run_wrote_is_replaced(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "manifest.json").touch()
+    with replacing_directory(tmp_path / "corpus", CONTENTS) as folder:
+        (folder / "text.txt").touch()
+    assert names(tmp_path / "corpus") == ["text.txt"]
+
+
+def test_a_folder_with_anything_else_in_it_is_refused_and_kept(tmp_path):
+    for name in ("manifest.json", "thesis.txt", "notes"):
+        (tmp_path / name).touch()
+    with (
+        pytest.raises(UserError, match=r"holds notes and 1 more, which is not written here and would be lost"),
+        replacing_directory(tmp_path, CONTENTS),
+    ):
+        pass
+    assert names(tmp_path) == ["manifest.json", "notes", "thesis.txt"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "here"])
+def test_a_folder_that_holds_the_working_directory_is_refused(tmp_path, monkeypatch, name):
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    path = tmp_path / name if name == "here" else Path(name)
+    with pytest.raises(UserError, match="holds the working directory"):
+        check_replaceable(path, CONTENTS)
+
+
+def test_a_file_or_a_link_is_no_folder_to_be_replaced(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    for name in ("file", "link"):
+        with pytest.raises(UserError, match="is no folder"):
+            check_replaceable(tmp_path / name, CONTENTS)
+
+
+def test_a_free_name_may_be_taken(tmp_path):
+    check_replaceable(tmp_path / "new", CONTENTS)
+
+
+FULL = {
+    "system": OSError(errno.ENOSPC, "No space left on device"),
+    "quota": OSError(errno.EDQUOT, "Disk quota exceeded"),
+    "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+}
+
+
+@pytest.mark.parametrize("error", FULL.values(), ids=FULL)
+@pytest.mark.parametrize("replace", [replacing, replacing_directory])
+def test_a_full_disk_is_told_with_its_folder_and_leaves_what_was_there(tmp_path, replace, error):
+    with (
+        pytest.raises(UserError, match=rf"{tmp_path}: the disk is full \([\d,]+ bytes free\)"),
+        replace(tmp_path / "new"),
+    ):
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_torchs_writer_fails_for_a_full_disk_or_for_reasons_of_its_own(tmp_path, monkeypatch):
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0")
+    with pytest.raises(RuntimeError), replacing(tmp_path / "new"):
+        raise error
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(UserError, match="the disk is full"), replacing(tmp_path / "new"):
+        raise error
+
+
+@pytest.mark.parametrize("replace", [replacing, replacing_directory])
+def test_the_new_name_is_flushed_too(tmp_path, monkeypatch, replace):
+    flushed = []
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (flushed.append(str(Path(f"/proc/self/fd/{handle}").readlink())), fsync(handle))
+    )
+    with replace(tmp_path / "new") as temporary:
+        (temporary / "file" if replace is replacing_directory else temporary).touch()
+    assert flushed[-1] == str(tmp_path)

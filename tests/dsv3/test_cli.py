@@ -1,3 +1,5 @@
+import errno
+import os
 import sys
 
 import pytest
@@ -30,6 +32,32 @@ def test_what_the_system_refuses_about_a_file_is_one_line_and_status_2(monkeypat
 
     assert status(main, monkeypatch) == 2
     assert capsys.readouterr().err == f"{tmp_path}: Is a directory\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+def test_a_full_disk_is_one_line_even_where_no_file_is_named(monkeypatch, capsys, number):
+    def main() -> None:
+        raise OSError(number, os.strerror(number))
+
+    assert status(main, monkeypatch) == 2
+    assert capsys.readouterr().err.rstrip("\n").endswith(f": {os.strerror(number)}")
+
+
+def test_missing_memory_is_one_line(monkeypatch, capsys):
+    def main() -> None:
+        raise MemoryError
+
+    assert status(main, monkeypatch) == 2
+    assert capsys.readouterr().err.startswith("out of memory; ")
+
+
+def test_the_end_of_a_file_keeps_its_traceback_instead_of_aborted(monkeypatch):
+    def main() -> None:
+        raise EOFError("Ran out of input")
+
+    monkeypatch.setattr(sys, "argv", ["stage"])
+    with pytest.raises(RuntimeError, match="unexpected end of a file: Ran out of input"):
+        command(main)
 
 
 def test_an_interrupted_training_ends_with_the_signals_status(monkeypatch, capsys):

@@ -1,3 +1,5 @@
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -5,15 +7,16 @@ from pathlib import Path
 import pytest
 
 from dsv3.artifacts import write_json
-from dsv3.report import report
+from dsv3.report import report, stage_results
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def results(tmp_path) -> Path:
+def pipeline(tmp_path) -> Path:
+    """dvc.yaml in a folder where every stage has run."""
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
     folder = tmp_path / "results"
-    write_json(folder / "tokenize" / "metrics.json", {})
     write_json(folder / "estimate_size" / "metrics.json", {"parameters_total": 4268800, "parameters_active": 2499328})
     record = {
         "aim_run_hash": "abc",
@@ -31,12 +34,14 @@ def results(tmp_path) -> Path:
         folder / "evaluate" / "metrics.json",
         {"heldout": heldout, "router": router, "mtp": {"depth_1": {"mtp_acceptance": 0.612}}},
     )
-    (tmp_path / "samples.md").write_text("")
-    return folder
+    for path in stage_results(tmp_path / "dvc.yaml").values():
+        if not path.exists():
+            write_json(path, {})
+    return tmp_path / "dvc.yaml"
 
 
-def test_the_table_holds_what_a_newcomer_asks_for(results, tmp_path):
-    text = report(results, tmp_path / "samples.md")
+def test_the_table_holds_what_a_newcomer_asks_for(pipeline):
+    text = report(pipeline)
     for expected in (
         "mini_model/config_nano.json",
         "4,268,800 (2,499,328 active per token)",
@@ -56,9 +61,10 @@ def test_the_table_holds_what_a_newcomer_asks_for(results, tmp_path):
     assert "Not yet there" not in text
 
 
-def test_missing_results_name_the_stage_that_has_not_run(results, tmp_path):
-    (results / "evaluate" / "metrics.json").unlink()
-    text = report(results, tmp_path / "none.md")
+def test_missing_results_name_the_stage_that_has_not_run(pipeline):
+    for stage in ("evaluate", "sample"):
+        stage_results(pipeline)[stage].unlink()
+    text = report(pipeline)
     assert "has not run" in text
     assert "dvc repro evaluate" in text
     assert "dvc repro sample" in text
@@ -66,15 +72,23 @@ def test_missing_results_name_the_stage_that_has_not_run(results, tmp_path):
     assert "held-out" not in text
 
 
+def test_a_stage_is_known_by_its_metrics_or_else_its_first_output(tmp_path):
+    stages = {"a": {"outs": ["x", "y"]}, "b": {"outs": ["x"], "metrics": [{"m.json": {"cache": False}}, "n.json"]}}
+    (tmp_path / "dvc.yaml").write_text(json.dumps({"stages": stages}))
+    assert stage_results(tmp_path / "dvc.yaml") == {"a": tmp_path / "x", "b": tmp_path / "m.json"}
+
+
 def test_nothing_at_all_is_no_error(tmp_path):
-    text = report(tmp_path, tmp_path / "none.md")
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    text = report(tmp_path / "dvc.yaml")
     assert not text.startswith("Results")
-    assert all(f"dvc repro {stage}" in text for stage in ("tokenize", "estimate_size", "train", "evaluate", "sample"))
+    assert all(f"dvc repro {stage}" in text for stage in stage_results(ROOT / "dvc.yaml"))
 
 
 def test_the_command_needs_neither_torch_nor_results(tmp_path):
     code = "import sys; import dsv3.report; assert not {'torch', 'transformers', 'aim'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    command = [sys.executable, "-m", "dsv3.report", "--results", str(tmp_path)]
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    command = [sys.executable, "-m", "dsv3.report", "--pipeline", str(tmp_path / "dvc.yaml")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "Where to look next" in done.stdout

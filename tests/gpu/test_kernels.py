@@ -15,7 +15,7 @@ from tests.gpu.conftest import poison
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
 TENSOR_CORES = 2e-3
-"""Relative error of a product of the same quantised operands, by its norm.
+"""Relative error of a product of the same quantized operands, by its norm.
 
 FP8 tensor cores align 32 products and the running sum to the largest of them and cut off what lies more than 13 bits
 below; after 128 products the sum goes to fp32. A model of that in float64 errs by 1.2e-4 for normal operands at every
@@ -23,16 +23,16 @@ inner length, and by 5e-4 where one feature is 1000 times larger and everything 
 one bit less and twice that. A wrong scale errs by 1e-2 or more, another rounding of one operand by 3e-2.
 """
 FLIPS = 2e-2
-"""Relative difference between device and emulation after a second quantisation: sums that differ by 1e-4 round to the
-next e4m3 number, 9 % away, in one of about a thousand cases, which makes 3e-3 per quantisation. FP8 itself errs by
+"""Relative difference between device and emulation after a second quantization: sums that differ by 1e-4 round to the
+next e4m3 number, 9 % away, in one of about a thousand cases, which makes 3e-3 per quantization. FP8 itself errs by
 3e-2 per product."""
 BF16 = 3e-2
 """Relative error of experts in bf16. About eight roundings in a row err by 6e-3 together; the routing weights of a
 single token are two sums whose terms cancel, for which a CPU gives 2.2e-2. A row of another token would err by 1."""
 
 
-def test_the_quantisers_give_the_emulations_bits_for_hostile_numbers(checks, fp8_device):
-    differences = checks.quantiser_differences(fp8_device)
+def test_the_quantizers_give_the_emulations_bits_for_hostile_numbers(checks, fp8_device):
+    differences = checks.quantizer_differences(fp8_device)
     assert len(differences) == 14
     assert set(differences.values()) == {0}, differences
 
@@ -41,29 +41,33 @@ def test_hypothesis_finds_no_block_that_device_emulation_and_definition_store_di
     assert checks.check_hostile_blocks(fp8_device, max_examples=5 if is_small else 500) >= 5
 
 
-def test_the_quantisers_agree_for_many_experts_with_every_number_of_rows(checks, fp8_device, is_small):
+def test_the_quantizers_agree_for_many_experts_with_every_number_of_rows(checks, fp8_device, is_small):
     rows = (130, 0, 3) if is_small else (*range(0, 260, 4), 1000, 0, 0, 1)
     groups = checks.Groups(rows, num_tokens=500, num_inputs=256 if is_small else 1408, num_outputs=128)
     x = checks.hostile(groups.num_tokens, groups.num_inputs)
-    for pow2 in (False, True):
-        assert checks.column_differences(x, groups, pow2, fp8_device) == 0
-        assert sum(map(checks.differing, *quantised_rows(checks, x, pow2, fp8_device))) == 0
+    for power_of_two_scales in (False, True):
+        assert checks.column_differences(x, groups, power_of_two_scales, fp8_device) == 0
+        assert sum(map(checks.differing, *quantized_rows(checks, x, power_of_two_scales, fp8_device))) == 0
 
 
-def quantised_rows(checks, x, pow2, device):
-    return checks.triton_launch.quantise_rows(x.to(device), pow2), quantize.quantised_rows(x, pow2)
+def quantized_rows(checks, x, power_of_two_scales, device):
+    return checks.triton_launch.quantize_rows(x.to(device), power_of_two_scales), quantize.quantized_rows(
+        x, power_of_two_scales
+    )
 
 
 @pytest.mark.parametrize("name", ["rounded_rows", "rounded_columns", "rounded_weight"])
-@pytest.mark.parametrize("pow2", [False, True])
-def test_the_emulation_itself_gives_the_same_bits_on_a_device_as_on_a_cpu(checks, fp8_device, name, pow2):
+@pytest.mark.parametrize("power_of_two_scales", [False, True])
+def test_the_emulation_itself_gives_the_same_bits_on_a_device_as_on_a_cpu(
+    checks, fp8_device, name, power_of_two_scales
+):
     x, rounded = checks.hostile(300, 256), getattr(quantize, name)
-    assert checks.differing(rounded(x.to(fp8_device), pow2), rounded(x, pow2)) == 0
+    assert checks.differing(rounded(x.to(fp8_device), power_of_two_scales), rounded(x, power_of_two_scales)) == 0
 
 
 @pytest.mark.parametrize("outlier", [1.0, 1e3])
 @pytest.mark.parametrize("loads", ["even", "ragged", "one expert"])
-def test_all_three_grouped_gemms_agree_with_float64_products_of_the_same_quantised_operands(
+def test_all_three_grouped_gemms_agree_with_float64_products_of_the_same_quantized_operands(
     checks, fp8_device, is_small, loads, outlier
 ):
     rows = {
@@ -93,7 +97,9 @@ def test_a_linear_layer_agrees_with_the_emulation_in_all_three_products(checks, 
     assert max(found.values()) < TENSOR_CORES, found
 
 
-@pytest.mark.parametrize("recipe", [DEEPSEEK_RECIPE, Recipe(has_power_of_two_scales=True)], ids=["fp32", "pow2"])
+@pytest.mark.parametrize(
+    "recipe", [DEEPSEEK_RECIPE, Recipe(power_of_two_scales=True)], ids=["fp32", "power_of_two_scales"]
+)
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_fp8_experts_agree_with_the_emulation_in_their_output_and_every_gradient(checks, fp8_device, routing, recipe):
     inputs = case(routing, hidden_size=256, intermediate_size=128, num_experts=4)

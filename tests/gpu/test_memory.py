@@ -5,7 +5,6 @@ import gc
 import pytest
 import torch
 
-from dsv3.fp8 import rounding
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE
 from dsv3.kernels.convert import convert, emulate_bf16
 from dsv3.kernels.registry import experts_backend
@@ -84,12 +83,11 @@ def test_an_moe_layer_keeps_what_the_estimate_says_with_every_backend(hopper, mo
             output, logits, _ = moe(hidden)
             return output, (logits.sigmoid() * 2).exp()  # the sequence-wise loss keeps the scores once more
 
-    for _ in range(2):  # the first pass quantises weights, and is forgotten
+    for _ in range(2):  # the first pass quantizes weights, and is forgotten
         gc.collect()
         before = allocated_bytes()
         hidden = torch.randn(8, 256, SIZES["hidden_size"], device=hopper, requires_grad=True)
         results = run(hidden)
-        rounding._latest.clear()
         kept = allocated_bytes() - before - results[0].nbytes  # the output belongs to whoever takes it
         del results, hidden
     w = Workload(8, 256, hopper.type, "bf16" if is_bf16 else "fp32", experts)

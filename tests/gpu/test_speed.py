@@ -48,10 +48,10 @@ def test_the_fp8_grouped_products_reach_their_floors(checks, hopper):
     num_rows = NUM_EXPERTS * ROWS_PER_EXPERT
     x = torch.randn(num_rows, NUM_INPUTS, device=hopper).bfloat16()
     grad = torch.randn(num_rows, NUM_OUTPUTS, device=hopper).bfloat16()
-    weight = launch.quantise_weight(torch.randn(NUM_EXPERTS, NUM_OUTPUTS, NUM_INPUTS, device=hopper) * 0.02, False)
+    weight = launch.quantize_weight(torch.randn(NUM_EXPERTS, NUM_OUTPUTS, NUM_INPUTS, device=hopper) * 0.02, False)
     tiles = launch.schedule(ends(hopper), num_rows)
-    rows, grad_rows = launch.quantise_rows(x, False), launch.quantise_rows(grad, False)
-    grad_columns, columns = (launch.quantise_columns(side, tiles, None, False) for side in (grad, x))
+    rows, grad_rows = launch.quantize_rows(x, False), launch.quantize_rows(grad, False)
+    grad_columns, columns = (launch.quantize_columns(side, tiles, None, False) for side in (grad, x))
     products = {
         "forward": lambda: launch.grouped_gemm(rows, None, weight.forward, tiles, num_rows, torch.bfloat16),
         "dgrad": lambda: launch.grouped_gemm(grad_rows, None, weight.transposed, tiles, num_rows, torch.bfloat16),

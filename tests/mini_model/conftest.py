@@ -1,4 +1,4 @@
-"""A DeepSeek-V3 that fits a thumbnail: every part is there, no two sizes are equal."""
+"""A tiny DeepSeek-V3 with every part, in which no two sizes are equal."""
 
 import pytest
 import torch

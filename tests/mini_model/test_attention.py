@@ -25,11 +25,11 @@ def test_no_logit_depends_on_a_later_token(micro_model, token_ids):
     assert embeds.grad[:, : position + 1].flatten(2).any(dim=2).all()
 
 
-def test_a_prediction_module_sees_no_token_beyond_the_ones_it_is_given(micro_model, token_ids):
+def test_an_mtp_module_reads_no_token_beyond_the_ones_it_is_given(micro_model, token_ids):
     model, ids, position = micro_model(num_nextn_predict_layers=2), token_ids(), 5
     embeds = model.model.embed_tokens(ids).detach().requires_grad_()
     hidden = model.model(inputs_embeds=embeds).last_hidden_state
-    for depth, state in enumerate(model.model.predictions_ahead(hidden, embeds), start=1):
+    for depth, state in enumerate(model.model.mtp_hidden_states(hidden, embeds), start=1):
         assert state.shape[1] == ids.shape[1] - depth
         (gradient,) = torch.autograd.grad(state[:, position].sum(), embeds, retain_graph=True)
         assert not gradient[:, position + depth + 1 :].any()
@@ -114,7 +114,7 @@ def test_padding_changes_nothing_for_the_tokens_that_are_there(micro_model, toke
 
 
 @torch.no_grad()
-def test_a_padded_query_on_a_cache_that_sees_nothing_spoils_no_other(micro_model, token_ids):
+def test_a_padded_query_on_a_cache_that_attends_to_no_key_changes_no_other(micro_model, token_ids):
     model, ids = micro_model().eval(), token_ids(1, 6)
     padded, mask = torch.cat([ids[:, :3] * 0, ids], dim=1), torch.tensor([[0] * 3 + [1] * 6])
     prefix = model(padded[:, :2], attention_mask=mask[:, :2], use_cache=True)
@@ -122,7 +122,7 @@ def test_a_padded_query_on_a_cache_that_sees_nothing_spoils_no_other(micro_model
     torch.testing.assert_close(rest.logits[:, 1:], model(ids).logits, **TOLERANCE)
 
 
-def test_documents_whose_positions_restart_do_not_see_each_other(micro_model, token_ids):
+def test_documents_whose_positions_restart_do_not_attend_to_each_other(micro_model, token_ids):
     model, ids = micro_model(num_nextn_predict_layers=1), token_ids(1, 11)
     position_ids = torch.cat([torch.arange(6), torch.arange(5)])[None]
     embeds = model.model.embed_tokens(ids).detach().requires_grad_()

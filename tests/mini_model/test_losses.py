@@ -63,10 +63,10 @@ def mtp_losses_by_hand(model, ids):
         for position in range(length - depth):
             embeds = trunk.embed_tokens(ids[:, depth : position + depth + 1])
             previous = states[:, : position + 1]
-            joined = layer.eh_proj(torch.cat([layer.enorm(embeds), layer.hnorm(previous)], dim=-1))
-            context = trunk.attention_context(joined, None, None)
-            update, _ = layer.self_attn(layer.input_layernorm(joined), *list(context.values())[1::-1])
-            hidden = joined + update
+            merged = layer.eh_proj(torch.cat([layer.enorm(embeds), layer.hnorm(previous)], dim=-1))
+            context = trunk.attention_context(merged, None, None)
+            update, _ = layer.self_attn(layer.input_layernorm(merged), *list(context.values())[1::-1])
+            hidden = merged + update
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))[0]
             nexts.append(layer.shared_head["norm"](hidden)[:, -1])
             if position + depth + 1 < length:
@@ -78,7 +78,7 @@ def mtp_losses_by_hand(model, ids):
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_the_mtp_loss_equals_its_slow_twin(micro_model, token_ids, depth):
+def test_the_mtp_loss_equals_the_one_by_hand(micro_model, token_ids, depth):
     model, ids = micro_model(num_nextn_predict_layers=depth), token_ids(2, 8)
     out = model(ids, labels=ids, mtp_loss_weight=0.3)
     with torch.no_grad():
@@ -99,12 +99,12 @@ def test_the_mtp_loss_sees_no_padding(micro_model, token_ids):
     torch.testing.assert_close(together.mtp_loss, alone.mtp_loss, rtol=1e-5, atol=1e-6)
 
 
-def test_prediction_modules_keep_packed_documents_apart(micro_model, token_ids):
+def test_mtp_modules_keep_packed_documents_apart(micro_model, token_ids):
     model, ids = micro_model(num_nextn_predict_layers=1), token_ids(1, 11)
 
     def states(tokens, position_ids=None):
         hidden = model.model(tokens, position_ids=position_ids).last_hidden_state
-        return next(model.model.predictions_ahead(hidden, model.model.embed_tokens(tokens), None, position_ids))
+        return next(model.model.mtp_hidden_states(hidden, model.model.embed_tokens(tokens), None, position_ids))
 
     packed = states(ids, torch.cat([torch.arange(6), torch.arange(5)])[None])
     torch.testing.assert_close(packed[:, :5], states(ids[:, :6]), rtol=1e-4, atol=1e-5)
@@ -121,7 +121,7 @@ def test_a_packed_documents_mtp_loss_is_its_tokens_alone(micro_model, token_ids)
         """Losses of the tokens of one document; its first token after it may be predicted, as the end of the text."""
         tokens = torch.cat([document, following], dim=1)
         hidden = model.model(tokens).last_hidden_state
-        states = list(model.model.predictions_ahead(hidden, model.model.embed_tokens(tokens)))[depth - 1]
+        states = list(model.model.mtp_hidden_states(hidden, model.model.embed_tokens(tokens)))[depth - 1]
         logits = model.lm_head(states[:, : document.shape[1] - depth])
         targets = tokens[:, depth + 1 : document.shape[1] + 1]
         return [F.cross_entropy(row, target).item() for row, target in zip(logits[0], targets[0], strict=False)]
@@ -131,7 +131,7 @@ def test_a_packed_documents_mtp_loss_is_its_tokens_alone(micro_model, token_ids)
     assert packed.item() == pytest.approx(sum(expected) / 2, rel=1e-5)
 
 
-def test_a_prediction_module_is_a_mixture_of_experts_even_behind_a_dense_trunk(micro_model, token_ids):
+def test_a_mtp_module_is_a_mixture_of_experts_even_behind_a_dense_trunk(micro_model, token_ids):
     model, ids = micro_model(num_nextn_predict_layers=1, first_k_dense_replace=9), token_ids()
     assert [layer for layer, _ in model.routers()] == [3]
     assert model(ids, labels=ids, sequence_loss_weight=1.0).sequence_loss is None
@@ -159,7 +159,7 @@ def test_the_mtp_loss_trains_the_trunk_the_embedding_and_the_head(micro_model, t
     assert untouched == []
 
 
-def test_without_its_weight_no_prediction_module_runs_and_no_other_gradient_changes(micro_model, token_ids):
+def test_without_its_weight_no_mtp_module_runs_and_no_other_gradient_changes(micro_model, token_ids):
     ids = token_ids()
     plain, with_module = micro_model(), micro_model(num_nextn_predict_layers=1)
     with_module.load_state_dict(plain.state_dict(), strict=False)
@@ -172,14 +172,14 @@ def test_without_its_weight_no_prediction_module_runs_and_no_other_gradient_chan
     assert all(parameter.grad is None for parameter in ahead)
 
 
-def test_a_model_without_prediction_modules_ignores_the_mtp_weight(micro_model, token_ids):
+def test_a_model_without_mtp_modules_ignores_the_mtp_weight(micro_model, token_ids):
     model, ids = micro_model(), token_ids()
     out = model(ids, labels=ids, mtp_loss_weight=0.3)
     assert out.mtp_loss is None
     assert torch.equal(out.loss, out.cross_entropy_loss)
 
 
-def test_training_on_labels_never_makes_the_logits_and_passes_the_seam(micro_model, token_ids):
+def test_training_on_labels_computes_no_logits_and_calls_the_models_cross_entropy(micro_model, token_ids):
     model, ids = micro_model(num_nextn_predict_layers=1), token_ids()
     calls = []
 

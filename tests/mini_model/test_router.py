@@ -25,9 +25,9 @@ def choice_by_hand(scores, bias, num_groups, topk_group, top_k):
 @given(
     topology=st.sampled_from([(8, 4, 2, 3), (8, 1, 1, 6), (8, 2, 1, 4), (16, 4, 3, 5), (6, 3, 3, 1)]),
     seed=st.integers(0, 10_000),
-    normalised=st.booleans(),
+    normalized=st.booleans(),
 )
-def test_the_router_chooses_and_weighs_as_the_report_says(topology, seed, normalised):
+def test_the_router_chooses_and_weighs_as_the_report_says(topology, seed, normalized):
     experts, groups, topk_group, top_k = topology
     config = DeepseekV3Config(
         hidden_size=10,
@@ -35,7 +35,7 @@ def test_the_router_chooses_and_weighs_as_the_report_says(topology, seed, normal
         n_group=groups,
         topk_group=topk_group,
         num_experts_per_tok=top_k,
-        norm_topk_prob=normalised,
+        norm_topk_prob=normalized,
     )
     generator = torch.Generator().manual_seed(seed)
     router = DeepseekV3TopkRouter(config)
@@ -48,10 +48,10 @@ def test_the_router_chooses_and_weighs_as_the_report_says(topology, seed, normal
         scores = affinities[token].tolist()
         expected = choice_by_hand(scores, router.e_score_correction_bias.tolist(), groups, topk_group, top_k)
         assert sorted(index[token].tolist()) == expected
-        total = sum(scores[expert] for expert in expected) if normalised else 1.0
+        total = sum(scores[expert] for expert in expected) if normalized else 1.0
         for expert, gate in zip(index[token].tolist(), gates[token].tolist(), strict=True):
             assert gate == pytest.approx(2.5 * scores[expert] / total, rel=1e-5)
-    if normalised:
+    if normalized:
         torch.testing.assert_close(gates.sum(dim=1), torch.full((7,), 2.5))
 
 

@@ -3,7 +3,8 @@
 Written from llama.cpp 0c1e57098 (src/models/deepseek2.cpp, src/llama-graph.cpp, ggml's rope), not from this project's
 model: absorbed attention with one key per position, `attn_k_b` on the queries and `attn_v_b` on the output.
 
-Letters: S positions, D embedding, H heads, C latent, N and P the key's parts, E experts.
+Letters: S positions, X keys, D hidden_size, H num_attention_heads, P qk_rope_head_dim, C kv_lora_rank,
+E n_routed_experts
 """
 
 import math
@@ -49,14 +50,14 @@ class GGUFModel:
         assert self.get("attention.value_length") == latent_width
         if self.get("attention.q_lora_rank"):
             compressed = self.rms(h_SD @ weights["attn_q_a.weight"].T, weights["attn_q_a_norm.weight"])
-            q_SHK = (compressed @ weights["attn_q_b.weight"].T).reshape(len(h_SD), heads, key_width)
+            query = (compressed @ weights["attn_q_b.weight"].T).reshape(len(h_SD), heads, key_width)
         else:
-            q_SHK = (h_SD @ weights["attn_q.weight"].T).reshape(len(h_SD), heads, key_width)
-        q_nope, q_rope = np.split(q_SHK, [key_width - rotated_width], axis=-1)
+            query = (h_SD @ weights["attn_q.weight"].T).reshape(len(h_SD), heads, key_width)
+        q_nope, q_rope = np.split(query, [key_width - rotated_width], axis=-1)
         down = h_SD @ weights["attn_kv_a_mqa.weight"].T
         latent, k_rope = np.split(down, [latent_width], axis=-1)
         latent_SC = self.rms(latent, weights["attn_kv_a_norm.weight"])
-        q_rope, k_rope = self.turned(q_rope), self.turned(k_rope[:, None])[:, 0]
+        q_rope, k_rope = self.rotate(q_rope), self.rotate(k_rope[:, None])[:, 0]
         query = np.concatenate([np.einsum("shn,hcn->shc", q_nope, weights["attn_k_b.weight"]), q_rope], axis=-1)
         key = np.concatenate([latent_SC, k_rope], axis=-1)
         scores_HSX = np.einsum("shk,xk->hsx", query, key) * self.score_scale()
@@ -83,8 +84,8 @@ class GGUFModel:
         mscale = factor * (1.0 + 0.1 * log) * (1.0 + 0.1 * multiplier * log)
         return mscale**2 / math.sqrt(self.get("attention.key_length_mla"))
 
-    def turned(self, x_SHP):
-        """Each pair of neighbours turned by its position's angle."""
+    def rotate(self, x_SHP):
+        """Return `x` with each adjacent pair of dimensions rotated by its position's angle."""
         width, base = x_SHP.shape[-1], self.get("rope.freq_base")
         log, factor, _ = self.yarn()
         frequency = base ** (-np.arange(0, width, 2) / width)

@@ -1,4 +1,4 @@
-"""The exported folder as strangers meet it: stock transformers, remote code elsewhere, other servers' loaders."""
+"""The exported folder in other programs: stock transformers, remote code in another process, MtpModel."""
 
 import ast
 import json
@@ -39,7 +39,7 @@ SIZES = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-STRANGER = """
+PROGRAM = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
 ids = torch.tensor(json.loads(sys.argv[1]))
@@ -70,7 +70,7 @@ def ids():
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A model with a prediction module and the folder it was exported to."""
+    """A model with a MTP module and the folder it was exported to."""
     folder = tmp_path_factory.mktemp("final_model")
     model = build(num_nextn_predict_layers=1)
     model.save_pretrained(folder)
@@ -79,19 +79,19 @@ def exported(tmp_path_factory):
 
 @pytest.fixture
 def stock_that_knows_where_the_module_lies(monkeypatch):
-    """transformers 5.23 looks for prediction modules at layer 61 only, which is what its own class attribute says."""
+    """transformers 5.23 looks for MTP modules at layer 61 only, which is what its own class attribute says."""
     monkeypatch.setattr(StockModel, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2\..*"])
     return StockModel
 
 
 @torch.no_grad()
-def test_a_stranger_in_another_folder_gets_our_logits_with_and_without_our_code(exported, ids, tmp_path):
+def test_another_process_in_another_folder_gets_our_logits_with_and_without_our_code(exported, ids, tmp_path):
     folders, models = [], []
     for name, model in (("mtp", exported[0]), ("tied", build(tie_word_embeddings=True))):
         folders.append(tmp_path / name)
         models.append(model)
         model.save_pretrained(folders[-1])
-    command = [sys.executable, "-c", STRANGER, json.dumps(ids.tolist()), *map(str, folders)]
+    command = [sys.executable, "-c", PROGRAM, json.dumps(ids.tolist()), *map(str, folders)]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -138,7 +138,7 @@ def test_the_keys_and_shapes_are_deepseeks(exported):
     assert shapes == expected
 
 
-def test_the_copies_under_the_prediction_module_equal_their_originals(exported):
+def test_the_copies_under_the_mtp_module_equal_their_originals(exported):
     model, folder = exported
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert torch.equal(file.get_tensor("model.layers.2.embed_tokens.weight"), model.model.embed_tokens.weight)
@@ -173,7 +173,7 @@ def test_our_class_loads_the_folder_whole_and_without_complaint(exported, ids):
     model.eval()
 
 
-def test_stock_transformers_ignores_the_prediction_module_once_told_its_layer(
+def test_stock_transformers_ignores_the_mtp_module_if_it_knows_its_layer(
     exported, stock_that_knows_where_the_module_lies
 ):
     _, info = stock_that_knows_where_the_module_lies.from_pretrained(exported[1], output_loading_info=True)
@@ -191,7 +191,7 @@ def test_stock_drafting_computes_what_training_computed(exported, ids, origin, s
     positions = torch.arange(1, ids.shape[1])[None]
     drafted = drafting.forward_layer(0, hidden, positions, None, input_ids=ids[:, 1:])
     trained = next(
-        model.model.predictions_ahead(
+        model.model.mtp_hidden_states(
             model.model(ids, use_cache=False).last_hidden_state, model.model.embed_tokens(ids)
         )
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from gguf import MODEL_ARCH, MODEL_TENSORS, TENSOR_NAMES
 
-from dsv3.data.tokenizer import load_tokenizer, save_trained, train_tokenizer
+from dsv3.data.tokenizer import read_tokenizer, save_trained, train_tokenizer
 from dsv3.export.gguf.write import export_gguf
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
@@ -253,8 +253,8 @@ def test_llama_cpp_itself_computes_the_same_logits_and_tokens(pair, ids):
 
 
 @pytest.mark.parametrize("text", ODD_TEXTS)
-def test_llama_cpp_itself_cuts_texts_as_the_tokenizer_does(base, text):
-    want = load_tokenizer(base[1].parent / "model").encode(text).ids
+def test_llama_cpp_itself_splits_texts_as_the_tokenizer_does(base, text):
+    want = read_tokenizer(base[1].parent / "model").encode(text).ids
     with llama(base[1]) as other:
         assert other.tokenize(text.encode(), add_bos=False, special=False) == want
         assert other.tokenize(text.encode(), add_bos=True, special=False) == [0, *want]

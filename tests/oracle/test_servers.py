@@ -108,8 +108,8 @@ BREAKAGES = {
     "the head absent": lambda tensors: without(tensors, "lm_head"),
 }
 MTP_BREAKAGES = {
-    "the way in absent": (lambda tensors: without(tensors, "enorm"), {"vllm", "sglang"}),
-    "the way in transposed": (lambda tensors: transposed(tensors, "eh_proj"), {"vllm", "sglang"}),
+    "no norm of the embedding": (lambda tensors: without(tensors, "enorm"), {"vllm", "sglang"}),
+    "the merging projection transposed": (lambda tensors: transposed(tensors, "eh_proj"), {"vllm", "sglang"}),
     "one layer too far": (lambda tensors: renamed(tensors, "layers.3.", "layers.4."), {"vllm", "sglang"}),
     "no copy of the embedding": (lambda tensors: without(tensors, "layers.3.embed_tokens"), {"vllm"}),
     "no copy of the head": (lambda tensors: without(tensors, "layers.3.shared_head.head"), {"vllm"}),
@@ -125,7 +125,7 @@ def test_a_broken_trunk_fits_no_server(folder, tmp_path, change):
 
 
 @pytest.mark.parametrize(("change", "names"), MTP_BREAKAGES.values(), ids=MTP_BREAKAGES.keys())
-def test_a_broken_prediction_module_fits_no_server_that_reads_it(folder, tmp_path, change, names):
+def test_a_broken_mtp_module_fits_no_server_that_reads_it(folder, tmp_path, change, names):
     target = broken(folder, tmp_path / "broken", change)
     for server in (VLLM_MTP, SGLANG_NEXTN):
         found, expected = fits(server, target)
@@ -139,7 +139,7 @@ def test_the_configuration_has_every_field_that_servers_read(folder):
     assert (config["topk_method"], config["scoring_func"], config["hidden_act"]) == ("noaux_tc", "sigmoid", "silu")
 
 
-def test_positions_are_told_under_the_names_of_transformers_4_and_5_alike(folder, tmp_path):
+def test_rope_parameters_are_written_under_the_names_of_transformers_4_and_5_alike(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
     assert (config["rope_theta"], config["rope_scaling"]) == (10000.0, None)
@@ -151,7 +151,7 @@ def test_positions_are_told_under_the_names_of_transformers_4_and_5_alike(folder
 
 @torch.no_grad()
 @pytest.mark.parametrize("loader", [StockModel, DeepseekV3ForCausalLM], ids=["stock", "ours"])
-def test_what_is_there_for_servers_changes_nothing_for_transformers(tmp_path, loader):
+def test_what_is_written_for_servers_changes_nothing_for_transformers(tmp_path, loader):
     architecture = {"tie_word_embeddings": True, "rope_parameters": YARN, "num_nextn_predict_layers": 0}
     folder = exported(tmp_path, **architecture)
     loaded, info = loader.from_pretrained(folder, output_loading_info=True)

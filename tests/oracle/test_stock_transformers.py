@@ -50,7 +50,7 @@ TOPOLOGIES = {
     "yarn": {"rope_parameters": YARN},
     "yarn with mscale": {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 32.0}},
     "rope in halves": {"rope_interleave": False},
-    "gates not normalised": {"norm_topk_prob": False, "routed_scaling_factor": 1.0},
+    "gates not normalized": {"norm_topk_prob": False, "routed_scaling_factor": 1.0},
     "biased projections, other epsilon": {"attention_bias": True, "rms_norm_eps": 1e-3},
     "half the layers of mini": {"n_routed_experts": 16, "n_group": 8, "topk_group": 4, "num_experts_per_tok": 4},
 }
@@ -58,7 +58,7 @@ TOPOLOGIES = {
 
 @pytest.fixture(scope="module", params=TOPOLOGIES.values(), ids=TOPOLOGIES.keys())
 def pair(request, tmp_path_factory):
-    """Our model, its twin that stock transformers loaded from our folder, and the twin's twin that we loaded back."""
+    """Our model, the one that stock transformers loads from our folder, and ours loaded from the folder it saved."""
     torch.manual_seed(0)
     ours = DeepseekV3ForCausalLM(DeepseekV3Config(**{**SIZES, **request.param}))
     for _, router in ours.routers():

@@ -117,6 +117,18 @@ class Laboratory:
             start_new_session=True,
         )
 
+    def edit(self, name: str, old: str, new: str) -> None:
+        """Replace a text that stands in a file."""
+        path = self.root / name
+        text = path.read_text(encoding="utf-8")
+        assert old in text, f"{name} has no {old!r}"
+        path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+    def restore(self) -> None:
+        """Go back to the last commit, and to the outputs that it names."""
+        self.run("git", "checkout", "--quiet", "--force", "HEAD")
+        self.run("dvc", "checkout", "--force")
+
     def json(self, name: str) -> Any:
         """The content of a JSON file."""
         return json.loads((self.root / name).read_text())

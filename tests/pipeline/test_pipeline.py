@@ -2,13 +2,16 @@
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 
 import pytest
 
+from dsv3.dependencies import TRAIN_VIEWS, VIEWS, dependencies
 from tests.pipeline.laboratory import Laboratory
 
 pytestmark = pytest.mark.pipeline
@@ -46,13 +49,55 @@ def test_the_pipeline_runs_from_nothing_to_a_model_that_was_scored(laboratory):
     history = laboratory.rows("results/train/history.tsv")
     loss = history[0].index("loss")
     assert float(history[-1][loss]) < float(history[1][loss])
-    assert not (laboratory.root / ".checkpoints").exists() or not any((laboratory.root / ".checkpoints").iterdir())
+    assert [path.name for path in (laboratory.root / ".checkpoints").iterdir()] == ["locks"]
 
 
 def test_nothing_runs_a_second_time(laboratory):
     laboratory.commit("Results")
     assert "up to date" in laboratory.run("dvc", "repro").stdout
     assert laboratory.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_an_edit_of_a_tracker_or_of_another_view_reruns_nothing(laboratory):
+    def edit(views: Iterable[str]) -> None:
+        for path in (laboratory.root / view for view in views):
+            for file in path.glob("*.py") if path.is_dir() else [path]:
+                file.write_text(f"{file.read_text()}\n\nEDITED = True\n")
+
+    edit(VIEWS)
+    assert "up to date" in laboratory.run("dvc", "status").stdout
+    edit(TRAIN_VIEWS)
+    assert "up to date" in laboratory.run("dvc", "status", "train", "evaluate", "sample").stdout
+    laboratory.restore()
+
+
+def test_a_new_parameter_of_the_training_leaves_what_follows_alone_and_one_of_the_machine_everything(laboratory):
+    laboratory.edit("dsv3/params/runtime.py", "    num_processes: int", "    nice: int\n\n    num_processes: int")
+    laboratory.edit("params.yaml", "  num_processes: 1", "  nice: 10\n  num_processes: 1")
+    assert "up to date" in laboratory.run("dvc", "status").stdout
+    laboratory.edit("dsv3/params/train.py", "    max_steps: int", "    z_loss_weight: float\n\n    max_steps: int")
+    laboratory.edit("params.yaml", "  max_steps: 20", "  z_loss_weight: 0.0\n  max_steps: 20")
+    assert "up to date" in laboratory.run("dvc", "status", "evaluate", "sample").stdout
+    assert "changed deps" in laboratory.run("dvc", "status", "train").stdout
+    laboratory.restore()
+
+
+def test_another_question_to_the_estimate_runs_the_estimate_only(laboratory):
+    result = laboratory.run("dvc", "exp", "run", "-S", "estimate_size.context_tokens=8192")
+    assert re.findall(r"Running stage '(\w+)'", result.stdout) == ["estimate_size"]
+    size = laboratory.json("results/estimate_size/metrics.json")
+    assert size["inference_kv_cache_bytes"] == 8192 * size["inference_kv_cache_bytes_per_token"]
+    laboratory.restore()
+
+
+def test_a_memory_budget_stops_a_training_before_it_starts_or_changes_nothing(laboratory):
+    laboratory.set_params({"estimate_size": {"memory_budget_gib": 1000.0}})
+    assert re.findall(r"Running stage '(\w+)'", laboratory.run("dvc", "repro").stdout) == ["estimate_size"]
+    laboratory.set_params({"estimate_size": {"memory_budget_gib": 0.001}})
+    result = laboratory.run("dvc", "repro", "train", status=255)
+    assert re.findall(r"Running stage '(\w+)'", result.stdout) == ["estimate_size"]
+    assert "estimate_size.memory_budget_gib is 0.001; training needs" in result.stderr
+    laboratory.restore()
 
 
 def test_an_experiment_is_a_run_of_its_own_beside_the_first(laboratory, tmp_path):
@@ -64,8 +109,7 @@ def test_an_experiment_is_a_run_of_its_own_beside_the_first(laboratory, tmp_path
     table = laboratory.run("dvc", "exp", "show", "--csv", "--only-changed").stdout
     assert "slower" in table
     assert "0.001" in table
-    laboratory.run("git", "checkout", "--quiet", "--force", "HEAD")
-    laboratory.run("dvc", "checkout", "--force")
+    laboratory.restore()
 
 
 def test_a_temporary_experiment_reports_into_the_same_aim_repository(laboratory, tmp_path):
@@ -106,7 +150,7 @@ def test_a_mistake_is_one_line_and_status_2_in_every_stage(laboratory, change, t
         (laboratory.root / "params.yaml").write_text(before)
 
 
-def test_ctrl_c_saves_and_the_next_repro_goes_on_to_the_same_weights(laboratory, tmp_path):
+def test_after_ctrl_c_the_next_repro_goes_on_to_the_same_weights_whatever_comments_were_written(laboratory, tmp_path):
     longer = {"train": {"max_steps": 120}}
     laboratory.set_params(longer)
     process = laboratory.start("dvc", "repro", "train")
@@ -119,6 +163,10 @@ def test_ctrl_c_saves_and_the_next_repro_goes_on_to_the_same_weights(laboratory,
     process.communicate(timeout=60)
     assert process.returncode != 0
     assert not (laboratory.root / "outputs/final_model").exists()
+    for name in dependencies("train"):
+        with (laboratory.root / name).open("a") as file:
+            file.write("# Another comment.\n")
+    laboratory.set_params({"runtime": {"resume": "must"}})
     resumed = laboratory.run("dvc", "repro", "train")
     steps = [int(row[0]) for row in laboratory.rows("results/train/history.tsv")[1:]]
     assert steps == sorted(set(steps)) and steps[-1] == 120, resumed.stderr

@@ -43,7 +43,7 @@ def test_it_writes_metrics_of_the_chosen_model_and_a_table_of_all_and_prints_bot
     result = run(project, "--output", "results/estimate_size")
     assert result.returncode == 0, result.stderr
     folder = project / "results" / "estimate_size"
-    assert sorted(path.name for path in folder.iterdir()) == ["metrics.json", "table.json", "table.md"]
+    assert sorted(path.name for path in folder.iterdir()) == ["accepted.txt", "metrics.json", "table.json", "table.md"]
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert (metrics["parameters_total"], metrics["parameters_active"]) == (142_435_584, 103_507_200)
     rows = json.loads((folder / "table.json").read_text(encoding="utf-8"))
@@ -83,6 +83,19 @@ def test_a_training_over_the_budget_stops_the_pipeline_here_in_one_line(project)
     assert result.stderr.startswith("estimate_size.memory_budget_gib is 0.001; training needs ")
     assert result.stderr.count("\n") == 1
     assert not (project / "out").exists()
+
+
+def test_what_train_depends_on_knows_no_number_and_goes_when_a_training_is_refused(project):
+    accepted = project / "out" / "accepted.txt"
+    assert run(project, "--output", "out").returncode == 0
+    before = accepted.read_bytes()
+    edit(project, "context_tokens: 4096", "context_tokens: 8192")
+    edit(project, "memory_budget_gib: null", "memory_budget_gib: 1000")
+    assert run(project, "--output", "out").returncode == 0
+    assert accepted.read_bytes() == before
+    edit(project, "memory_budget_gib: 1000", "memory_budget_gib: 0.001")
+    assert run(project, "--output", "out").returncode == 2
+    assert not accepted.exists()
 
 
 def test_a_mistake_in_any_section_is_one_line_and_status_2(project):

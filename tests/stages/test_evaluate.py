@@ -43,7 +43,7 @@ def test_it_writes_metrics_tables_and_figures(prepared, output):
         assert metrics[split]["characters"] == meta["splits"][split]["characters"]
     assert metrics["heldout"]["tokens"] == metrics["validation"]["tokens"] + metrics["test"]["tokens"]
     assert 5 < metrics["heldout"]["nats_per_token"] < 6.5  # random weights: about ln 272 = 5.6
-    assert metrics["router"]["num_layers"] == 2  # that of the prediction module too
+    assert metrics["router"]["num_layers"] == 2  # that of the MTP module too
     assert metrics["mtp"]["depth_1"]["tokens"] == metrics["heldout"]["tokens"] - 2  # a first target of each split less
     assert len((output / "loss_by_position.tsv").read_text().splitlines()) == 1 + 32
     assert len((output / "expert_load.tsv").read_text().splitlines()) == 1 + 2 * 4
@@ -90,7 +90,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(prepared, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "final_model" / "config.json").unlink(), r"holds no config\.json, so no model"),
+        (
+            lambda folder: (folder / "final_model" / "config.json").unlink(),
+            r"holds no config\.json; run dvc repro train",
+        ),
         (lambda folder: edit_json(folder / "final_model" / "config.json", auto_map={}), "names no code of its own"),
         (lambda folder: (folder / "run.json").unlink(), r"run\.json: no such file; run dvc repro train"),
         (lambda folder: (folder / "tokens" / "test_00000.bin").unlink(), r"test_00000\.bin: no such token shard"),

@@ -87,5 +87,5 @@ def test_speculation_without_prediction_modules_is_refused_in_the_first_second(p
     config = {"config": str(tmp_path / "copy" / "config.json")}
     set_params(tmp_path / "copy", model=config, sample={"speculative": True})
     edit_json(tmp_path / "copy" / "config.json", num_nextn_predict_layers=0)
-    with pytest.raises(UserError, match=r"sample\.speculative is true; needs a model with prediction modules"):
+    with pytest.raises(UserError, match=r"sample\.speculative is true; needs a model with MTP modules"):
         run(tmp_path / "copy", tmp_path / "none.md", dry_run=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3.data.corpus import Origin, write_manifest, write_text
+from dsv3.data.corpus import Origin, write_manifest, write_single_text
 from tests.committed import PROJECT
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +21,7 @@ def project(tmp_path):
     shutil.copytree(PROJECT / "mini_model", tmp_path / "mini_model", ignore=shutil.ignore_patterns("__pycache__"))
     corpus = tmp_path / "data" / "corpus"
     corpus.mkdir(parents=True)
-    write_manifest(corpus, "file", Origin("file", {}), write_text(corpus, [TEXT.encode()], "text"))
+    write_manifest(corpus, "file", Origin("file", {}), write_single_text(corpus, [TEXT.encode()], "text"))
     return tmp_path
 
 

@@ -1,11 +1,12 @@
-"""What a GGUF file says about the network: the keys that llama.cpp's architecture `deepseek2` reads.
+"""The metadata of the network in a GGUF file: the keys that llama.cpp's architecture `deepseek2` reads.
 
-llama.cpp computes MLA in its absorbed form only. All heads then share one key, the latent beside the rotated part, and
-one value, the latent, so the file describes a model with a single key-value head of that width; the widths before
-absorption stand in `key_length_mla` and `value_length_mla`.
+llama.cpp computes MLA in its absorbed form only. All heads then share one key, the latent with the rotary part, and one
+value, the latent, so the file describes a model with a single key-value head of that width. The widths before
+absorption are `key_length_mla` and `value_length_mla`.
 
-What llama.cpp would read and compute differently is refused in one line: a wrong number must not be loadable. Keys and
-behaviour were read in llama.cpp 0c1e57098 (src/models/deepseek2.cpp, src/llama-model.cpp, src/llama-context.cpp).
+A configuration that llama.cpp would read and compute differently is refused in one line, so that no file gives wrong
+results. Keys and behavior were read in llama.cpp 0c1e57098 (src/models/deepseek2.cpp, src/llama-model.cpp,
+src/llama-context.cpp).
 """
 
 import math
@@ -18,17 +19,16 @@ from mini_model.modeling_deepseek import inverse_frequencies
 ARCHITECTURE = "deepseek2"
 SIGMOID = 2
 """llama.cpp's number of the gating function."""
-
 LITE_LAYERS = (26, 27)
-"""llama.cpp recognises DeepSeek-V2-Lite and its like by these numbers of layers, and then reads no `q_lora_rank`."""
+"""llama.cpp takes models with these numbers of layers for DeepSeek-V2-Lite, and then reads no `q_lora_rank`."""
 LATENT_NORM_EPS = 1e-6
-"""The epsilon of the two norms inside attention, whatever `rms_norm_eps` is; llama.cpp has one for all norms."""
+"""Epsilon of the two norms inside attention, whatever `rms_norm_eps` is; llama.cpp has one for all norms."""
 YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
-"""What llama.cpp takes for this architecture without looking into the file."""
+"""What llama.cpp uses for this architecture; it does not read these from the file."""
 
 
 def network_metadata(config: DeepseekV3Config) -> dict[str, int | float | bool | str]:
-    """Return keys and values of the network; `UserError` for one that llama.cpp would compute differently."""
+    """Return keys and values of the network; `UserError` if llama.cpp would compute it differently."""
     check_expressible(config)
     values: dict[str, int | float | bool | str] = {
         "vocab_size": config.vocab_size,
@@ -45,7 +45,7 @@ def network_metadata(config: DeepseekV3Config) -> dict[str, int | float | bool |
         "attention.key_length_mla": config.qk_head_dim,
         "attention.value_length_mla": config.v_head_dim,
         "attention.kv_lora_rank": config.kv_lora_rank,
-        "attention.q_lora_rank": config.q_lora_rank or 0,  # required; 0 is how it says "none"
+        "attention.q_lora_rank": config.q_lora_rank or 0,  # required; 0 means none
         **expert_metadata(config),
         **rope_metadata(config),
     }
@@ -57,21 +57,20 @@ def expert_metadata(config: DeepseekV3Config) -> dict[str, int | float | bool]:
     values: dict[str, int | float | bool] = {
         "expert_count": config.n_routed_experts,
         "expert_used_count": config.num_experts_per_tok,
-        "expert_shared_count": max(
-            config.n_shared_experts, 1
-        ),  # none is written as one of zeros (dsv3.export.gguf.tensors)
+        # A model without shared experts is written with one of zeros (dsv3.export.gguf.tensors).
+        "expert_shared_count": max(config.n_shared_experts, 1),
         "expert_feed_forward_length": config.moe_intermediate_size,
         "expert_weights_scale": float(config.routed_scaling_factor),
         "expert_weights_norm": bool(config.norm_topk_prob),
         "expert_gating_func": SIGMOID,
     }
-    if config.topk_group < config.n_group:  # llama.cpp ends the process where all groups may be used
+    if config.topk_group < config.n_group:  # llama.cpp aborts where all groups may be used
         values |= {"expert_group_count": config.n_group, "expert_group_used_count": config.topk_group}
     return values
 
 
 def rope_metadata(config: DeepseekV3Config) -> dict[str, int | float | str]:
-    """Return the keys of the positions, without the architecture's prefix.
+    """Return the keys of RoPE and YaRN, without the architecture's prefix.
 
     The model puts YaRN's attention factor A on cosine and sine, and mscale² on all scores. llama.cpp reads an
     `attn_factor` a and a `yarn_log_multiplier` 0.1·m; it puts a on cosine and sine, and a²·(1 + 0.1·m·ln(factor))² on
@@ -88,7 +87,7 @@ def rope_metadata(config: DeepseekV3Config) -> dict[str, int | float | str]:
     log_factor = 0.1 * math.log(rope["factor"])
     mscale = math.sqrt(config.softmax_scale * math.sqrt(config.qk_head_dim))
     log_multiplier = 0.1 * (mscale / attention_factor - 1.0) / log_factor
-    if log_multiplier == 0.0:  # llama.cpp takes that for unset, and a gets YaRN's own 1 + 0.1·ln(factor)
+    if log_multiplier == 0.0:  # llama.cpp takes 0 for unset, and multiplies a by YaRN's 1 + 0.1·ln(factor)
         attention_factor /= 1.0 + log_factor
     return values | {
         "rope.scaling.type": "yarn",
@@ -100,7 +99,7 @@ def rope_metadata(config: DeepseekV3Config) -> dict[str, int | float | str]:
 
 
 def check_expressible(config: DeepseekV3Config) -> None:
-    """Raise `UserError` for the first thing that llama.cpp's `deepseek2` lacks or decides by itself."""
+    """Raise `UserError` for the first field that llama.cpp's `deepseek2` does not support or does not read."""
     required = {"hidden_act": "silu", "attention_bias": False, "rms_norm_eps": LATENT_NORM_EPS}
     for name, value in required.items():
         if getattr(config, name) != value:
@@ -109,8 +108,8 @@ def check_expressible(config: DeepseekV3Config) -> None:
             )
     if config.num_hidden_layers in LITE_LAYERS and config.q_lora_rank:
         raise UserError(
-            f"config.json: num_hidden_layers is {config.num_hidden_layers}; llama.cpp takes a deepseek2 of that many "
-            "layers for one without q_lora_rank; no GGUF can say otherwise"
+            f"config.json: num_hidden_layers is {config.num_hidden_layers}; llama.cpp takes a deepseek2 with that many "
+            "layers for one without q_lora_rank; train with another number"
         )
     rope: dict[str, Any] = config.rope_parameters or {}
     if rope.get("rope_type", "default") == "default":

@@ -1,15 +1,16 @@
 """The weights under llama.cpp's names and in its layout: architecture `deepseek2`.
 
-Four things differ from DeepSeek's files. `kv_b_proj` is cut into its two halves, and the half that makes keys is
+They differ from DeepSeek's files in four ways. `kv_b_proj` is split into its two halves, and the half for keys is
 transposed per head, since llama.cpp multiplies the queries by it (absorbed MLA). The experts of a layer are stacked. A
-model without shared experts gets one of zeros, which adds exactly nothing, because llama.cpp's graph has no way around
-it. Where pairs of rotated dimensions lie half a head apart (`rope_interleave: false`), rows of the two projections that
-make them are reordered into neighbours, which is all llama.cpp turns; both sides of the scores move alike.
+model without shared experts gets one of zeros, which adds exactly nothing, because llama.cpp's graph requires one.
+Where pairs of rotary dimensions lie half a head apart (`rope_interleave: false`), the rows of the two projections that
+make them are reordered into adjacent pairs, the only form that llama.cpp rotates; queries and keys are reordered alike,
+so the scores stay the same.
 
-Multi-token prediction modules are left out, as llama.cpp's own converter does for DeepSeek-V3: they draft, and the
-language model does not need them.
+MTP modules are left out, as llama.cpp's own converter does for DeepSeek-V3: they draft, and the language model does not
+need them.
 
-Letters: H heads, N qk_nope_head_dim, U v_head_dim, C kv_lora_rank.
+Letters: H num_attention_heads, N qk_nope_head_dim, U v_head_dim, C kv_lora_rank
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from torch import Tensor
 from mini_model.configuration_deepseek import DeepseekV3Config
 
 Weights = Callable[[str], Tensor]
-"""Returns the weight of a name."""
+"""From the name of a weight to the weight."""
 
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 MATRICES = ("gate", "up", "down")
@@ -29,7 +30,7 @@ MATRICES = ("gate", "up", "down")
 def gguf_tensors(config: DeepseekV3Config, weights: Weights) -> Iterator[tuple[str, Tensor]]:
     """Yield names and tensors of the whole file, from weights under DeepSeek's names.
 
-    Nothing but shapes is looked at, so weights on the meta device give names and shapes.
+    Values are not read, so weights on the meta device give names and shapes.
     """
     yield "token_embd.weight", weights("model.embed_tokens.weight")
     for layer in range(config.num_hidden_layers):
@@ -57,12 +58,12 @@ def layer_tensors(config: DeepseekV3Config, layer: int, weights: Weights) -> Ite
 def attention_tensors(config: DeepseekV3Config, weights: Weights) -> Iterator[tuple[str, Tensor]]:
     """Yield names and tensors of a layer's attention."""
     if config.q_lora_rank is None:
-        yield "attn_q.weight", paired(config, weights("q_proj"), config.qk_nope_head_dim)
+        yield "attn_q.weight", interleave_rope_rows(config, weights("q_proj"), config.qk_nope_head_dim)
     else:
         yield "attn_q_a.weight", weights("q_a_proj")
         yield "attn_q_a_norm.weight", weights("q_a_layernorm")
-        yield "attn_q_b.weight", paired(config, weights("q_b_proj"), config.qk_nope_head_dim)
-    yield "attn_kv_a_mqa.weight", paired(config, weights("kv_a_proj_with_mqa"), config.kv_lora_rank)
+        yield "attn_q_b.weight", interleave_rope_rows(config, weights("q_b_proj"), config.qk_nope_head_dim)
+    yield "attn_kv_a_mqa.weight", interleave_rope_rows(config, weights("kv_a_proj_with_mqa"), config.kv_lora_rank)
     yield "attn_kv_a_norm.weight", weights("kv_a_layernorm")
     heads = weights("kv_b_proj").unflatten(0, (config.num_attention_heads, -1))
     w_uk_HNC, w_uv_HUC = heads.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
@@ -84,11 +85,11 @@ def moe_tensors(config: DeepseekV3Config, weights: Weights) -> Iterator[tuple[st
         yield f"ffn_{matrix}_shexp.weight", shared
 
 
-def paired(config: DeepseekV3Config, weight: Tensor, not_rotated: int) -> Tensor:
-    """Return `weight`, a head of which is `not_rotated` rows and the rotated ones, with pairs of these side by side."""
+def interleave_rope_rows(config: DeepseekV3Config, weight: Tensor, num_plain: int) -> Tensor:
+    """Return `weight`, whose heads are `num_plain` rows and the rotary ones, with pairs of the latter adjacent."""
     if config.rope_interleave:
         return weight
-    heads = weight.unflatten(0, (-1, not_rotated + config.qk_rope_head_dim))
-    still, rotated = heads.split([not_rotated, config.qk_rope_head_dim], dim=1)
-    neighbours = rotated.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
-    return torch.cat([still, neighbours], dim=1).flatten(0, 1)
+    heads = weight.unflatten(0, (-1, num_plain + config.qk_rope_head_dim))
+    plain, rotary = heads.split([num_plain, config.qk_rope_head_dim], dim=1)
+    adjacent = rotary.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    return torch.cat([plain, adjacent], dim=1).flatten(0, 1)

@@ -1,8 +1,8 @@
-"""The tokenizer as llama.cpp reads it: tokens, their kinds, merges, and the name of the rule that cuts text into words.
+"""The tokenizer as llama.cpp reads it: tokens, their types, merges, and the name of the pre-tokenizer.
 
-llama.cpp has its own code for every such rule and finds it by name (`tokenizer.ggml.pre`). A tokenizer of
-`dsv3.data.tokenizer` cuts as GPT-2's did; a tokenizer that was brought along is recognised by its patterns, and refused
-where llama.cpp would cut elsewhere.
+llama.cpp has its own code for every pre-tokenizer and finds it by name (`tokenizer.ggml.pre`). A tokenizer of
+`dsv3.data.tokenizer` splits text as GPT-2's does. A tokenizer of the user's is recognized by its patterns, and refused
+where llama.cpp would split differently.
 """
 
 import json
@@ -12,10 +12,10 @@ from typing import Any
 from gguf import TokenType
 from tokenizers import Tokenizer
 
-from dsv3.data.tokenizer import TOKENIZER_FILE, load_tokenizer, num_ids, special_tokens
+from dsv3.data.tokenizer import TOKENIZER_FILE, num_ids, read_tokenizer, special_tokens
 from dsv3.errors import UserError
 
-WORD_RULES = {
+PRE_TOKENIZERS = {
     (): "gpt-2",
     (
         r"\p{N}{1,3}",
@@ -24,29 +24,29 @@ WORD_RULES = {
         r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
     ): "deepseek-v3",
 }
-"""Patterns that cut a text before its bytes are encoded -> llama.cpp's name; none is the encoder's own, GPT-2's."""
+"""Patterns by which text is split -> llama.cpp's name; without any, the byte-level encoder splits as GPT-2 does."""
 
 
 def vocabulary_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
     """Return the keys of the tokenizer in `folder` for an embedding of `vocab_size` rows, of which it may need fewer.
 
-    A document begins with bos in training and in `sample`, so llama.cpp is told to put it before a prompt.
+    A document begins with bos in training and in `sample`, so `add_bos_token` is true.
 
-    Raises `UserError` for a tokenizer that llama.cpp would replace by another.
+    Raises `UserError` for a tokenizer that llama.cpp would apply differently.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     path = folder / TOKENIZER_FILE
     if num_ids(tokenizer) > vocab_size:
         raise UserError(f"{path}: needs {num_ids(tokenizer)} rows; vocab_size in config.json is {vocab_size}")
     file: dict[str, Any] = json.loads(tokenizer.to_str())
-    rule = word_rule(file, path)
+    pre = pre_tokenizer_name(file, path)
     if not file["model"]["merges"]:
         raise UserError(f"{path}: has no merges; llama.cpp reads no tokenizer without one; raise tokenize.vocab_size")
     tokens, types = token_list(tokenizer, vocab_size)
     special = special_tokens(tokenizer, folder)
     values = {
         "model": "gpt2",
-        "pre": rule,
+        "pre": pre,
         "tokens": tokens,
         "token_type": types,
         "merges": [" ".join(pair) for pair in file["model"]["merges"]],
@@ -59,7 +59,7 @@ def vocabulary_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
 
 
 def token_list(tokenizer: Tokenizer, vocab_size: int) -> tuple[list[str], list[int]]:
-    """Return the text and the kind of each of `vocab_size` ids; an id without a token is called `[PAD<id>]`, unused."""
+    """Return the text and the type of each of `vocab_size` ids; an id without a token is `[PAD<id>]`, unused."""
     texts = [f"[PAD{token_id}]" for token_id in range(vocab_size)]
     types = [int(TokenType.UNUSED)] * vocab_size
     added = tokenizer.get_added_tokens_decoder()
@@ -71,8 +71,8 @@ def token_list(tokenizer: Tokenizer, vocab_size: int) -> tuple[list[str], list[i
     return texts, types
 
 
-def word_rule(file: dict[str, Any], path: Path) -> str:
-    """Return llama.cpp's name for the way in which the tokenizer cuts text into words; `UserError` if it has none."""
+def pre_tokenizer_name(file: dict[str, Any], path: Path) -> str:
+    """Return llama.cpp's name of the tokenizer's pre-tokenizer; `UserError` if it has none."""
     steps = flattened(file["pre_tokenizer"], "pretokenizers")
     patterns = tuple(step.get("pattern", {}).get("Regex", step["type"]) for step in steps[:-1])
     encoder = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": not patterns}
@@ -83,12 +83,12 @@ def word_rule(file: dict[str, Any], path: Path) -> str:
         and encoder.items() <= steps[-1].items()
         and all(step.get("behavior") == "Isolated" for step in steps[:-1])
     )
-    if not is_known or patterns not in WORD_RULES:
+    if not is_known or patterns not in PRE_TOKENIZERS:
         raise UserError(
-            f"{path}: cuts text as {[step['type'] for step in steps]} in a way that llama.cpp is not known to; "
-            f"must be a byte-level BPE that cuts as one of {', '.join(WORD_RULES.values())} does"
+            f"{path}: splits text by {[step['type'] for step in steps]}, which llama.cpp does not have in this form; "
+            f"must be a byte-level BPE that splits text as one of {', '.join(PRE_TOKENIZERS.values())} does"
         )
-    return WORD_RULES[patterns]
+    return PRE_TOKENIZERS[patterns]
 
 
 def flattened(step: dict[str, Any] | None, members: str) -> list[dict[str, Any]]:

@@ -1,9 +1,9 @@
-"""An exported model as one GGUF file, which llama.cpp and what is built on it load.
+"""An exported model as one GGUF file, for llama.cpp and programs built on it.
 
     python -m dsv3.export gguf outputs/final_model model.gguf --dtype bf16
 
-The file is written tensor by tensor, so no more than one layer's experts lie in memory. Norms, routers and their biases
-are fp32 in every file, as in llama.cpp's own converter: they are small, and the choice of experts hangs on them.
+The file is written tensor by tensor, so at most one layer's experts are in memory. Norms, routers and their biases are
+fp32 in every file, as in llama.cpp's own converter: they are small, and the choice of experts depends on them.
 """
 
 from contextlib import ExitStack
@@ -17,11 +17,12 @@ from gguf.quants import quantize
 from safetensors import safe_open
 from torch import Tensor
 
-from dsv3.artifacts import check_weights, read_json, replacing
+from dsv3.artifacts import replacing
 from dsv3.errors import UserError
 from dsv3.export.gguf.metadata import ARCHITECTURE, network_metadata
 from dsv3.export.gguf.tensors import gguf_tensors
 from dsv3.export.gguf.vocabulary import vocabulary_metadata
+from dsv3.export.source import check_source
 from mini_model.configuration_deepseek import DeepseekV3Config
 
 Dtype = Literal["f32", "f16", "bf16"]
@@ -30,14 +31,15 @@ TYPES = {
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
 }
-"""Of the matrices, and of the file as a whole."""
+"""dtype -> type of the matrices, and of the file as a whole."""
 
 
 def export_gguf(model: Path, output: Path, dtype: Dtype) -> str:
-    """Write the folder `model` to the file `output` with its matrices in `dtype`; return what was done, in a line.
+    """Write the folder `model` to the file `output` with its matrices in `dtype`; return a line that says so.
 
-    Raises `UserError`, before anything is written, where the folder holds no model that a GGUF file can express.
+    Raises `UserError`, before anything is written, for a folder without a model that a GGUF file can express.
     """
+    check_source(model)
     config = read_config(model)
     if output.is_dir():
         raise UserError(f"{output}: is a folder; name the file to be written")
@@ -48,42 +50,37 @@ def export_gguf(model: Path, output: Path, dtype: Dtype) -> str:
         **vocabulary_metadata(model, config.vocab_size),
     }
     with ExitStack() as stack:
-        stored = stored_weights(model, stack)
+        stored = open_weights(model, stack)
 
         def shape(key: str) -> Tensor:
             if key not in stored:
-                raise UserError(f"{model}: holds no {key}, which its config.json asks for; export the model anew")
+                raise UserError(f"{model}: holds no {key}, which its config.json requires; export the model again")
             return torch.empty(stored[key].get_slice(key).get_shape(), device="meta")
 
-        kinds = [(name, tensor, stored_type(name, tensor, dtype)) for name, tensor in gguf_tensors(config, shape)]
+        types = [(name, tensor, stored_type(name, tensor, dtype)) for name, tensor in gguf_tensors(config, shape)]
         weights = gguf_tensors(config, lambda key: stored[key].get_tensor(key))
         with replacing(output) as temporary:
-            writer = opened_writer(temporary, metadata, kinds)
-            for (name, _, kind), (same_name, tensor) in zip(kinds, weights, strict=True):
+            writer = open_writer(temporary, metadata, types)
+            for (name, _, tensor_type), (same_name, tensor) in zip(types, weights, strict=True):
                 assert name == same_name, (name, same_name)
-                writer.write_tensor_data(quantize(tensor.float().contiguous().numpy(), kind))
+                writer.write_tensor_data(quantize(tensor.float().contiguous().numpy(), tensor_type))
             writer.close()
     left_out = config.num_nextn_predict_layers
-    without = f", without its prediction modules ({left_out})" if left_out else ""
+    without = f", without its MTP modules ({left_out})" if left_out else ""
     return f"{output}: {config.num_hidden_layers} layers, matrices in {dtype}{without}"
 
 
 def read_config(model: Path) -> DeepseekV3Config:
-    """Return the configuration in the folder `model`; `UserError` if it has none, or one of a quantised model."""
+    """Return the configuration in the folder `model`; `UserError` if it can't be built."""
     path = model / "config.json"
-    if not path.is_file():
-        raise UserError(f"{model}: holds no config.json; name a folder that the train stage wrote")
-    if "quantization_config" in read_json(path):
-        raise UserError(f"{path}: has a quantization_config; export the folder that was quantised, in full precision")
     try:
         return DeepseekV3Config.from_json_file(path)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def stored_weights(model: Path, stack: ExitStack) -> dict[str, safe_open]:
+def open_weights(model: Path, stack: ExitStack) -> dict[str, safe_open]:
     """Return, by name of weight, the open file in the folder `model` that holds it; `stack` closes the files."""
-    check_weights(model)
     files = [stack.enter_context(safe_open(path, framework="pt")) for path in sorted(model.glob("*.safetensors"))]
     return {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no mapping)
 
@@ -94,16 +91,16 @@ def stored_type(name: str, tensor: Tensor, dtype: Dtype) -> GGMLQuantizationType
     return GGMLQuantizationType.F32 if is_kept else TYPES[dtype][0]
 
 
-def opened_writer(
-    path: Path, metadata: dict[str, Any], kinds: list[tuple[str, Tensor, GGMLQuantizationType]]
+def open_writer(
+    path: Path, metadata: dict[str, Any], types: list[tuple[str, Tensor, GGMLQuantizationType]]
 ) -> GGUFWriter:
-    """Return a writer that has written everything except the tensors, and now takes these in the order of `kinds`."""
+    """Write everything except the tensors' values; return the writer, which takes these in the order of `types`."""
     writer = GGUFWriter(path, ARCHITECTURE)
     for key, value in metadata.items():
         writer.add_key_value(key, value, value_type(value))
-    for name, tensor, kind in kinds:
-        num_bytes = tensor.numel() * GGML_QUANT_SIZES[kind][1]
-        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), num_bytes, raw_dtype=kind)
+    for name, tensor, tensor_type in types:
+        num_bytes = tensor.numel() * GGML_QUANT_SIZES[tensor_type][1]
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), num_bytes, raw_dtype=tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -111,6 +108,6 @@ def opened_writer(
 
 
 def value_type(value: Any) -> GGUFValueType:
-    """Return how a value of the metadata is stored; llama.cpp reads a whole number as an unsigned one."""
-    kind = GGUFValueType.get_type(value)
-    return GGUFValueType.UINT32 if kind is GGUFValueType.INT32 else kind
+    """Return the type in which a value of the metadata is stored; llama.cpp reads integers as unsigned."""
+    found = GGUFValueType.get_type(value)
+    return GGUFValueType.UINT32 if found is GGUFValueType.INT32 else found

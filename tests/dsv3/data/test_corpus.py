@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from dsv3.artifacts import sha256_bytes, sha256_file
 from dsv3.data import corpus
-from dsv3.data.corpus import Origin, read_chunks, read_measure, write_documents, write_manifest, write_text
+from dsv3.data.corpus import Origin, read_chunks, read_measure, write_documents, write_manifest, write_single_text
 from dsv3.errors import UserError
 
 
@@ -14,7 +14,7 @@ from dsv3.errors import UserError
 @given(text=st.text(min_size=1), size=st.integers(1, 5))
 def test_one_text_in_any_parts_is_stored_as_it_is_and_counted(tmp_path_factory, text, size):
     directory, data = tmp_path_factory.mktemp("corpus"), text.encode()
-    measure = write_text(directory, (data[i : i + size] for i in range(0, len(data), size)), "a text")
+    measure = write_single_text(directory, (data[i : i + size] for i in range(0, len(data), size)), "a text")
     assert (measure.characters, measure.bytes, measure.num_documents) == (len(text), len(data), 1)
     assert measure.sha256 == sha256_bytes(data) == sha256_file(directory / "text.txt")
     assert "".join(chunk.text for chunk in read_chunks(directory, measure)) == text
@@ -34,7 +34,7 @@ def test_documents_come_back_one_by_one_without_the_empty_ones(tmp_path_factory,
 
 def test_a_long_text_is_read_in_chunks_and_line_ends_are_not_translated(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "CHUNK_CHARACTERS", 3)
-    measure = write_text(tmp_path, ["a\r\nbcé\n".encode()], "a text")
+    measure = write_single_text(tmp_path, ["a\r\nbcé\n".encode()], "a text")
     assert [chunk.text for chunk in read_chunks(tmp_path, measure)] == ["a\r\n", "bcé", "\n"]
 
 
@@ -49,7 +49,7 @@ def test_a_long_text_is_read_in_chunks_and_line_ends_are_not_translated(tmp_path
 )
 def test_an_empty_text_and_a_wrong_encoding_are_told_in_one_line(tmp_path, parts, message):
     with pytest.raises(UserError, match=message):
-        write_text(tmp_path, parts, "t.txt")
+        write_single_text(tmp_path, parts, "t.txt")
 
 
 def test_documents_without_text_or_with_half_a_character_are_refused(tmp_path):
@@ -60,7 +60,7 @@ def test_documents_without_text_or_with_half_a_character_are_refused(tmp_path):
 
 
 def test_the_manifest_says_what_was_asked_for_and_what_was_read(tmp_path):
-    measure = write_text(tmp_path, [b"text"], "a text")
+    measure = write_single_text(tmp_path, [b"text"], "a text")
     write_manifest(tmp_path, "auto", Origin("plays", {"package": "p==1"}, "MIT"), measure)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest == {
@@ -80,7 +80,7 @@ def test_the_manifest_says_what_was_asked_for_and_what_was_read(tmp_path):
 def test_a_missing_or_damaged_corpus_is_told_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"manifest.json: can't be read .* run the download stage"):
         read_measure(tmp_path)
-    measure = write_text(tmp_path, [b"some text"], "a text")
+    measure = write_single_text(tmp_path, [b"some text"], "a text")
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="is no manifest of a corpus"):
         read_measure(tmp_path)

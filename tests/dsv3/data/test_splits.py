@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.data.corpus import Chunk, Measure
-from dsv3.data.splits import SPLITS, character_spans, selections, split_of
+from dsv3.data.splits import SPLITS, character_spans, split_of, split_selectors
 from dsv3.errors import UserError
 from dsv3.params.tokenize import TokenizeParams
 
@@ -49,7 +49,7 @@ def test_the_default_fractions_round_as_the_hubs_script_does(characters):
 def test_the_three_cuts_joined_are_the_text_and_no_character_is_divided(documents, validation, test):
     chunks = [Chunk(number, text) for number, text in enumerate(documents)]
     text = "".join(documents)
-    chosen = selections(measure(len(text)), params("characters", validation, test))
+    chosen = split_selectors(measure(len(text)), params("characters", validation, test))
     parts = [list(chosen[split](chunks)) for split in SPLITS]
     assert "".join(chunk.text for part in parts for chunk in part) == text
     assert all(chunk.text for part in parts for chunk in part)
@@ -61,7 +61,7 @@ def test_the_three_cuts_joined_are_the_text_and_no_character_is_divided(document
 @given(documents=st.lists(st.text(min_size=1), min_size=3))
 def test_every_document_is_dealt_whole_to_one_split_and_equal_ones_to_the_same(documents):
     chunks = [Chunk(number, text) for number, text in enumerate(documents)]
-    chosen = selections(measure(100, len(documents)), params("documents", 0.3, 0.3))
+    chosen = split_selectors(measure(100, len(documents)), params("documents", 0.3, 0.3))
     parts = {split: list(chosen[split](chunks)) for split in SPLITS}
     assert sorted(chunk for part in parts.values() for chunk in part) == chunks
     texts = [{chunk.text for chunk in part} for part in parts.values()]
@@ -89,4 +89,4 @@ def test_the_deal_meets_the_fractions_on_average_and_never_changes():
 )
 def test_an_empty_split_and_a_single_document_are_told_in_one_line(split_by, size, message):
     with pytest.raises(UserError, match=message):
-        selections(size, params(split_by))
+        split_selectors(size, params(split_by))

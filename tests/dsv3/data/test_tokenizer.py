@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from dsv3.data.tokenizer import (
     copy_pretrained,
-    load_tokenizer,
     num_ids,
+    read_tokenizer,
     save_trained,
     special_tokens,
     train_tokenizer,
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 
 def test_a_trained_tokenizer_has_the_asked_size_and_end_of_text_as_id_0(folder):
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     assert num_ids(tokenizer) == 300
     assert tokenizer.token_to_id("<|endoftext|>") == 0
     assert special_tokens(tokenizer, folder).bos_token_id == special_tokens(tokenizer, folder).eos_token_id == 0
@@ -52,7 +52,7 @@ def test_training_twice_gives_the_same_file_also_in_another_process(folder, tmp_
 @settings(max_examples=80, deadline=None)
 @given(text=st.text() | st.just(STRANGE))
 def test_any_text_is_spelt_exactly_and_its_end_of_text_is_plain_characters(folder, text):
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert 0 not in ids
@@ -66,7 +66,7 @@ def test_transformers_loads_the_folder_alone_and_decodes_exactly(folder, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (0, 0, 300)
     plain = text.replace("<|endoftext|>", "")
-    assert tokenizer.encode(plain) == load_tokenizer(folder).encode(plain, add_special_tokens=False).ids
+    assert tokenizer.encode(plain) == read_tokenizer(folder).encode(plain, add_special_tokens=False).ids
 
 
 def test_a_pretrained_folder_is_copied_and_its_special_tokens_are_found_in_its_configuration(folder, tmp_path):
@@ -79,7 +79,7 @@ def test_a_pretrained_folder_is_copied_and_its_special_tokens_are_found_in_its_c
         json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "<|endoftext|>"})
     )
     copy_pretrained(str(other), tmp_path / "copy")
-    tokenizer = load_tokenizer(tmp_path / "copy")
+    tokenizer = read_tokenizer(tmp_path / "copy")
     assert num_ids(tokenizer) == 281
     special = special_tokens(tokenizer, tmp_path / "copy")
     assert (special.bos_token_id, special.eos_token_id) == (280, 0)
@@ -108,7 +108,7 @@ def test_a_folder_that_is_no_tokenizer_is_told_in_one_line(folder, tmp_path, tok
             (source / name).write_text(text)
     with pytest.raises(UserError, match=message) as error:
         copy_pretrained(str(source), tmp_path / "copy")
-        special_tokens(load_tokenizer(tmp_path / "copy"), tmp_path / "copy")
+        special_tokens(read_tokenizer(tmp_path / "copy"), tmp_path / "copy")
     assert "\n" not in str(error.value)
 
 

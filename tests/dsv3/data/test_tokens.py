@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from dsv3.data import encoding, tokens
-from dsv3.data.corpus import Origin, write_documents, write_manifest, write_text
+from dsv3.data.corpus import Origin, write_documents, write_manifest, write_single_text
 from dsv3.data.shards import TokenStream
-from dsv3.data.tokenizer import load_tokenizer
-from dsv3.data.tokens import plan, write_tokens
+from dsv3.data.tokenizer import read_tokenizer
+from dsv3.data.tokens import tokens_summary, write_tokens
 from dsv3.errors import UserError
 from dsv3.params.tokenize import TokenizeParams
 
@@ -30,7 +30,7 @@ def params(**changes):
 def text_corpus(tmp_path):
     directory = tmp_path / "corpus"
     directory.mkdir()
-    write_manifest(directory, "file", Origin("file", {}), write_text(directory, [TEXT.encode()], "text"))
+    write_manifest(directory, "file", Origin("file", {}), write_single_text(directory, [TEXT.encode()], "text"))
     return directory
 
 
@@ -45,7 +45,7 @@ def documents_corpus(tmp_path):
 
 def texts(output):
     """The texts that the shards of each split spell, one per document."""
-    tokenizer = load_tokenizer(output / "tokenizer")
+    tokenizer = read_tokenizer(output / "tokenizer")
     result = {}
     for split in ("train", "validation", "test"):
         ids = TokenStream.open(output, split)[:]
@@ -86,7 +86,7 @@ def test_meta_and_metrics_say_what_was_written(text_corpus, tmp_path):
 def test_the_tokenizer_is_trained_on_the_training_split_alone(text_corpus, tmp_path):
     write_tokens(text_corpus, tmp_path / "a", params(), vocabulary_limit=280)
     changed = TEXT[: int(len(TEXT) * 0.9)] + "z" * (len(TEXT) - int(len(TEXT) * 0.9))
-    write_manifest(text_corpus, "file", Origin("file", {}), write_text(text_corpus, [changed.encode()], "text"))
+    write_manifest(text_corpus, "file", Origin("file", {}), write_single_text(text_corpus, [changed.encode()], "text"))
     write_tokens(text_corpus, tmp_path / "b", params(), vocabulary_limit=280)
     metas = [json.loads((tmp_path / name / "meta.json").read_text()) for name in "ab"]
     assert metas[0]["tokenizer_sha256"] == metas[1]["tokenizer_sha256"]
@@ -147,15 +147,15 @@ def test_a_damaged_corpus_and_an_empty_deal_leave_the_last_result_as_it_was(text
     (tmp_path / "few").mkdir()
     few = write_documents(tmp_path / "few", ["one", "two", "three"], "few")
     write_manifest(tmp_path / "few", "file", Origin("file", {}), few)
-    with pytest.raises(UserError, match="split is empty: 3 documents are too few to deal"):
+    with pytest.raises(UserError, match="split is empty: 3 documents are too few to split"):
         write_tokens(tmp_path / "few", tmp_path / "tokens", params(split_by="documents"), vocabulary_limit=280)
     assert (tmp_path / "tokens" / "meta.json").read_text() == before
     assert {path.name for path in tmp_path.iterdir()} == {"corpus", "tokens", "few"}
 
 
-def test_the_plan_tells_what_would_be_done_or_what_is_missing(text_corpus, tmp_path):
-    assert plan(text_corpus, params()).endswith(
+def test_the_summary_says_what_would_be_written_or_what_is_missing(text_corpus, tmp_path):
+    assert tokens_summary(text_corpus, params()).endswith(
         "of file, split by characters, encoded by a byte-level BPE of 280 tokens, trained on the training split"
     )
     with pytest.raises(UserError, match="run the download stage"):
-        plan(tmp_path / "nowhere", params())
+        tokens_summary(tmp_path / "nowhere", params())

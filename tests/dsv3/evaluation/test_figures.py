@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsv3.evaluation.figures import expert_load, loss_by_position, save
+from dsv3.evaluation.figures import expert_load, loss_by_position, save_figure
 
 
 def test_the_same_numbers_give_the_same_bytes_without_date_or_version(tmp_path):
     losses = np.linspace(5, 3, 40)
-    save(loss_by_position(losses, 3.2, "Loss"), tmp_path / "a.png")
-    save(loss_by_position(losses, 3.2, "Loss"), tmp_path / "b.png")
-    save(loss_by_position(losses + 0.5, 3.2, "Loss"), tmp_path / "c.png")
+    save_figure(loss_by_position(losses, 3.2, "Loss"), tmp_path / "a.png")
+    save_figure(loss_by_position(losses, 3.2, "Loss"), tmp_path / "b.png")
+    save_figure(loss_by_position(losses + 0.5, 3.2, "Loss"), tmp_path / "c.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "c.png").read_bytes()
     with Image.open(tmp_path / "a.png") as image:

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsv3.evaluation.mtp_acceptance import Acceptance
-from dsv3.evaluation.sliding_window import PositionLoss, evaluate, score_split, windows
+from dsv3.evaluation.mtp_acceptance import MTPAcceptance
+from dsv3.evaluation.sliding_window import PositionLoss, evaluate, score_split, sliding_windows
 from dsv3.params.evaluate import EvaluateParams
 from dsv3.tracking.metrics import METRICS, scores
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
@@ -26,10 +26,10 @@ def settings(**changes) -> EvaluateParams:
 
 
 @torch.no_grad()
-def slow_twin(model: DeepseekV3ForCausalLM, tokens: np.ndarray, params: EvaluateParams, depth: int):
-    """Count accepted guesses, nats and tokens of one module, each guess from the tokens of its document before it."""
+def acceptance_by_hand(model: DeepseekV3ForCausalLM, tokens: np.ndarray, params: EvaluateParams, depth: int):
+    """Count accepted predictions, nats and tokens of one module, each predicted from its document alone."""
     accepted, nats, count = 0, 0.0, 0
-    for window in windows(len(tokens), params.block_size, params.stride):
+    for window in sliding_windows(len(tokens), params.block_size, params.stride):
         ids = torch.tensor(tokens[window.start : window.start + window.length + 1].astype(np.int64))
         for target in range(window.length - window.num_scored + 1, window.length + 1):
             begin = 0
@@ -40,11 +40,11 @@ def slow_twin(model: DeepseekV3ForCausalLM, tokens: np.ndarray, params: Evaluate
                 continue
             known = ids[None, begin:target]
             trunk = model.model(known, use_cache=False).last_hidden_state
-            guesses = islice(model.model.predictions_ahead(trunk, model.model.embed_tokens(known)), depth)
-            said = [model.lm_head(state[0, origin]) for state in guesses]
-            meant = [model.lm_head(trunk[0, origin + k]).argmax() for k in range(1, depth + 1)]
-            accepted += all(logits.argmax() == choice for logits, choice in zip(said, meant, strict=True))
-            nats += float(F.cross_entropy(said[-1], ids[target]))
+            states = islice(model.model.mtp_hidden_states(trunk, model.model.embed_tokens(known)), depth)
+            drafts = [model.lm_head(state[0, origin]) for state in states]
+            choices = [model.lm_head(trunk[0, origin + k]).argmax() for k in range(1, depth + 1)]
+            accepted += all(logits.argmax() == choice for logits, choice in zip(drafts, choices, strict=True))
+            nats += float(F.cross_entropy(drafts[-1], ids[target]))
             count += 1
     return accepted, nats, count
 
@@ -68,7 +68,7 @@ def test_acceptance_is_that_of_one_token_at_a_time(num_modules, num_tokens, chan
     acceptance = evaluate(model, streams, META, params).acceptance
     assert acceptance is not None
     for depth in range(1, num_modules + 1):
-        accepted, nats, count = slow_twin(model, tokens, params, depth)
+        accepted, nats, count = acceptance_by_hand(model, tokens, params, depth)
         assert (acceptance.accepted[depth - 1], acceptance.tokens[depth - 1]) == (accepted, count)
         # fp32 logits of batches of another size round differently
         assert acceptance.nats[depth - 1] == pytest.approx(nats, rel=1e-5)
@@ -76,42 +76,42 @@ def test_acceptance_is_that_of_one_token_at_a_time(num_modules, num_tokens, chan
         assert 0 < acceptance.accepted[0] < acceptance.tokens[0]
 
 
-@pytest.mark.parametrize(("foresight", "share"), [("always", 1.0), ("never", 0.0)])
-def test_modules_that_always_or_never_foresee_the_trunk_are_scored_so(foresight, share):
-    model = drafting_model(foresight, 2)
+@pytest.mark.parametrize(("agreement", "rate"), [("always", 1.0), ("never", 0.0)])
+def test_modules_that_always_or_never_agree_with_the_trunk_are_scored_so(agreement, rate):
+    model = drafting_model(agreement, 2)
     metrics = evaluate(model, {"validation": tokens_of(60), "test": tokens_of(30)}, META, settings()).metrics()
-    assert [row["mtp_acceptance"] for row in metrics["mtp"].values()] == [share, share]
-    # a split's first token has nothing before it; module k has no position from which to guess the k after it
+    assert [row["mtp_acceptance"] for row in metrics["mtp"].values()] == [rate, rate]
+    # a split's first token has nothing before it; module k has no position from which to predict the k after it
     assert [row["tokens"] for row in metrics["mtp"].values()] == [59 + 29 - 2, 59 + 29 - 4]
 
 
-def test_a_deep_guess_counts_only_where_all_shallower_ones_were_right():
+def test_a_deep_prediction_counts_only_where_all_shallower_ones_were_accepted():
     model = drafting_model("always", 2)
-    with torch.no_grad():  # module 1 sees the opposite, module 2 what the trunk sees
+    with torch.no_grad():  # module 1 predicts the opposite, module 2 what the trunk predicts
         model.model.layers[2].eh_proj.weight.neg_()
     metrics = evaluate(model, {"validation": tokens_of(60), "test": tokens_of(30)}, META, settings()).metrics()
     assert [row["mtp_acceptance"] for row in metrics["mtp"].values()] == [0.0, 0.0]
 
 
-def test_the_models_own_score_is_the_same_bit_for_bit_with_and_without_guesses():
+def test_the_models_own_score_is_the_same_bit_for_bit_with_and_without_the_modules():
     model, tokens = drafting_model("sometimes"), tokens_of(100)
-    with_guesses, without = PositionLoss.zeros(16), PositionLoss.zeros(16)
-    nats = score_split(model, tokens, settings(), with_guesses, acceptance=Acceptance(model))
+    with_modules, without = PositionLoss.zeros(16), PositionLoss.zeros(16)
+    nats = score_split(model, tokens, settings(), with_modules, acceptance=MTPAcceptance(model))
     assert nats == score_split(model, tokens, settings(), without)
-    assert (with_guesses.nats_T == without.nats_T).all()
+    assert (with_modules.nats_S == without.nats_S).all()
 
 
-def test_a_model_without_prediction_modules_has_no_such_numbers_and_computes_nothing_more():
+def test_a_model_without_mtp_modules_has_no_such_numbers_and_computes_nothing_more():
     model = drafting_model("sometimes", 0)
     calls = []
     model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     streams = {"validation": tokens_of(60), "test": tokens_of(30)}
     assert list(evaluate(model, streams, META, settings()).metrics()) == ["validation", "test", "heldout", "router"]
-    batches = [-(-len(list(windows(len(tokens), 16, 6))) // 4) for tokens in streams.values()]
+    batches = [-(-len(list(sliding_windows(len(tokens), 16, 6))) // 4) for tokens in streams.values()]
     assert len(calls) == sum(batches)
 
 
-def test_trackers_show_the_first_modules_acceptance_and_how_drafts_fared():
+def test_trackers_show_the_first_modules_acceptance_and_the_rate_of_accepted_drafts():
     row = {"mtp_acceptance": 0.6, "nats_per_token": 2.0, "tokens": 10}
     assert scores("evaluate", {"mtp": {"depth_1": row}}) == [("heldout", "mtp_acceptance", 0.6)]
     assert scores("sample", {"tokens_per_pass": 1.5}) == [("sample", "tokens_per_pass", 1.5)]

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3.errors import UserError
-from dsv3.evaluation.expert_load import ExpertLoad, router_metrics, router_summary
-from dsv3.evaluation.sliding_window import PositionLoss, SplitScore, check_fits, evaluate, score_split, windows
+from dsv3.evaluation.expert_load import ExpertLoad, router_summary
+from dsv3.evaluation.sliding_window import PositionLoss, SplitScore, check_fits, evaluate, score_split, sliding_windows
 from dsv3.params.evaluate import EvaluateParams
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
@@ -36,7 +36,7 @@ def settings(**changes) -> EvaluateParams:
 def test_every_token_but_the_first_is_scored_once_with_enough_context(num_tokens, block_size, data):
     stride = data.draw(st.integers(1, block_size))
     scored = []
-    for window in windows(num_tokens, block_size, stride):
+    for window in sliding_windows(num_tokens, block_size, stride):
         last = window.start + window.length
         targets = range(last - window.num_scored + 1, last + 1)
         scored += targets
@@ -50,16 +50,16 @@ def test_every_token_but_the_first_is_scored_once_with_enough_context(num_tokens
 
 @given(st.integers(2, 300), st.integers(2, 40))
 def test_all_windows_of_a_split_are_equally_long_so_nothing_is_padded(num_tokens, block_size):
-    assert len({window.length for window in windows(num_tokens, block_size, max(1, block_size // 2))}) == 1
+    assert len({window.length for window in sliding_windows(num_tokens, block_size, max(1, block_size // 2))}) == 1
 
 
 @pytest.mark.parametrize("num_tokens", [2, 10, 17, 18, 100])
 def test_the_score_is_that_of_one_window_at_a_time(model, num_tokens):
     params, tokens, positions = settings(), tokens_of(num_tokens), PositionLoss.zeros(16)
-    told = []
-    nats = score_split(model, tokens, params, positions, told.append)
+    reported = []
+    nats = score_split(model, tokens, params, positions, reported.append)
     expected = 0.0
-    for window in windows(num_tokens, 16, 6):
+    for window in sliding_windows(num_tokens, 16, 6):
         ids = torch.tensor(tokens[window.start : window.start + window.length + 1].astype(np.int64))
         with torch.no_grad():
             logits = model(input_ids=ids[None, :-1]).logits[0]
@@ -67,19 +67,19 @@ def test_the_score_is_that_of_one_window_at_a_time(model, num_tokens):
         expected += losses[-window.num_scored :].double().sum().item()
     # fp32 logits of batches of another size round differently
     assert nats == pytest.approx(expected, rel=1e-6)
-    assert sum(told) == num_tokens - 1
+    assert sum(reported) == num_tokens - 1
 
 
 @pytest.mark.parametrize("does_cross", [False, True])
-def test_documents_that_do_not_see_one_another_are_scored_as_if_each_stood_alone(model, does_cross):
+def test_documents_that_do_not_attend_to_one_another_are_scored_as_if_each_stood_alone(model, does_cross):
     params, tokens = settings(cross_document_attention=does_cross), tokens_of(60)
     tokens[[0, 5, 6, 21, 40]] = 0  # the second document is empty
     splits = {"validation": {"characters": 100, "bytes": 100}}
     evaluation = evaluate(model, {"validation": tokens}, {"splits": splits, "eos_token_id": 0}, params)
     expected = 0.0
-    for window in windows(60, 16, 6):
+    for window in sliding_windows(60, 16, 6):
         for target in range(window.start + window.length - window.num_scored + 1, window.start + window.length + 1):
-            begins = np.flatnonzero(tokens[:target] == 0)[-1]  # of the document that foretells the target
+            begins = np.flatnonzero(tokens[:target] == 0)[-1]  # of the document whose tokens predict the target
             known = tokens[window.start if does_cross else max(window.start, begins) : target].astype(np.int64)
             with torch.no_grad():
                 logits = model(input_ids=torch.from_numpy(known)[None]).logits[0, -1]
@@ -97,7 +97,7 @@ def test_the_score_is_the_same_every_time_and_nearly_so_in_other_batches(model):
     assert scores == pytest.approx([scores[0]] * 4, rel=1e-6)  # fp32 logits, batches of another size
 
 
-def test_a_model_that_knows_nothing_pays_the_logarithm_of_the_vocabulary(model):
+def test_a_model_with_equal_logits_scores_the_logarithm_of_the_vocabulary(model):
     zero = DeepseekV3ForCausalLM(DeepseekV3Config(**MICRO)).eval()
     torch.nn.init.zeros_(zero.lm_head.weight)
     positions = PositionLoss.zeros(16)
@@ -116,7 +116,7 @@ def test_heldout_is_the_sum_of_both_splits_and_units_are_right():
     assert (both["tokens"], both["characters"], both["bytes"]) == (50, 100, 200)
 
 
-def test_an_evaluation_holds_every_number_that_the_metrics_file_promises(model):
+def test_an_evaluation_holds_every_number_of_the_metrics_file(model):
     streams = {"validation": tokens_of(60), "test": tokens_of(30)}
     sizes = {"validation": {"characters": 200, "bytes": 210}, "test": {"characters": 100, "bytes": 100}}
     evaluation = evaluate(model, streams, {"splits": sizes, "eos_token_id": 0}, settings())
@@ -126,7 +126,7 @@ def test_an_evaluation_holds_every_number_that_the_metrics_file_promises(model):
     assert metrics["heldout"]["nats_per_char"] == pytest.approx(
         (metrics["validation"]["nats_per_char"] * 200 + metrics["test"]["nats_per_char"] * 100) / 300
     )
-    assert metrics["router"]["num_layers"] == 2  # layer 0 is dense; layer 2 is the prediction module
+    assert metrics["router"]["num_layers"] == 2  # layer 0 is dense; layer 2 is the MTP module
     lines = evaluation.position_table().splitlines()
     assert lines[0].split("\t") == ["position", "loss", "tokens"]
     assert len(lines) == 17
@@ -138,24 +138,22 @@ def test_an_evaluation_holds_every_number_that_the_metrics_file_promises(model):
 def test_loads_count_each_token_of_each_window_top_k_times_and_nothing_outside_the_block(model):
     with ExpertLoad(model) as load:
         score_split(model, tokens_of(100), settings(), PositionLoss.zeros(16))
-    num_routed = sum(window.length for window in windows(100, 16, 6))
+    num_routed = sum(window.length for window in sliding_windows(100, 16, 6))
     assert {layer: counts.sum() for layer, counts in load.counts.items()} == {1: num_routed * 2}
     before = {layer: router.expert_load.clone() for layer, router in model.routers()}
     score_split(model, tokens_of(100), settings(), PositionLoss.zeros(16))
     assert all(torch.equal(before[layer], router.expert_load) for layer, router in model.routers())
 
 
-def test_router_metrics_say_how_uneven_a_load_is():
-    assert router_metrics(np.array([4.0, 4.0])) == {
-        "max_vio_global": 0.0,
-        "entropy": pytest.approx(math.log(2)),
-        "dead_experts": 0,
+def test_router_metrics_say_how_uneven_the_loads_are():
+    counts = {1: np.array([4.0, 4.0, 4.0, 4.0]), 3: np.array([6.0, 2.0, 0.0, 0.0])}
+    assert router_summary(counts) == {
+        "max_vio_global_mean": 1.0,
+        "max_vio_global_max": 2.0,
+        "entropy_mean": pytest.approx((math.log(4) - 0.75 * math.log(0.75) - 0.25 * math.log(0.25)) / 2),
+        "dead_experts": 2,
+        "num_layers": 2,
     }
-    assert router_metrics(np.array([8.0, 0.0, 0.0, 0.0])) == {"max_vio_global": 3.0, "entropy": 0.0, "dead_experts": 3}
-    summary = router_summary({1: np.array([4.0, 4.0]), 2: np.array([8.0, 0.0])})
-    assert summary["max_vio_global_mean"] == 0.5
-    assert summary["max_vio_global_max"] == 1.0
-    assert summary["dead_experts"] == 1
     assert router_summary({}) == {}
 
 
@@ -167,7 +165,7 @@ def test_router_metrics_say_how_uneven_a_load_is():
         (272, 10, 65, r"evaluate\.block_size is 65; must be <= 64"),
     ],
 )
-def test_what_does_not_fit_the_model_is_told_in_one_line(vocab_size, tokens, block_size, message):
+def test_what_does_not_fit_the_model_is_refused_in_one_line(vocab_size, tokens, block_size, message):
     model = SimpleNamespace(config=DeepseekV3Config(**MICRO))
     meta = {"vocab_size": vocab_size, "splits": {"validation": {"tokens": 10}, "test": {"tokens": tokens}}}
     with pytest.raises(UserError, match=message):

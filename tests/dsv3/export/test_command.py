@@ -3,6 +3,7 @@ import sys
 
 import pytest
 from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
 
 from dsv3.artifacts import read_json, write_json
 from dsv3.data.tokenizer import save_trained, train_tokenizer
@@ -30,10 +31,10 @@ def assert_refused(done, message):
     assert message in done.stderr
 
 
-def test_gguf_writes_one_file_and_says_what_it_left_out(model, tmp_path):
+def test_gguf_writes_one_file_and_says_what_is_left_out(model, tmp_path):
     done = run("gguf", model, tmp_path / "out" / "model.gguf", "--dtype", "bf16")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith("model.gguf: 2 layers, matrices in bf16, without its prediction modules (1)\n")
+    assert done.stdout.endswith("model.gguf: 2 layers, matrices in bf16, without its MTP modules (1)\n")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.gguf"]
     assert GGUFReader(tmp_path / "out" / "model.gguf").fields["general.architecture"].contents() == "deepseek2"
 
@@ -54,9 +55,9 @@ def test_fp8_replaces_nothing(model, tmp_path):
     assert (precious.read_text(), (model / "config.json").read_bytes()) == ("thesis", before)
 
 
-def test_a_model_is_not_quantised_twice(model, tmp_path):
+def test_a_model_is_not_quantized_twice(model, tmp_path):
     assert run("fp8", model, tmp_path / "fp8").returncode == 0
-    assert_refused(run("fp8", tmp_path / "fp8", tmp_path / "again"), "is quantised already")
+    assert_refused(run("fp8", tmp_path / "fp8", tmp_path / "again"), "config.json: has a quantization_config")
 
 
 @pytest.mark.parametrize("form", ["gguf", "fp8"])
@@ -82,9 +83,18 @@ def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path, form):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_without_weights_is_refused_and_nothing_is_written(model, tmp_path):
+@pytest.mark.parametrize("form", ["gguf", "fp8"])
+def test_a_folder_without_weights_is_refused_and_nothing_is_written(model, tmp_path, form):
     (model / "model.safetensors").unlink()
-    assert_refused(run("gguf", model, tmp_path / "x.gguf"), "holds no model.embed_tokens.weight")
+    assert_refused(run(form, model, tmp_path / "out"), "holds no *.safetensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_weight_is_refused_and_nothing_is_written(model, tmp_path):
+    tensors = load_file(model / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(run("gguf", model, tmp_path / "x.gguf"), "holds no model.norm.weight, which its config")
     assert not list(tmp_path.glob("*.gguf*"))
 
 

@@ -24,7 +24,7 @@ SIZES = {
     "moe_intermediate_size": 128,
     "n_routed_experts": 4,
 }
-STRANGER = """
+PROGRAM = """
 import sys, json, torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
@@ -61,14 +61,14 @@ def test_every_matrix_is_stored_in_fp8_with_its_scales_and_nothing_else_is(folde
             assert torch.equal(after[key].float() * scales, rounded_weight(tensor))
 
 
-def test_the_configuration_names_what_stayed_in_high_precision(folders):
+def test_the_configuration_names_what_is_not_quantized(folders):
     kept = read_json(folders[2] / "config.json")["quantization_config"]["modules_to_not_convert"]
     assert kept == ["lm_head", *(f"model.layers.{layer}.self_attn.kv_a_proj_with_mqa" for layer in (0, 1))]
 
 
 def test_stock_transformers_reads_the_export_as_the_model_with_rounded_weights(folders):
     model, _, exported = folders
-    command = [sys.executable, "-W", "ignore", "-c", STRANGER, str(exported)]
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(exported)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])

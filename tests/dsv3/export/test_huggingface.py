@@ -8,14 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsv3.errors import UserError
-from dsv3.export.huggingface import export
+from dsv3.export.huggingface import export_huggingface
 from dsv3.export.model_card import model_card
 from dsv3.training.model import build_model
 from tests.training_inputs import write_inputs
 
 FACTS = {"configuration": "config.json", "text": "made up", "commit": "0123abc"}
 
-STRANGER = """
+PROGRAM = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, trust = sys.argv[1], sys.argv[2] == "trusted"
@@ -29,12 +29,14 @@ print(type(model).__module__.split(".")[0], tokenizer.decode(output[0])[:8], out
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("assembly")
+    folder = tmp_path_factory.mktemp("exported")
     write_inputs(folder, architecture={"initializer_range": 0.2})
     model = build_model(folder / "config.json", seed=3)
     for _, router in model.routers():
         router.e_score_correction_bias.uniform_(-0.1, 0.1)
-    export(model, model.state_dict(), folder / "tokens", folder / "final_model", model_card(FACTS, {"loss": 1.5}))
+    export_huggingface(
+        model, model.state_dict(), folder / "tokens", folder / "final_model", model_card(FACTS, {"loss": 1.5})
+    )
     torch.save(model(input_ids=torch.arange(20)[None]).logits.detach(), folder / "logits.pt")
     return folder
 
@@ -46,13 +48,13 @@ def test_a_seed_gives_the_same_weights_again_and_another_seed_others(tmp_path):
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
 
 
-def test_an_architecture_that_cannot_be_built_is_told_in_one_line(tmp_path):
+def test_an_architecture_that_cannot_be_built_is_refused_in_one_line(tmp_path):
     write_inputs(tmp_path, architecture={"n_group": 3})
     with pytest.raises(UserError, match=r"config.json: .*n_group is 3; must divide"):
         build_model(tmp_path / "config.json", seed=0)
 
 
-def test_the_folder_holds_all_that_a_stranger_needs(exported):
+def test_the_folder_holds_all_that_loading_it_needs(exported):
     names = {path.name for path in (exported / "final_model").iterdir()}
     assert names == {
         "README.md",
@@ -81,7 +83,9 @@ def test_equal_trainings_export_equal_folders(exported, tmp_path):
     model.load_state_dict(
         AutoModelForCausalLM.from_pretrained(exported / "final_model", trust_remote_code=True).state_dict()
     )
-    export(model, model.state_dict(), exported / "tokens", tmp_path / "again", model_card(FACTS, {"loss": 1.5}))
+    export_huggingface(
+        model, model.state_dict(), exported / "tokens", tmp_path / "again", model_card(FACTS, {"loss": 1.5})
+    )
     for path in (exported / "final_model").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
@@ -90,7 +94,7 @@ def test_it_generates_elsewhere_with_and_without_the_code_beside_it(exported, tm
     outputs = {}
     for trust in ("trusted", "stock"):
         done = subprocess.run(
-            [sys.executable, "-c", STRANGER, str(exported / "final_model"), trust],
+            [sys.executable, "-c", PROGRAM, str(exported / "final_model"), trust],
             cwd=tmp_path,
             capture_output=True,
             text=True,

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from dsv3.fp8.linear import LowPrecisionLinear, rounded_product
+from dsv3.fp8.linear import LowPrecisionLinear
 from dsv3.fp8.recipe import Recipe
-from dsv3.fp8.rounding import BF16, fp8_rounding, until_changed
+from dsv3.fp8.rounding import BF16, fp8_rounding
+from dsv3.kernels import emulated_linear
 from tests.dsv3.kernels.cases import relative_error
 
 FP8 = fp8_rounding(Recipe())
@@ -16,7 +16,12 @@ SHAPES = [(300, 256, 128), (1, 128, 128), (129, 160, 200)]  # rows, inputs, outp
 
 
 def low_precision(original: nn.Linear, rounding=FP8) -> LowPrecisionLinear:
-    return LowPrecisionLinear(original, lambda x, weight: rounded_product(x, weight, rounding.name))
+    return LowPrecisionLinear(original, emulated_linear.product(rounding))
+
+
+def rounded_product(x: Tensor, weight: Tensor, rounding=FP8) -> Tensor:
+    product = emulated_linear.product(rounding)
+    return product.multiply(x, weight, product.weight_operands(weight))
 
 
 def inputs(num_rows: int, num_inputs: int, num_outputs: int):
@@ -31,13 +36,11 @@ def inputs(num_rows: int, num_inputs: int, num_outputs: int):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(
-    "rounding", [FP8, BF16, fp8_rounding(Recipe(has_power_of_two_scales=True))], ids=lambda r: r.name
-)
+@pytest.mark.parametrize("rounding", [FP8, BF16, fp8_rounding(Recipe(power_of_two_scales=True))], ids=lambda r: r.name)
 def test_all_three_products_agree_with_float64_products_of_the_same_rounded_operands(shape, rounding):
     x, weight, grad = inputs(*shape)
     leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    output = rounded_product(*leaves, rounding.name)
+    output = rounded_product(*leaves, rounding)
     output.backward(grad)
     rows, columns, weights = rounding.rows, rounding.columns, rounding.weights
     truths = [
@@ -52,7 +55,7 @@ def test_all_three_products_agree_with_float64_products_of_the_same_rounded_oper
 def test_fp8_errs_by_three_mantissa_bits_in_all_three_products():
     x, weight, grad = inputs(300, 256, 128)
     leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    output = rounded_product(*leaves, FP8.name)
+    output = rounded_product(*leaves)
     output.backward(grad)
     truths = [x.double() @ weight.double().t(), grad.double() @ weight.double(), grad.double().t() @ x.double()]
     for value, truth in zip([output, leaves[0].grad, leaves[1].grad], truths, strict=True):
@@ -62,16 +65,16 @@ def test_fp8_errs_by_three_mantissa_bits_in_all_three_products():
 @pytest.mark.parametrize(
     ("recipe", "exact"),
     [
-        (Recipe(quantises_weights=False), "none"),
-        (Recipe(quantises_activations=False), "wgrad"),
-        (Recipe(quantises_wgrad=False), "wgrad"),
-        (Recipe(quantises_weights=False, quantises_activations=False), "all"),
+        (Recipe(weight_quant=False), "none"),
+        (Recipe(activation_quant=False), "wgrad"),
+        (Recipe(wgrad_quant=False), "wgrad"),
+        (Recipe(weight_quant=False, activation_quant=False), "all"),
     ],
 )
-def test_each_side_is_quantised_on_its_own(recipe, exact):
+def test_each_side_is_quantized_on_its_own(recipe, exact):
     x, weight, grad = inputs(140, 256, 128)
     leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    output = rounded_product(*leaves, fp8_rounding(recipe).name)
+    output = rounded_product(*leaves, fp8_rounding(recipe))
     output.backward(grad)
     is_exact = [
         relative_error(output, x.double() @ weight.double().t()) < 1e-6,
@@ -106,39 +109,6 @@ def test_the_layer_answers_in_autocasts_dtype():
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(4, 128)).dtype == torch.bfloat16
     assert layer(torch.randn(4, 128)).dtype == torch.float32
-
-
-@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"foreach": False}], ids=str)
-def test_a_weight_is_rounded_once_per_optimizer_step(options):
-    calls = []
-    layer = nn.Linear(128, 128)
-
-    def derive(weight):
-        calls.append(1)
-        return weight.clone()
-
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, **options)
-    for step in range(3):
-        for _micro_batch in range(4):
-            derived = until_changed(layer.weight, "count", derive)
-            assert torch.equal(derived, layer.weight)
-            layer(torch.randn(2, 128)).sum().backward()
-        assert len(calls) == step + 1
-        optimizer.step()
-
-
-@pytest.mark.parametrize("is_checkpointed", [False, True])
-def test_the_operator_rounds_a_weight_once_for_forward_and_backward(monkeypatch, is_checkpointed):
-    calls = []
-    monkeypatch.setattr(
-        "dsv3.fp8.rounding.until_changed", lambda w, name, f: until_changed(w, name, lambda w: calls.append(1) or f(w))
-    )
-    layer = low_precision(nn.Linear(128, 128))
-    for _micro_batch in range(3):
-        x = torch.randn(4, 128, requires_grad=True)
-        output = checkpoint(layer, x, use_reentrant=False) if is_checkpointed else layer(x)
-        output.sum().backward()
-    assert len(calls) == 1
 
 
 def test_loading_other_weights_is_noticed():
@@ -186,9 +156,10 @@ def test_generated_code_that_reuses_its_buffers_gives_what_eager_gives():
 
 def test_the_operators_pass_opcheck_and_compile_without_a_break():
     x, weight, _ = inputs(5, 128, 256)
-    arguments = (x.requires_grad_(), weight.requires_grad_(), FP8.name)
-    torch.library.opcheck(torch.ops.dsv3.rounded_linear, arguments)
     layer = low_precision(nn.Linear(128, 256))
+    arguments = (x.requires_grad_(), weight.requires_grad_(), layer.new_weight_operands(), FP8.name)
+    torch.library.opcheck(torch.ops.dsv3.emulated_linear, arguments)
+    torch.library.opcheck(torch.ops.dsv3.rounded_weight, (weight.detach(), FP8.name))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), layer(x))
 

@@ -51,50 +51,53 @@ def test_rounding_without_leaving_fp32_is_the_cast_for_every_tie_and_both_its_ne
 
 @settings(max_examples=60)
 @given(st.lists(HOSTILE, min_size=1, max_size=9), st.booleans())
-def test_a_block_of_hostile_numbers_is_stored_as_the_definition_says(values, pow2):
+def test_a_block_of_hostile_numbers_is_stored_as_the_definition_says(values, power_of_two_scales):
     block = torch.tensor(values + [values[0]] * (BLOCK - len(values)), dtype=torch.float32)
-    stored, scale = definition.quantised_block(block.tolist(), pow2)
-    quantised = quantize.quantised_rows(block[None], pow2)
-    assert quantised.scales.item() == scale
-    assert quantised.values.float().tolist() == [stored]
+    stored, scale = definition.quantized_block(block.tolist(), power_of_two_scales)
+    quantized = quantize.quantized_rows(block[None], power_of_two_scales)
+    assert quantized.scales.item() == scale
+    assert quantized.values.float().tolist() == [stored]
     meant = [definition.fp32(value * scale) for value in stored]
-    assert quantize.rounded_rows(block[None], pow2).tolist() == [meant]
+    assert quantize.rounded_rows(block[None], power_of_two_scales).tolist() == [meant]
 
 
-@pytest.mark.parametrize("pow2", [False, True])
-def test_scale_and_inverse_are_each_rounded_once(pow2):
+@pytest.mark.parametrize("power_of_two_scales", [False, True])
+def test_scale_and_inverse_are_each_rounded_once(power_of_two_scales):
     amax = torch.randn(2000, generator=torch.Generator().manual_seed(0)).exp()
-    scales, inverses = quantize.scale_and_inverse(amax, pow2)
-    truth = [definition.scale_and_inverse(value, pow2) for value in amax.tolist()]
+    scales, inverses = quantize.scale_and_inverse(amax, power_of_two_scales)
+    truth = [definition.scale_and_inverse(value, power_of_two_scales) for value in amax.tolist()]
     assert list(zip(scales.tolist(), inverses.tolist(), strict=True)) == truth
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("pow2", [False, True])
-def test_a_nan_or_an_infinity_makes_its_whole_block_nan_and_no_other(poison, pow2):
+@pytest.mark.parametrize("power_of_two_scales", [False, True])
+def test_a_nan_or_an_infinity_makes_its_whole_block_nan_and_no_other(poison, power_of_two_scales):
     x = matrix(4, 2 * BLOCK)
     x[1, 5] = poison
     for rounded in (
-        quantize.rounded_rows(x, pow2),
-        quantize.dequantised(quantize.quantised_rows(x, pow2), (1, BLOCK)),
+        quantize.rounded_rows(x, power_of_two_scales),
+        quantize.dequantized(quantize.quantized_rows(x, power_of_two_scales), (1, BLOCK)),
     ):
         assert rounded[1, :BLOCK].isnan().all()
         assert rounded.isnan().sum() == BLOCK
-    stored, scale = definition.quantised_block(x[1, :BLOCK].tolist(), pow2)
+    stored, scale = definition.quantized_block(x[1, :BLOCK].tolist(), power_of_two_scales)
     assert all(math.isnan(value * scale) for value in stored)
 
 
-@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.parametrize("power_of_two_scales", [False, True])
 @pytest.mark.parametrize("shape", [(1, BLOCK), (130, 2 * BLOCK), (257, 96), (5, 200), (0, BLOCK)])
-def test_the_fp32_shortcut_means_what_the_stored_form_means(shape, pow2):
+def test_the_fp32_shortcut_means_what_the_stored_form_means(shape, power_of_two_scales):
     x = matrix(*shape) if shape[0] else torch.empty(shape)
-    rows = quantize.quantised_rows(x, pow2)
-    assert same(quantize.rounded_rows(x, pow2), quantize.dequantised(rows, (1, BLOCK))[:, : shape[1]])
+    rows = quantize.quantized_rows(x, power_of_two_scales)
+    assert same(quantize.rounded_rows(x, power_of_two_scales), quantize.dequantized(rows, (1, BLOCK))[:, : shape[1]])
     if shape[0]:
-        columns = quantize.quantised_columns(x, pow2)
-        assert same(quantize.rounded_columns(x, pow2), quantize.dequantised(columns, (1, BLOCK))[:, : shape[0]].t())
-        weight = quantize.dequantised(quantize.quantised_weight(x, pow2), (BLOCK, BLOCK))
-        assert same(quantize.rounded_weight(x, pow2), weight[: shape[0], : shape[1]])
+        columns = quantize.quantized_columns(x, power_of_two_scales)
+        assert same(
+            quantize.rounded_columns(x, power_of_two_scales),
+            quantize.dequantized(columns, (1, BLOCK))[:, : shape[0]].t(),
+        )
+        weight = quantize.dequantized(quantize.quantized_weight(x, power_of_two_scales), (BLOCK, BLOCK))
+        assert same(quantize.rounded_weight(x, power_of_two_scales), weight[: shape[0], : shape[1]])
 
 
 def test_a_stack_of_weights_is_rounded_matrix_by_matrix():
@@ -110,24 +113,26 @@ def test_padding_with_zeros_changes_nothing():
 
 
 @given(st.integers(min_value=0, max_value=2**31 - 1), st.booleans())
-def test_rounding_errs_by_at_most_a_sixteenth_of_the_number_or_the_smallest_spacing_of_the_block(seed, pow2):
+def test_rounding_errs_by_at_most_a_sixteenth_of_the_number_or_the_smallest_spacing_of_the_block(
+    seed, power_of_two_scales
+):
     x = torch.randn(8, BLOCK, generator=torch.Generator().manual_seed(seed)).exp() ** 3
-    scale = quantize.quantised_rows(x, pow2).scales
-    error = (quantize.rounded_rows(x, pow2) - x).abs()
+    scale = quantize.quantized_rows(x, power_of_two_scales).scales
+    error = (quantize.rounded_rows(x, power_of_two_scales) - x).abs()
     bound = torch.maximum(x.abs() / 16, scale * 2**-10) * (1 + 1e-6)
     assert (error <= bound).all()
 
 
 def test_rounding_twice_is_rounding_once():
     x = matrix(64, 2 * BLOCK)
-    once = quantize.rounded_rows(x, pow2=True)
-    assert torch.equal(quantize.rounded_rows(once, pow2=True), once)
+    once = quantize.rounded_rows(x, power_of_two_scales=True)
+    assert torch.equal(quantize.rounded_rows(once, power_of_two_scales=True), once)
 
 
 @given(st.floats(min_value=0, max_value=2.0**127, width=32))
 def test_power_of_two_scales_are_powers_of_two_at_most_twice_the_fp32_scale(amax):
     exact, _ = quantize.scale_and_inverse(torch.tensor([amax]))
-    scale, inverse = quantize.scale_and_inverse(torch.tensor([amax]), has_power_of_two_scales=True)
+    scale, inverse = quantize.scale_and_inverse(torch.tensor([amax]), power_of_two_scales=True)
     assert math.frexp(scale.item())[0] == 0.5
     assert exact <= scale < 2 * exact
     assert scale * inverse == 1
@@ -135,7 +140,7 @@ def test_power_of_two_scales_are_powers_of_two_at_most_twice_the_fp32_scale(amax
 
 def test_a_block_below_the_floor_keeps_the_floors_scale():
     x = torch.full((1, BLOCK), AMAX_FLOOR / 16)
-    assert quantize.quantised_rows(x).scales.item() == np.float32(AMAX_FLOOR / 448)
+    assert quantize.quantized_rows(x).scales.item() == np.float32(AMAX_FLOOR / 448)
     assert torch.equal(
-        quantize.rounded_rows(x), quantize.quantised_rows(x).values.float() * np.float32(AMAX_FLOOR / 448)
+        quantize.rounded_rows(x), quantize.quantized_rows(x).values.float() * np.float32(AMAX_FLOOR / 448)
     )

@@ -18,7 +18,7 @@ def normal(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_relative_error_is_that_of_the_quantisers():
+def test_the_relative_error_is_that_of_the_quantizers():
     x = normal(64, 256)
     assert row_statistics(x).relative_error == pytest.approx(((rounded_rows(x) - x).norm() / x.norm()).item())
     stack = normal(2, 256, 128)
@@ -61,8 +61,10 @@ def test_every_low_precision_layer_is_watched_and_no_gradient_is_touched():
 
 def test_power_of_two_scales_are_coarser():
     x = normal(64, 128)
-    fine, coarse = row_statistics(x), row_statistics(x, pow2=True)
-    assert coarse.relative_error == pytest.approx(((rounded_rows(x, pow2=True) - x).norm() / x.norm()).item())
+    fine, coarse = row_statistics(x), row_statistics(x, power_of_two_scales=True)
+    assert coarse.relative_error == pytest.approx(
+        ((rounded_rows(x, power_of_two_scales=True) - x).norm() / x.norm()).item()
+    )
     assert coarse.saturation_share < fine.saturation_share
 
 
@@ -83,16 +85,16 @@ def test_what_was_not_measured_is_left_out():
 @pytest.mark.parametrize(
     ("recipe", "operands"),
     [
-        (Recipe(quantises_weights=False), {"input", "gradient", "weight"}),  # the weight for its gradient's zeros alone
-        (Recipe(quantises_activations=False), {"weight"}),
+        (Recipe(weight_quant=False), {"input", "gradient", "weight"}),  # the weight for its gradient's zeros alone
+        (Recipe(activation_quant=False), {"weight"}),
     ],
 )
-def test_only_what_the_recipe_quantises_has_an_error(recipe, operands):
+def test_only_what_the_recipe_quantizes_has_an_error(recipe, operands):
     model = nn.Sequential(nn.Linear(128, 128))
     convert(model, recipe, CPU)
     (found,) = fp8_statistics(model, lambda: model(normal(32, 128)).square().mean(), recipe).values()
     assert set(found) == operands
-    assert ("relative_error" in found["weight"].shares()) == recipe.quantises_weights
+    assert ("relative_error" in found["weight"].shares()) == recipe.weight_quant
 
 
 def test_gradients_that_are_lost_are_seen():

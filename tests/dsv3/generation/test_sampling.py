@@ -37,7 +37,7 @@ def settings(**changes) -> SampleParams:
     )
 
 
-def test_the_same_seed_writes_the_same_and_another_seed_another(model, tokenizer):
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(model, tokenizer):
     texts = [sample(model, tokenizer, "To be", settings(), seed).continuations for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 

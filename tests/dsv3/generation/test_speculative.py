@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast
 
 from dsv3.errors import UserError
-from dsv3.generation.sampling import Sample, check_fits, drafts_of, generation_config, markdown, sample
-from dsv3.generation.speculative import DraftCounts, Drafter, distribution_of, kept_tokens, speculated
+from dsv3.generation.sampling import Sample, check_fits, generation_config, markdown, sample, total_drafts
+from dsv3.generation.speculative import DraftCounts, Drafter, distribution_of, generate_speculatively, rejection_sample
 from dsv3.params.sample import SampleParams
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
@@ -40,14 +40,14 @@ def test_speculative_text_equals_greedy_text_token_by_token(tokenizer, num_modul
         assert (item.continuations, item.num_new_tokens) == (greedy.continuations, greedy.num_new_tokens)
         assert item.drafts is not None
         counts += item.drafts
-    # otherwise keeping and forgetting would not both have been tried
+    # otherwise accepting and rejecting would not both have been tested
     assert 0.1 < counts.accepted / counts.drafted < 0.9
 
 
 @pytest.mark.parametrize(
-    ("foresight", "num_modules", "max_new_tokens", "expected"),
+    ("agreement", "num_modules", "max_new_tokens", "expected"),
     [
-        # a first pass over the prompt writes 1 token, then a draft more per pass, and none where 1 token is missing
+        # a first pass over the prompt gives 1 token, then a draft more per pass, and none where 1 token is missing
         ("always", 1, 12, DraftCounts(drafted=5, accepted=5, tokens=12, passes=7)),
         ("always", 1, 11, DraftCounts(drafted=5, accepted=5, tokens=11, passes=6)),
         ("always", 3, 12, DraftCounts(drafted=8, accepted=8, tokens=12, passes=4)),
@@ -56,22 +56,22 @@ def test_speculative_text_equals_greedy_text_token_by_token(tokenizer, num_modul
         ("always", 1, 1, DraftCounts(drafted=0, accepted=0, tokens=1, passes=1)),
     ],
 )
-def test_drafts_that_always_or_never_come_true_are_counted_so(foresight, num_modules, max_new_tokens, expected):
-    model = drafting_model(foresight, num_modules)
+def test_drafts_that_are_always_or_never_accepted_are_counted_so(agreement, num_modules, max_new_tokens, expected):
+    model = drafting_model(agreement, num_modules)
     passes = []
     model.model.register_forward_hook(lambda *_: passes.append(1))
-    written, counts = speculated(model, [0, 5, 9], settings(max_new_tokens=max_new_tokens), NO_END)
+    generated, counts = generate_speculatively(model, [0, 5, 9], settings(max_new_tokens=max_new_tokens), NO_END)
     assert counts == expected
-    assert (len(written), len(passes)) == (counts.tokens, counts.passes)
+    assert (len(generated), len(passes)) == (counts.tokens, counts.passes)
 
 
 def test_the_text_ends_at_the_first_end_of_text_even_among_drafts():
     model = drafting_model("always", 3)
-    whole, _ = speculated(model, [0, 5, 9], settings(), NO_END)
+    whole, _ = generate_speculatively(model, [0, 5, 9], settings(), NO_END)
     for end_of_text in set(whole):
-        written, counts = speculated(model, [0, 5, 9], settings(), end_of_text)
-        assert written == whole[: whole.index(end_of_text) + 1]
-        assert counts.tokens == len(written)
+        generated, counts = generate_speculatively(model, [0, 5, 9], settings(), end_of_text)
+        assert generated == whole[: whole.index(end_of_text) + 1]
+        assert counts.tokens == len(generated)
         assert counts.accepted <= counts.drafted
 
 
@@ -85,22 +85,22 @@ def test_drafts_from_cached_latents_equal_drafts_from_the_whole_text(num_modules
     text = torch.randint(272, (1, 20))
     states = model.model(text, use_cache=False).last_hidden_state
     read = 0
-    # the trunk reads on by 1 token up to all drafts and one more; what it wrote is never what was drafted
+    # the trunk reads on by 1 token up to all drafts and one more; the text is never what was drafted
     for num_known in (1, 2, 3, 6, 7, 9, 13, 14, 17):
-        drafter.learn(states[:, read:num_known])
+        drafter.append_states(states[:, read:num_known])
         read = num_known
         tokens = text[:, : num_known + 1]
         expected = tokens
         for depth in range(num_modules):
             trunk = model.model(expected, use_cache=False).last_hidden_state
-            ahead = list(islice(model.model.predictions_ahead(trunk, model.model.embed_tokens(expected)), depth + 1))
+            ahead = list(islice(model.model.mtp_hidden_states(trunk, model.model.embed_tokens(expected)), depth + 1))
             expected = torch.cat([expected, model.lm_head(ahead[-1][:, -1]).argmax(dim=-1, keepdim=True)], dim=1)
-        drafts, _ = drafter.drafts(tokens, most=num_modules)
+        drafts, _ = drafter.draft(tokens, max_drafts=num_modules)
         assert drafts.tolist() == expected[0, num_known + 1 :].tolist()
 
 
 @pytest.mark.parametrize("num_modules", [1, 2])
-def test_transformers_own_loop_writes_the_same_in_as_many_passes(tmp_path, num_modules):
+def test_transformers_own_loop_generates_the_same_in_as_many_passes(tmp_path, num_modules):
     drafting_model("sometimes", num_modules).save_pretrained(tmp_path)
     model = DeepseekV3ForCausalLM.from_pretrained(tmp_path).eval()
     passes = []
@@ -109,23 +109,23 @@ def test_transformers_own_loop_writes_the_same_in_as_many_passes(tmp_path, num_m
         prompt = torch.tensor([[0, first, 100 + first]])
         theirs = generation_config(settings(), None)
         expected = model.generate(prompt, generation_config=theirs, use_mtp=True, attention_mask=torch.ones(1, 3))
-        written, counts = speculated(model, prompt[0].tolist(), settings(), NO_END)
-        assert written == expected[0, 3:].tolist()
+        generated, counts = generate_speculatively(model, prompt[0].tolist(), settings(), NO_END)
+        assert generated == expected[0, 3:].tolist()
         assert counts.passes == len(passes)
         passes.clear()
 
 
 @pytest.mark.parametrize("num_drafts", [1, 2])
-def test_what_is_kept_is_distributed_as_the_trunks_own_draws(num_drafts):
+def test_accepted_tokens_are_distributed_as_the_trunks_own_draws(num_drafts):
     num_tokens, num_draws = 4, 3000
     p = torch.randn(num_drafts + 1, num_tokens).softmax(dim=-1)
     q = torch.randn(num_drafts, num_tokens).softmax(dim=-1)
     found = torch.zeros(num_drafts + 1, num_tokens)
     reached = torch.zeros(num_drafts + 1)
     for _ in range(num_draws):
-        kept = kept_tokens(torch.multinomial(q, 1)[:, 0], q, p)
-        found[torch.arange(len(kept)), kept] += 1
-        reached[: len(kept)] += 1
+        accepted = rejection_sample(torch.multinomial(q, 1)[:, 0], q, p)
+        found[torch.arange(len(accepted)), accepted] += 1
+        reached[: len(accepted)] += 1
     assert reached[0] == num_draws
     assert (reached[1:] > 300).all()
     # At the first place all draws; at a later one those that got there. 4 standard errors of a share.
@@ -133,11 +133,11 @@ def test_what_is_kept_is_distributed_as_the_trunks_own_draws(num_drafts):
     assert ((found / reached[:, None] - p).abs() < 4 * error).all()
 
 
-def test_equal_distributions_keep_every_draft():
+def test_equal_distributions_accept_every_draft():
     p = torch.randn(3, 7).softmax(dim=-1)
     for _ in range(100):
         draft = torch.multinomial(p[:2], 1)[:, 0]
-        assert kept_tokens(draft, p[:2], p)[:2].equal(draft)
+        assert rejection_sample(draft, p[:2], p)[:2].equal(draft)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_sampling_from_one_token_is_greedy(tokenizer):
     assert sample(model, tokenizer, "To be", settings(do_sample=True, top_k=1), seed=5) == greedy
 
 
-def test_the_same_seed_writes_the_same_continuations_and_each_another(tokenizer):
+def test_the_same_seed_gives_the_same_continuations_and_each_differs(tokenizer):
     model, params = drafting_model("sometimes"), settings(do_sample=True, num_return_sequences=3)
     one, two, other = (sample(model, tokenizer, "To be", params, seed) for seed in (1, 1, 2))
     assert one == two != other
@@ -176,19 +176,19 @@ def test_counts_add_up_and_give_ratios():
     assert DraftCounts(0, 0, 1, 1).metrics() == {"tokens_per_pass": 1.0}
 
 
-def test_the_page_says_how_the_drafts_fared_only_where_there_were_any():
+def test_the_page_counts_the_drafts_only_where_there_were_any():
     record = {"name": "union-brig", "experiment": "config_nano", "dvc": {}}
     samples = [Sample("a", ("b",), 15, DraftCounts(10, 4, 15, 11)), Sample("c", ("d",), 15, DraftCounts(10, 5, 15, 9))]
     page = markdown(samples, settings(), 1337, record)
     assert "| speculation | 9 of 20 drafts accepted (45.0%), 1.50 tokens per forward pass |" in page
     plain = [Sample("a", ("b",), 15)]
-    assert drafts_of(plain) is None
+    assert total_drafts(plain) is None
     assert "speculation" not in markdown(plain, settings(speculative=False), 1337, record)
 
 
 def test_a_model_without_prediction_modules_is_refused_in_one_line(tokenizer):
     model = drafting_model("sometimes", 0)
-    message = r"sample\.speculative is true; needs a model with prediction modules.* is 0; .*set sample\.speculative to"
+    message = r"sample\.speculative is true; needs a model with MTP modules.* is 0; .*set sample\.speculative to"
     with pytest.raises(UserError, match=message):
         check_fits(model, tokenizer, settings())
     check_fits(model, tokenizer, settings(speculative=False))

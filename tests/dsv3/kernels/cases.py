@@ -1,6 +1,6 @@
 """Routings that break careless kernels, and the comparison that all backends go through.
 
-Letters: T tokens, K experts per token, E experts, H hidden size, I intermediate size.
+Letters: T tokens, K num_experts_per_tok, E n_routed_experts, D hidden_size, F intermediate_size.
 """
 
 from collections.abc import Callable

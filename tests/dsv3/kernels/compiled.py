@@ -30,13 +30,13 @@ ROWS = {"ROWS": triton_launch.ROWS_PER_PROGRAM}
 COLUMNS = {"COLUMNS": triton_launch.COLUMNS_PER_PROGRAM}
 EXACT = triton_launch.EXACT
 FP32_ROWS, FP32_RESULT = {"x_ptr": "*fp32"}, {"y_ptr": "*fp32"}
-QUANTISERS = {
-    "rows": (kernels.quantise_rows_kernel, ROWS, EXACT, {}),
-    "weight": (kernels.quantise_weight_kernel, {}, {"num_warps": 8, **EXACT}, {}),
-    "columns": (kernels.quantise_columns_kernel, {**COLUMNS, "GATHERS": False}, EXACT, {}),
-    "columns, gathered": (kernels.quantise_columns_kernel, {**COLUMNS, "GATHERS": True}, EXACT, {}),
-    "rows of fp32": (kernels.quantise_rows_kernel, ROWS, EXACT, FP32_ROWS),
-    "columns of fp32, gathered": (kernels.quantise_columns_kernel, {**COLUMNS, "GATHERS": True}, EXACT, FP32_ROWS),
+QUANTIZERS = {
+    "rows": (kernels.quantize_rows_kernel, ROWS, EXACT, {}),
+    "weight": (kernels.quantize_weight_kernel, {}, {"num_warps": 8, **EXACT}, {}),
+    "columns": (kernels.quantize_columns_kernel, {**COLUMNS, "GATHERS": False}, EXACT, {}),
+    "columns, gathered": (kernels.quantize_columns_kernel, {**COLUMNS, "GATHERS": True}, EXACT, {}),
+    "rows of fp32": (kernels.quantize_rows_kernel, ROWS, EXACT, FP32_ROWS),
+    "columns of fp32, gathered": (kernels.quantize_columns_kernel, {**COLUMNS, "GATHERS": True}, EXACT, FP32_ROWS),
 }
 GEMMS = {
     "gemm": (kernels.grouped_gemm_kernel, {"GATHERS": False}, None, {}),
@@ -47,9 +47,9 @@ GEMMS = {
 }
 SCALES = {"fp32 scales": False, "power-of-two scales": True}
 CASES = GEMMS | {
-    f"{name}; {scales}": (kernel, {**constants, "POW2": pow2}, options, pointers)
-    for name, (kernel, constants, options, pointers) in QUANTISERS.items()
-    for scales, pow2 in SCALES.items()
+    f"{name}; {scales}": (kernel, {**constants, "POWER_OF_TWO_SCALES": power_of_two_scales}, options, pointers)
+    for name, (kernel, constants, options, pointers) in QUANTIZERS.items()
+    for scales, power_of_two_scales in SCALES.items()
 }
 """Name -> kernel, constants, options (None: those of a GEMM on the device), types that differ from `POINTERS`."""
 
@@ -61,7 +61,7 @@ def compiled(name: str, capability: int) -> triton.compiler.CompiledKernel:
     signature, aligned, types = {}, {}, POINTERS | pointers
     for position, argument in enumerate(kernel.arg_names):
         signature[argument] = types.get(argument, "constexpr" if argument in constants else "i32")
-        if argument in POINTERS or argument in ("N", "K"):
+        if argument in POINTERS or argument in ("num_outputs", "num_inputs"):
             aligned[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

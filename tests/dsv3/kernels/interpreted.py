@@ -18,31 +18,31 @@ import torch  # noqa: E402 (the patch comes first)
 
 from dsv3.fp8 import quantize  # noqa: E402
 from dsv3.fp8.recipe import Recipe  # noqa: E402
-from dsv3.kernels import triton_fp8, triton_launch  # noqa: E402
+from dsv3.kernels import triton_fp8, triton_launch, triton_linear  # noqa: E402
 from tests.dsv3.kernels import kernel_checks as checks  # noqa: E402
 from tests.dsv3.kernels.cases import Case, case  # noqa: E402
 
 CPU = torch.device("cpu")
-RECIPES = {"fp32 scales": Recipe(), "power-of-two scales": Recipe(has_power_of_two_scales=True)}
+RECIPES = {"fp32 scales": Recipe(), "power-of-two scales": Recipe(power_of_two_scales=True)}
 ODD_LINEAR = (130, 160, 200)
 """Rows, inputs and outputs, none of them a multiple of 128."""
 MUTATIONS = {
     "weight scale of the first block": ("tl.load(b_scale_at + block)", "tl.load(b_scale_at)"),
     "activation scale of the first block": ("tl.load(a_scale_at + block,", "tl.load(a_scale_at,"),
-    "gradient's scale of the first tile in wgrad": ("g_scale_at += N", "g_scale_at += 0"),
-    "input's scale of the first tile in wgrad": ("x_scale_at += K", "x_scale_at += 0"),
-    "last block of the inner dimension dropped": ("range(0, k_blocks)", "range(0, k_blocks - 1)"),
+    "gradient's scale of the first tile in wgrad": ("g_scale_at += num_outputs", "g_scale_at += 0"),
+    "input's scale of the first tile in wgrad": ("x_scale_at += num_inputs", "x_scale_at += 0"),
+    "last block of the inner dimension dropped": ("range(0, num_input_blocks)", "range(0, num_input_blocks - 1)"),
     "last tile of wgrad dropped": ("range(first, last)", "range(first, last - 1)"),
     "last expert's tiles of rows dropped": ("if expert >= E:", "if expert >= E - 1:"),
     "last rows of a tile not masked in wgrad": ("mask=is_row[:, None], other=0.0).to(tl.float32)\n    scale, inverse"
         " = _scale_and_inverse(tl.max(_magnitude_bits(x), 0)", "mask=row[:, None] >= 0, other=0.0).to(tl.float32)\n"
         "    scale, inverse = _scale_and_inverse(tl.max(_magnitude_bits(x), 0)"),
-    "first expert's weights for all": ("b_ptr + expert.to(tl.int64) * N * K", "b_ptr"),
+    "first expert's weights for all": ("b_ptr + expert.to(tl.int64) * num_outputs * num_inputs", "b_ptr"),
     "gather forgotten": ("source = tl.load(index_ptr + row, mask=is_row, other=0)", "source = row"),
     "weight not transposed": ("tl.trans(q))", "q)"),
     "scale of another format": ("tl.constexpr(448.0)", "tl.constexpr(240.0)"),
-    "NaN lost by the largest magnitude": ("tl.max(_magnitude_bits(x), 1), POW2)",
-        "tl.max(tl.minimum(_magnitude_bits(x), 0x7F7FFFFF), 1), POW2)"),
+    "NaN lost by the largest magnitude": ("tl.max(_magnitude_bits(x), 1), POWER_OF_TWO_SCALES)",
+        "tl.max(tl.minimum(_magnitude_bits(x), 0x7F7FFFFF), 1), POWER_OF_TWO_SCALES)"),
 }  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def mutation_effects() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         for name, replacement in MUTATIONS.items():
             triton_launch.kernels = mutated(*replacement, Path(folder))
-            rows = map(checks.differing, triton_launch.quantise_rows(x, False), quantize.quantised_rows(x))
+            rows = map(checks.differing, triton_launch.quantize_rows(x, False), quantize.quantized_rows(x))
             effects[name] = max(sum(rows), *checks.gemm_errors(checks.SMALL, CPU, outlier=3.0).values())
     triton_launch.kernels = triton_fp8
     return effects
@@ -77,10 +77,13 @@ def check_operators() -> list[str]:
     tensors = [inputs.hidden, inputs.index, inputs.weight, inputs.gate_up, inputs.down]
     leaves = [x.clone().requires_grad_() if x.is_floating_point() else x for x in tensors]
     weight = torch.randn(200, 160, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    experts = triton_linear.weight_operands([inputs.gate_up, inputs.down], Recipe())
+    linear = triton_linear.weight_operands([weight], Recipe())
     operators = {
-        "experts": (torch.ops.dsv3.experts_triton, (*leaves, False, True, False)),
-        "experts, SwiGLU in FP8": (torch.ops.dsv3.experts_triton, (*leaves, False, True, True)),
-        "linear": (torch.ops.dsv3.linear_triton, (torch.randn(3, 160).requires_grad_(), weight, False, True)),
+        "weight": (torch.ops.dsv3.quantized_weight, (weight.detach(), False)),
+        "experts": (torch.ops.dsv3.experts_triton, (*leaves, experts, "fp8")),
+        "experts, SwiGLU in FP8": (torch.ops.dsv3.experts_triton, (*leaves, experts, "fp8_swiglu_cache")),
+        "linear": (torch.ops.dsv3.linear_triton, (torch.randn(3, 160).requires_grad_(), weight, linear, "fp8")),
     }
     for operator, arguments in operators.values():
         torch.library.opcheck(operator, arguments)
@@ -90,7 +93,7 @@ def check_operators() -> list[str]:
 def main() -> None:
     """Print everything as one line of JSON."""
     torch.use_deterministic_algorithms(True)  # fills what is not initialised with NaN, so that nobody finds old results
-    found: dict[str, object] = {"quantisers": checks.quantiser_differences(CPU)}
+    found: dict[str, object] = {"quantizers": checks.quantizer_differences(CPU)}
     found["hostile blocks"] = checks.check_hostile_blocks(CPU, max_examples=40)
     experts = {}
     for routing in ("ragged", "empty experts", "one token", "no tokens"):
@@ -105,7 +108,7 @@ def main() -> None:
     found["gemms"] = checks.gemm_errors(checks.SMALL, CPU)
     found["cache"] = checks.cache_differences(many)
     found["linear"] = checks.linear_errors(ODD_LINEAR, Recipe(), CPU)
-    inputs, recipe = case("empty experts", 128, 128), Recipe(quantises_wgrad=False)
+    inputs, recipe = case("empty experts", 128, 128), Recipe(wgrad_quant=False)
     found["bf16 wgrad"] = {
         "experts": checks.expert_errors(inputs, recipe, CPU),
         "linear": checks.linear_errors(ODD_LINEAR, recipe, CPU),

@@ -3,11 +3,10 @@
 The witness is the emulation of `dsv3.fp8.quantize`, always on the CPU, and for single blocks the definition's scalars.
 Import only where kernels can run: Triton decides on import whether it interprets.
 
-Letters: T tokens, S rows sorted by expert, E experts, N outputs, K inputs.
+Letters: A assignments, R rows, I inputs.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -19,10 +18,10 @@ from torch import Tensor
 
 from dsv3.fp8 import definition, quantize
 from dsv3.fp8.definition import BLOCK
-from dsv3.fp8.linear import rounded_product
-from dsv3.fp8.recipe import Recipe
+from dsv3.fp8.linear import Product
+from dsv3.fp8.recipe import DEEPSEEK_RECIPE, Recipe
 from dsv3.fp8.rounding import fp8_rounding
-from dsv3.kernels import cpu, triton_experts, triton_launch, triton_linear
+from dsv3.kernels import cpu, emulated_linear, triton_experts, triton_launch, triton_linear
 from tests.dsv3.kernels.cases import Case, errors, results
 
 SPECIAL = [0.0, -0.0, 1e-45, -1e-40, 2.0**-100, 2.0**-101, 1e4, -1e4, 3.4e38, 448.0, 464.0, 1.0, math.inf, -math.inf]
@@ -71,35 +70,38 @@ def differing(x: Tensor, y: Tensor) -> int:
     return int((~((x == y) | (x.isnan() & y.isnan()))).sum())
 
 
-def quantiser_differences(device: torch.device) -> dict[str, int]:
-    """Return for each quantiser the number of values and scales that differ from torch's."""
+def quantizer_differences(device: torch.device) -> dict[str, int]:
+    """Return for each quantizer the number of values and scales that differ from torch's."""
     found = {}
-    for name, pow2 in (("fp32", False), ("pow2", True)):
+    for name, power_of_two_scales in (("fp32", False), ("power_of_two_scales", True)):
         x = hostile(75, 256)
         for dtype in (torch.float32, torch.bfloat16):
-            pair = triton_launch.quantise_rows(x.to(device, dtype), pow2), quantize.quantised_rows(x.to(dtype), pow2)
+            pair = (
+                triton_launch.quantize_rows(x.to(device, dtype), power_of_two_scales),
+                quantize.quantized_rows(x.to(dtype), power_of_two_scales),
+            )
             found[f"rows {name} {dtype}"] = sum(map(differing, *pair))
         weights = torch.stack([hostile(256, 384)[:, :256], torch.randn(256, 256) * 1e-3])
-        stored = triton_launch.quantise_weight(weights.to(device), pow2)
+        stored = triton_launch.quantize_weight(weights.to(device), power_of_two_scales)
         for expert, weight in enumerate(weights):
-            truth = quantize.quantised_weight(weight, pow2)
+            truth = quantize.quantized_weight(weight, power_of_two_scales)
             forward, transposed = ([part[expert] for part in stack] for stack in stored)
             found[f"weight {expert} {name}"] = sum(map(differing, forward, truth))
             found[f"transposed weight {expert} {name}"] = sum(map(differing, transposed, (t.t() for t in truth)))
-        found[f"columns {name}"] = column_differences(x, SMALL, pow2, device)
+        found[f"columns {name}"] = column_differences(x, SMALL, power_of_two_scales, device)
     return found
 
 
-def column_differences(x_TK: Tensor, groups: Groups, pow2: bool, device: torch.device) -> int:
+def column_differences(x_RI: Tensor, groups: Groups, power_of_two_scales: bool, device: torch.device) -> int:
     """Return the differences in columns of gathered rows, expert by expert."""
-    index_S = torch.randint(0, len(x_TK), (sum(groups.rows),), generator=torch.Generator().manual_seed(1))
-    tiles = triton_launch.schedule(torch.tensor(groups.ends, dtype=torch.int32, device=device), len(index_S))
-    stored = triton_launch.quantise_columns(x_TK.to(device), tiles, index_S.to(device), pow2)
+    index_A = torch.randint(0, len(x_RI), (sum(groups.rows),), generator=torch.Generator().manual_seed(1))
+    tiles = triton_launch.schedule(torch.tensor(groups.ends, dtype=torch.int32, device=device), len(index_A))
+    stored = triton_launch.quantize_columns(x_RI.to(device), tiles, index_A.to(device), power_of_two_scales)
     found, tile = 0, 0
     for rows in groups.slices:
         num_tiles = (rows.stop - rows.start + BLOCK - 1) // BLOCK
         if num_tiles:
-            truth = quantize.quantised_columns(x_TK[index_S[rows]], pow2)
+            truth = quantize.quantized_columns(x_RI[index_A[rows]], power_of_two_scales)
             found += differing(stored.values[:, tile * BLOCK : (tile + num_tiles) * BLOCK], truth.values)
             found += differing(stored.scales[tile : tile + num_tiles].t(), truth.scales)
         tile += num_tiles
@@ -107,7 +109,7 @@ def column_differences(x_TK: Tensor, groups: Groups, pow2: bool, device: torch.d
 
 
 def check_hostile_blocks(device: torch.device, max_examples: int) -> int:
-    """Assert that all three quantisers store a block as the definition says; return for how many blocks that was seen.
+    """Assert that all three quantizers store a block as the definition says; return for how many blocks that was seen.
 
     A block repeats a few hostile numbers. The same numbers, turned by one from row to row, are 128 rows of one scale
     each, 32 columns likewise, and one block of a weight.
@@ -116,18 +118,20 @@ def check_hostile_blocks(device: torch.device, max_examples: int) -> int:
 
     @settings(max_examples=max_examples, derandomize=True, deadline=None, database=None)
     @given(st.lists(HOSTILE, min_size=1, max_size=9), st.booleans())
-    def check(values: list[float], pow2: bool) -> None:
+    def check(values: list[float], power_of_two_scales: bool) -> None:
         nonlocal num_blocks
         num_blocks += 1
         block = (values * BLOCK)[:BLOCK]
-        stored, scale = (torch.tensor(x, dtype=torch.float32) for x in definition.quantised_block(block, pow2))
-        turned = turns(torch.tensor(block, dtype=torch.float32)).to(device)
-        rows = triton_launch.quantise_rows(turned[:1], pow2)
-        end = torch.full((1,), BLOCK, dtype=torch.int32, device=device)
-        columns = triton_launch.quantise_columns(
-            turned[:, :32].contiguous(), triton_launch.schedule(end, BLOCK), None, pow2
+        stored, scale = (
+            torch.tensor(x, dtype=torch.float32) for x in definition.quantized_block(block, power_of_two_scales)
         )
-        weight = triton_launch.quantise_weight(turned[None], pow2)
+        turned = turns(torch.tensor(block, dtype=torch.float32)).to(device)
+        rows = triton_launch.quantize_rows(turned[:1], power_of_two_scales)
+        end = torch.full((1,), BLOCK, dtype=torch.int32, device=device)
+        columns = triton_launch.quantize_columns(
+            turned[:, :32].contiguous(), triton_launch.schedule(end, BLOCK), None, power_of_two_scales
+        )
+        weight = triton_launch.quantize_weight(turned[None], power_of_two_scales)
         truth = turns(stored)
         seen = {
             "rows": differing(rows.values, truth[:1]),
@@ -138,7 +142,7 @@ def check_hostile_blocks(device: torch.device, max_examples: int) -> int:
                 differing(s.reshape(-1), scale.expand(s.numel()))
                 for s in (rows.scales, columns.scales[:1], weight.forward.scales, weight.transposed.scales)
             ),
-            "emulation": sum(map(differing, quantize.quantised_rows(turned[:1].cpu(), pow2), rows)),
+            "emulation": sum(map(differing, quantize.quantized_rows(turned[:1].cpu(), power_of_two_scales), rows)),
         }
         assert not any(seen.values()), seen
 
@@ -153,7 +157,7 @@ def turns(block: Tensor) -> Tensor:
 
 
 def gemm_errors(groups: Groups, device: torch.device, outlier: float = 1e3) -> dict[str, float]:
-    """Return the relative error of each GEMM against float64 products of the operands as quantised by torch."""
+    """Return the relative error of each GEMM against float64 products of the operands as quantized by torch."""
     num_rows, generator = sum(groups.rows), torch.Generator().manual_seed(0)
     x = torch.randn(groups.num_tokens, groups.num_inputs, generator=generator)
     x[:, 7] *= outlier
@@ -163,7 +167,7 @@ def gemm_errors(groups: Groups, device: torch.device, outlier: float = 1e3) -> d
     index = torch.randint(0, groups.num_tokens, (num_rows,), generator=generator)
     tiles = triton_launch.schedule(torch.tensor(groups.ends, dtype=torch.int32, device=device), num_rows)
     on_device = x.to(device), grad.to(device)[:num_rows], index.to(device)
-    found = products(*on_device, triton_launch.quantise_weight(weight.to(device), False), tiles)
+    found = products(*on_device, triton_launch.quantize_weight(weight.to(device), False), tiles)
     grad = grad[:num_rows]
     w, forward_rows, dgrad_rows = (
         rounded.to(device).double()
@@ -180,11 +184,11 @@ def gemm_errors(groups: Groups, device: torch.device, outlier: float = 1e3) -> d
 
 
 def products(
-    x: Tensor, grad: Tensor, index: Tensor, weight: triton_launch.QuantisedWeight, tiles: triton_launch.Schedule
+    x: Tensor, grad: Tensor, index: Tensor, weight: triton_launch.QuantizedWeight, tiles: triton_launch.Schedule
 ) -> dict[str, Tensor]:
     """Return what the kernels give for the three products."""
-    rows = triton_launch.quantise_rows(x, False), triton_launch.quantise_rows(grad, False)
-    columns = [triton_launch.quantise_columns(*side, False) for side in ((grad, tiles, None), (x, tiles, index))]
+    rows = triton_launch.quantize_rows(x, False), triton_launch.quantize_rows(grad, False)
+    columns = [triton_launch.quantize_columns(*side, False) for side in ((grad, tiles, None), (x, tiles, index))]
     return {
         "forward": triton_launch.grouped_gemm(rows[0], index, weight.forward, tiles, len(index), torch.float32),
         "dgrad": triton_launch.grouped_gemm(rows[1], None, weight.transposed, tiles, len(index), torch.float32),
@@ -206,19 +210,20 @@ def expert_errors(inputs: Case, recipe: Recipe, device: torch.device) -> dict[st
 
 
 def cache_differences(inputs: Case) -> dict[str, int]:
-    """Return the numbers that differ in what waits in FP8, and in the gradients, from what torch's quantiser gives."""
+    """Return the numbers that differ in what is kept in FP8, and in the gradients, from those of torch's quantizer."""
     tensors = inputs.hidden, inputs.index, inputs.weight, inputs.gate_up, inputs.down
-    gate_up = triton_experts._forward(*tensors, False, True, False)[1]
-    _, values, scales, pair, end = triton_experts._forward(*tensors, False, True, True)
-    truth = quantize.quantised_rows(gate_up)
+    operands = triton_experts.weight_operands([inputs.gate_up, inputs.down], DEEPSEEK_RECIPE)
+    gate_up = triton_experts._forward(*tensors, operands, "fp8")[1]
+    _, values, scales, assignment, end = triton_experts._forward(*tensors, operands, "fp8_swiglu_cache")
+    truth = quantize.quantized_rows(gate_up)
     found = {
         "values": differing(values.view(torch.float8_e4m3fn), truth.values),
         "scales": differing(scales, truth.scales),
     }
-    saved = inputs.grad, inputs.hidden, inputs.weight, inputs.gate_up, inputs.down
+    saved = inputs.grad, inputs.hidden, inputs.weight, operands
     cached, whole = (
-        triton_experts._backward(*saved, *waiting, pair, end, False, True)
-        for waiting in ((values, scales), (quantize.dequantised(truth, (1, 128)), scales[:0]))
+        triton_experts._backward(*saved, *packed, assignment, end, "fp8_swiglu_cache")
+        for packed in ((values, scales), (quantize.dequantized(truth, (1, 128)), scales[:0]))
     )
     names = ["hidden", "weight", "gate_up", "down"]
     return found | {name: differing(*pair) for name, *pair in zip(names, cached, whole, strict=True)}
@@ -231,12 +236,11 @@ def linear_errors(sizes: tuple[int, int, int], recipe: Recipe, device: torch.dev
     shapes = {"x": (num_rows, num_inputs), "weight": (num_outputs, num_inputs), "grad": (num_rows, num_outputs)}
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
-    def run(product: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> dict[str, Tensor]:
+    def run(product: Product, device: torch.device) -> dict[str, Tensor]:
         x, weight = (tensors[name].to(device, copy=True).requires_grad_() for name in ("x", "weight"))
-        output = product(x, weight)
+        output = product.multiply(x, weight, product.weight_operands(weight))
         output.backward(tensors["grad"].to(device))
         return {"output": output.detach().cpu(), "x": x.grad.cpu(), "weight": weight.grad.cpu()}
 
-    rounding = fp8_rounding(recipe).name
-    emulated = run(partial(rounded_product, rounding=rounding), torch.device("cpu"))
-    return errors(run(partial(triton_linear.linear_product, recipe=recipe), device), emulated)
+    emulated = run(emulated_linear.product(fp8_rounding(recipe)), torch.device("cpu"))
+    return errors(run(triton_linear.product(recipe), device), emulated)

@@ -48,7 +48,7 @@ def loss_and_gradients(model: DeepseekV3ForCausalLM) -> tuple[float, dict[str, t
 def test_everything_that_multiplies_is_converted_but_the_head_and_the_router(model):
     conversion = convert(model, Recipe(), CPU)
     assert conversion.precision == "fp8_emulated"
-    assert conversion.kept == {"lm_head": "lm_head stays in high precision"}
+    assert conversion.high_precision == {"lm_head": "lm_head stays in high precision"}
     assert "model.layers.1.mlp.shared_experts.gate_proj" in conversion.converted
     partial = [
         f"model.layers.{layer}.self_attn.{name}" for layer in (0, 1) for name in ("q_proj", "kv_a_proj_with_mqa")
@@ -61,7 +61,7 @@ def test_everything_that_multiplies_is_converted_but_the_head_and_the_router(mod
 def test_a_layer_smaller_than_a_block_stays_and_is_listed(model):
     model.extra = torch.nn.Linear(64, 128)
     conversion = convert(model, Recipe(), CPU)
-    assert conversion.kept["extra"] == "128x64 is smaller than one 128x128 block"
+    assert conversion.high_precision["extra"] == "128x64 is smaller than one 128x128 block"
 
 
 def test_the_checkpoint_knows_nothing_of_the_conversion(model):
@@ -88,8 +88,8 @@ def test_fp8_trains_every_weight_and_its_gradients_point_where_fp32s_do(model):
 @pytest.mark.parametrize(
     ("recipe", "precision"),
     [
-        (Recipe(quantises_activations=False), "fp8_emulated_high_activations"),
-        (Recipe(has_power_of_two_scales=True, quantises_wgrad=False), "fp8_emulated_pow2_high_wgrad"),
+        (Recipe(activation_quant=False), "fp8_emulated_no_activation_quant"),
+        (Recipe(power_of_two_scales=True, wgrad_quant=False), "fp8_emulated_power_of_two_scales_no_wgrad_quant"),
     ],
     ids=["one side", "scales and wgrad"],
 )

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from dsv3.fp8.recipe import Recipe
-from dsv3.fp8.rounding import BF16, EXACT, fp8_rounding
+from dsv3.fp8.rounding import BF16, EXACT, ROUNDINGS, fp8_rounding
 from dsv3.kernels import cpu, grouped_mm, reference
+from dsv3.kernels.emulated_linear import weight_operands
 from dsv3.kernels.registry import experts_backend
 from tests.dsv3.kernels.cases import ROUTINGS, case, errors, results
 
@@ -17,7 +18,7 @@ SWIGLU_CACHE_TOLERANCE = 0.045
 """e4m3 moves a number by 2.6 % rms: `up` by 2.6 %, silu(gate) up to 1.28 times that where it is large; 4.3 % both."""
 ROUTED_WEIGHT_TOLERANCE = 0.06
 """The weights' gradient is one number per pair; over 74 pairs the norm of their errors varies by a third (3 sigma)."""
-SWIGLU_CACHE = fp8_rounding(Recipe(quantises_weights=False, quantises_activations=False, caches_swiglu=True))
+SWIGLU_CACHE = fp8_rounding(Recipe(weight_quant=False, activation_quant=False, swiglu_cache=True))
 CPU = torch.device("cpu")
 
 
@@ -74,7 +75,7 @@ def test_how_many_experts_the_cpu_backend_takes_at_a_time_changes_no_bit(roundin
         assert torch.equal(outcomes[2][name], tensor)
 
 
-def test_the_backward_pass_makes_no_zero_gradients_of_what_only_waits():
+def test_the_backward_pass_makes_no_zero_gradients_of_what_is_only_kept():
     inputs = case("random")
     leaves = [tensor.requires_grad_() for tensor in (inputs.hidden, inputs.weight, inputs.gate_up, inputs.down)]
     output = cpu.experts(leaves[0], inputs.index, *leaves[1:])
@@ -127,7 +128,7 @@ def test_the_cpu_backend_keeps_only_the_layers_input_the_gate_and_up_rows_and_th
     sizes = []
     tensors = inputs.hidden.requires_grad_(), inputs.index, inputs.weight, inputs.gate_up, inputs.down.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
-        cpu.experts(*tensors, rounding)
+        cpu.experts(*tensors, rounding=rounding)
     num_pairs = inputs.index.numel()
     weights = inputs.gate_up.nbytes + inputs.down.nbytes
     kept = inputs.hidden.nbytes + inputs.weight.nbytes + num_pairs * gate_up_bytes + num_pairs * 8 + 5 * 4
@@ -185,8 +186,8 @@ def test_torch_compile_takes_the_cpu_operators_without_a_break():
 
 @pytest.mark.parametrize("rounding", ["exact", "fp8", SWIGLU_CACHE.name])
 def test_the_cpu_operators_pass_opcheck(rounding):
-    fp8_rounding(Recipe())
     inputs = case("empty experts")
     arguments = [inputs.hidden, inputs.index, inputs.weight, inputs.gate_up, inputs.down]
     tensors = [x.requires_grad_() if x.is_floating_point() else x for x in arguments]
-    torch.library.opcheck(torch.ops.dsv3.experts_cpu, (*tensors, rounding))
+    operands = weight_operands([inputs.gate_up, inputs.down], ROUNDINGS[rounding])
+    torch.library.opcheck(torch.ops.dsv3.experts_cpu, (*tensors, operands, rounding))

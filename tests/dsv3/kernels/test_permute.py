@@ -2,12 +2,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv3.kernels.permute import neighbours
+from dsv3.kernels.permute import expert_groups
 
 
 @given(loads=st.lists(st.integers(0, 9), min_size=1, max_size=12), num_rows=st.integers(0, 30))
-def test_neighbours_hold_every_row_in_its_order_and_no_more_experts_than_the_rows_asked_for(loads, num_rows):
-    taken = list(neighbours(torch.tensor(loads).cumsum(0).int(), num_rows))
+def test_groups_of_experts_hold_every_row_in_its_order_and_no_more_experts_than_the_rows_asked_for(loads, num_rows):
+    taken = list(expert_groups(torch.tensor(loads).cumsum(0).int(), num_rows))
     places = [
         (expert, rows.start + row)
         for rows, parts in taken

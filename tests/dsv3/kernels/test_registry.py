@@ -18,9 +18,9 @@ FP32, BF16 = torch.float32, torch.bfloat16
 def test_a_chosen_backend_is_registered_with_transformers_under_a_name_that_says_what_runs():
     assert experts_backend("cpu", CPU, FP32, use_fp8=False) == "dsv3_cpu_fp32"
     assert experts_backend("auto", CPU, FP32, use_fp8=True) == "dsv3_fp8_emulated"
-    weights_only = Recipe(quantises_activations=False)
-    assert experts_backend("auto", CPU, FP32, True, weights_only) == "dsv3_fp8_emulated_high_activations"
-    assert {"dsv3_cpu_fp32", "dsv3_fp8_emulated", "dsv3_fp8_emulated_high_activations"} <= set(ALL_EXPERTS_FUNCTIONS)
+    weights_only = Recipe(activation_quant=False)
+    assert experts_backend("auto", CPU, FP32, True, weights_only) == "dsv3_fp8_emulated_no_activation_quant"
+    assert {"dsv3_cpu_fp32", "dsv3_fp8_emulated", "dsv3_fp8_emulated_no_activation_quant"} <= set(ALL_EXPERTS_FUNCTIONS)
 
 
 @pytest.mark.parametrize(
@@ -110,14 +110,14 @@ def test_a_gpu_of_amd_is_not_taken_for_one_that_multiplies_nvidias_e4m3(monkeypa
 
 def test_fp8_of_neither_side_is_refused():
     with pytest.raises(UserError, match="both false; set one to true"):
-        experts_backend("auto", CPU, FP32, True, Recipe(quantises_weights=False, quantises_activations=False))
+        experts_backend("auto", CPU, FP32, True, Recipe(weight_quant=False, activation_quant=False))
 
 
-def test_the_gpu_kernels_refuse_a_recipe_that_quantises_one_side_and_auto_emulates_it(monkeypatch):
+def test_the_gpu_kernels_refuse_a_recipe_that_quantizes_one_side_and_auto_emulates_it(monkeypatch):
     monkeypatch.setattr(registry, "multiplies_fp8", lambda device: True)
-    one_side = Recipe(quantises_weights=False)
+    one_side = Recipe(weight_quant=False)
     assert auto_backend(CUDA, BF16, True, one_side) == "fp8_emulated"
-    with pytest.raises(UserError, match="quantises weights and activations, not one of them, take auto"):
+    with pytest.raises(UserError, match="quantizes weights and activations, not one of them, take auto"):
         experts_backend("triton_fp8", CUDA, BF16, True, one_side)
 
 

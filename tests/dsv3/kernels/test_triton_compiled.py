@@ -36,7 +36,7 @@ def compiled(request, tmp_path_factory) -> tuple[int, dict]:
 
 
 def is_gemm(kernel: dict) -> bool:
-    return not kernel["kernel"].startswith("quantise")
+    return not kernel["kernel"].startswith("quantize")
 
 
 def test_every_kernel_is_compiled(compiled):
@@ -65,7 +65,7 @@ def test_nothing_spills_and_everything_fits_into_shared_memory(compiled):
         assert kernel["shared_bytes"] <= SHARED_BYTES[capability], name
 
 
-def test_the_quantisers_divide_exactly_and_fuse_no_product_with_a_sum(compiled):
+def test_the_quantizers_divide_exactly_and_fuse_no_product_with_a_sum(compiled):
     """Otherwise their numbers would differ from the definition's in the last bit, and between devices."""
     _, kernels = compiled
     for name, kernel in kernels.items():

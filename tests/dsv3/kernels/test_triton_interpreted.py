@@ -35,10 +35,10 @@ def found() -> dict:
     return json.loads(done.stdout)
 
 
-def test_the_quantisers_give_torchs_bits_for_hostile_numbers(found):
+def test_the_quantizers_give_torchs_bits_for_hostile_numbers(found):
     """Zeros, denormals, outliers, NaN and infinities; fp32 and bf16; both kinds of scales; gathered, ragged columns."""
-    assert len(found["quantisers"]) == 14
-    assert set(found["quantisers"].values()) == {0}, found["quantisers"]
+    assert len(found["quantizers"]) == 14
+    assert set(found["quantizers"].values()) == {0}, found["quantizers"]
 
 
 def test_hypothesis_finds_no_block_that_kernels_emulation_and_definition_store_differently(found):
@@ -46,7 +46,7 @@ def test_hypothesis_finds_no_block_that_kernels_emulation_and_definition_store_d
     assert found["hostile blocks"] >= 40
 
 
-def test_all_three_gemms_agree_with_float64_products_of_the_same_quantised_operands(found):
+def test_all_three_gemms_agree_with_float64_products_of_the_same_quantized_operands(found):
     assert max(found["gemms"].values()) < TOLERANCE, found["gemms"]
 
 
@@ -59,7 +59,7 @@ def test_the_experts_agree_with_the_emulation_in_their_output_and_every_gradient
     assert max(found["experts"][routing].values()) < TOLERANCE, found["experts"][routing]
 
 
-def test_what_waits_in_fp8_and_the_gradients_from_it_are_what_torchs_quantiser_gives(found):
+def test_what_is_kept_in_fp8_and_the_gradients_from_it_are_what_torchs_quantizer_gives(found):
     """Compared on the kernels' own gate and up: the emulation's differ in the last bit, which can round another way."""
     assert set(found["cache"].values()) == {0}, found["cache"]
     assert len(found["cache"]) == 6
@@ -70,7 +70,7 @@ def test_a_linear_layer_of_odd_dimensions_agrees_with_the_emulation(found):
 
 
 @pytest.mark.parametrize(("kind", "weights"), [("experts", {"gate_up", "down"}), ("linear", {"weight"})])
-def test_a_weight_gradient_that_is_not_quantised_takes_bf16_operands(found, kind, weights):
+def test_a_weight_gradient_that_is_not_quantized_takes_bf16_operands(found, kind, weights):
     """The emulation leaves its operands unrounded; outputs and the other gradients stay FP8 and agree as before."""
     errors = found["bf16 wgrad"][kind]
     for name, error in errors.items():
@@ -80,7 +80,7 @@ def test_a_weight_gradient_that_is_not_quantised_takes_bf16_operands(found, kind
 
 def test_the_operators_pass_opcheck(found):
     """Shapes and dtypes that they promise to torch.compile are those that the kernels give, forward and backward."""
-    assert found["operators"] == ["experts", "experts, SwiGLU in FP8", "linear"]
+    assert found["operators"] == ["weight", "experts", "experts, SwiGLU in FP8", "linear"]
 
 
 def test_every_mutation_of_the_kernels_is_noticed(found):

@@ -104,7 +104,7 @@ def test_the_shipped_parameters_are_valid_and_every_line_of_them_is_commented(mo
         ),
         (
             {"sample.speculative": True},
-            "sample.speculative is true; needs a model with prediction modules, and num_nextn_predict_layers of "
+            "sample.speculative is true; needs a model with MTP modules, and num_nextn_predict_layers of "
             "mini_model/config_nano.json is 0; set it to 1, or sample.speculative to false",
         ),
         ({"data.source": "file"}, "params.yaml: data.path is empty; source 'file' needs"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3.training.balancing import max_vio
+from dsv3.evaluation.load_balance import max_vio
 from dsv3.training.loop import Hook, Run, train
 from tests.training_inputs import ROOT, environment, started_run
 
@@ -51,7 +51,7 @@ def test_routers_that_favour_two_experts_come_to_balance_by_gamma_alone_while_th
             router.weight[:2] += 0.05
             router.weight[2:] -= 0.05
     loads = loads_of(run)
-    assert len(run.model.routers()) == 2  # the trunk's and the prediction module's
+    assert len(run.model.routers()) == 2  # the trunk's and the MTP module's
     assert max_vio(loads[0]).min() > 1
     at_last = max_vio(torch.stack(loads[-LAST:]).sum(dim=0))
     assert at_last.max() < 0.1 if rate else at_last.min() > 1
@@ -81,7 +81,7 @@ def test_two_processes_accumulating_and_recomputing_count_what_one_pass_counts_i
     assert done.returncode == 0, done.stderr
     seen = [json.loads((tmp_path / f"loads-{rank}.json").read_text()) for rank in (0, 1)]
     assert seen[0] == seen[1] == [load.tolist() for load in expected]
-    # Two experts per token, eight sequences of 32; the prediction module has one position less.
+    # Two experts per token, eight sequences of 32; the MTP module has one position less.
     assert [load.sum(dim=1).tolist() for load in expected] == [[2 * 8 * 32, 2 * 8 * 31]] * 3
 
 

@@ -1,22 +1,15 @@
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from dsv3.errors import UserError
 from dsv3.training import checkpoint
 from dsv3.training.checkpoint import (
     checkpoints,
-    delete,
-    fingerprint,
+    delete_checkpoints,
     load_best,
     load_checkpoint,
-    locked,
     prune,
     save_best,
     save_checkpoint,
@@ -88,41 +81,10 @@ def test_the_best_weights_come_back(tmp_path):
     assert torch.equal(model.weight, best.weight)
 
 
-def test_deleting_leaves_the_lock_to_its_holder(tmp_path):
-    with locked(tmp_path / "run"):
-        save(tmp_path / "run", 1)
-        delete(tmp_path / "run")
-        assert names(tmp_path / "run") == {"lock"}
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_second_writer_is_refused_in_one_line_that_names_the_first(tmp_path):
-    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    try:
-        (tmp_path / "lock").write_text(f"{sleeper.pid} {socket.gethostname()}")
-        with pytest.raises(UserError, match=f"process and host {sleeper.pid} "), locked(tmp_path):
-            pass
-        assert (tmp_path / "lock").is_file()
-    finally:
-        sleeper.communicate(b"\n")
-    with locked(tmp_path):  # its holder is gone now
-        assert (tmp_path / "lock").read_text() == f"{os.getpid()} {socket.gethostname()}"
-
-
-def test_a_lock_left_by_a_process_that_had_our_number_is_taken_over(tmp_path):
-    (tmp_path / "lock").write_text(f"{os.getpid()} {socket.gethostname()}")
-    with locked(tmp_path):
-        assert (tmp_path / "lock").is_file()
-
-
-def test_nothing_is_known_of_a_holder_on_another_host(tmp_path):
-    (tmp_path / "lock").write_text("1 elsewhere")
-    with pytest.raises(UserError, match="delete this file only if it is gone"), locked(tmp_path):
-        pass
-
-
-def test_a_fingerprint_depends_on_every_fact_and_not_on_their_order():
-    facts = {"seed": 1, "train": {"learning_rate": 0.1, "optim": "muon"}}
-    same = {"train": {"optim": "muon", "learning_rate": 0.1}, "seed": 1}
-    assert fingerprint(facts) == fingerprint(same)
-    assert fingerprint(facts) != fingerprint({**facts, "seed": 2})
+def test_deleting_removes_all_that_was_saved_and_leaves_the_facts(tmp_path):
+    save(tmp_path, 1)
+    save_best(tmp_path, nn.Linear(1, 1), 1)
+    (tmp_path / ".step_4.123.tmp").mkdir()
+    (tmp_path / "facts.json").write_text("{}")
+    delete_checkpoints(tmp_path)
+    assert names(tmp_path) == {"facts.json"}

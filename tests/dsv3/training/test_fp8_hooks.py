@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from dsv3.training import fp8_hooks
-from dsv3.training.fp8_hooks import log_fp8, measured, unnoticed
+from dsv3.training.fp8_hooks import log_fp8, measure_fp8, preserve_training_state
 from dsv3.training.loop import accumulate_gradients, train
 from dsv3.training.session import Outputs, run_training
 from tests.training_inputs import WIDE, plan_of, started_run
@@ -82,13 +82,13 @@ def test_the_measurement_leaves_nothing_behind_and_is_a_function_of_the_step(tmp
     run.model.routers()[0][1].expert_load.fill_(7)
     loads = [router.expert_load.clone() for _, router in run.model.routers()]
     state, num_hooks = torch.get_rng_state(), num_forward_hooks(run)
-    first = measured(run)
+    first = measure_fp8(run)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(*pair) for pair in zip(loads, (r.expert_load for _, r in run.model.routers()), strict=True))
     assert all(parameter.grad is None for parameter in run.model.parameters())
     assert num_forward_hooks(run) == num_hooks
     torch.rand(3)
-    assert measured(run) == first
+    assert measure_fp8(run) == first
 
 
 def test_the_micro_batch_is_the_first_of_the_step_just_done(tmp_path, monkeypatch):
@@ -102,7 +102,7 @@ def test_the_micro_batch_is_the_first_of_the_step_just_done(tmp_path, monkeypatc
         return output(run, forward, tokens, weight)
 
     monkeypatch.setattr(fp8_hooks, "micro_batch_output", watched)
-    measured(run)
+    measure_fp8(run)
     assert torch.equal(seen[0], batches[2 * 2])
 
 
@@ -111,15 +111,15 @@ def test_the_statistics_are_of_what_training_multiplies(tmp_path):
     run = started_run(tmp_path, **SECTIONS, train={**TRAIN, "gradient_accumulation_steps": 1})
     tokens = next(run.micro_batches())
     run.state.step = 1
-    found = measured(run)
-    with unnoticed(run):
+    found = measure_fp8(run)
+    with preserve_training_state(run):
         accumulate_gradients(run, iter([tokens]), 0.3)
     gradient = run.model.get_parameter("model.layers.0.mlp.down_proj.weight").grad
     assert found["model.layers.0.mlp.down_proj"]["weight"].num_nonzero_gradients == gradient.count_nonzero()
 
 
 def test_a_process_that_records_nothing_measures_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(fp8_hooks, "measured", None)
+    monkeypatch.setattr(fp8_hooks, "measure_fp8", None)
     log_fp8(started_run(tmp_path, **SECTIONS, train=TRAIN), None)
 
 

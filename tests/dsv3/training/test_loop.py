@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsv3.errors import Interrupted, UserError
-from dsv3.training.balancing import max_vio
+from dsv3.evaluation.load_balance import max_vio
 from dsv3.training.loop import Hook, Run, train
 from tests.training_inputs import history, no_save, started_run
 

@@ -46,7 +46,7 @@ def fingerprint_of(folder: Path, **sections: dict) -> str:
     AcceleratorState._reset_state(reset_partial_state=True)
     plan = plan_of(folder, **sections)
     _, chosen = prepared_model(plan, start_accelerator(plan).device)
-    return run_fingerprint(plan, chosen)
+    return run_fingerprint(plan, chosen).digest
 
 
 def test_the_best_weights_are_exported_when_they_are_wanted(tmp_path, monkeypatch):
@@ -156,6 +156,31 @@ def test_a_training_goes_on_in_another_precision_from_the_master_weights(tmp_pat
     assert folder.is_dir()  # it is the other training's, which may still go on
 
 
+def test_checkpoints_of_another_training_are_named_in_one_line_with_what_differs(tmp_path, monkeypatch, capsys):
+    name = interrupted_at_seven(tmp_path, monkeypatch)
+    capsys.readouterr()
+    metrics = trained(tmp_path, train={"learning_rate": 0.02}, architecture={"initializer_range": 0.01})
+    assert metrics["step"] == 12  # from the start, and no error
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not resumed")]
+    reasons = (
+        "architecture.initializer_range is 0.02 there and 0.01 here, train.learning_rate is 0.01 there and 0.02 here"
+    )
+    assert lines == [
+        f"not resumed, of another training: {name} ({reasons}); train.resume_from_checkpoint would start from one"
+    ]
+    assert (tmp_path / name).is_dir()
+    with pytest.raises(UserError, match=f"runtime.resume is must; .*not resumed, of another training: {name} "):
+        trained(tmp_path, train={"learning_rate": 0.02}, runtime={"resume": "must"})
+
+
+def test_a_training_that_saves_nothing_leaves_only_its_lock_behind(tmp_path):
+    trained(tmp_path, train={"max_steps": 2})
+    assert [path.name for path in (tmp_path / ".checkpoints").iterdir()] == ["locks"]
+    with pytest.raises(UserError, match="no checkpoint"):
+        trained(tmp_path, train={"max_steps": 2}, runtime={"resume": "must"})
+    assert [path.name for path in (tmp_path / ".checkpoints").iterdir()] == ["locks"]
+
+
 def test_going_on_from_a_named_checkpoint_equals_going_on(tmp_path, monkeypatch):
     whole = trained(tmp_path / "whole")
     name = interrupted_at_seven(tmp_path, monkeypatch)
@@ -193,8 +218,8 @@ def test_no_more_checkpoints_are_kept_than_asked_for(tmp_path, monkeypatch):
     interrupted_after(monkeypatch, step=6)
     with pytest.raises(Interrupted):
         trained(tmp_path, runtime={"save_steps": 1, "save_total_limit": 2})
-    (directory,) = (tmp_path / ".checkpoints").iterdir()
-    assert sorted(path.name for path in directory.iterdir()) == ["step_6", "step_7"]
+    (directory,) = (tmp_path / ".checkpoints").glob("[!l]*")
+    assert sorted(path.name for path in directory.iterdir()) == ["facts.json", "step_6", "step_7"]
 
 
 def test_a_diverged_training_saves_what_reproduces_it(tmp_path, monkeypatch):
@@ -206,8 +231,8 @@ def test_a_diverged_training_saves_what_reproduces_it(tmp_path, monkeypatch):
     monkeypatch.setattr(hooks, "log_curves", poison)
     with pytest.raises(UserError, match="step 4: loss is"):
         trained(tmp_path)
-    (directory,) = (tmp_path / ".checkpoints").iterdir()
-    assert [path.name for path in directory.iterdir()] == ["step_4"]
+    (directory,) = (tmp_path / ".checkpoints").glob("[!l]*")
+    assert sorted(path.name for path in directory.iterdir()) == ["facts.json", "step_4"]
     assert not (tmp_path / "final_model").exists()
 
 

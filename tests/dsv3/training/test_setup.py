@@ -21,10 +21,10 @@ def test_params_yaml_asks_for_the_default_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("train", "word"),
     [
-        ({"fp8_weight_quant": False}, "high_weights"),
-        ({"fp8_activation_quant": False}, "high_activations"),
-        ({"fp8_power_of_two_scales": True}, "pow2"),
-        ({"fp8_wgrad_quant": False}, "high_wgrad"),
+        ({"fp8_weight_quant": False}, "no_weight_quant"),
+        ({"fp8_activation_quant": False}, "no_activation_quant"),
+        ({"fp8_power_of_two_scales": True}, "power_of_two_scales"),
+        ({"fp8_wgrad_quant": False}, "no_wgrad_quant"),
     ],
     ids=str,
 )
@@ -33,7 +33,7 @@ def test_linear_layers_and_experts_get_one_recipe_and_their_names_say_how_it_dev
 
 
 def test_the_experts_alone_cache_their_swiglu_in_fp8(tmp_path):
-    assert chosen(tmp_path, fp8_swiglu_cache=True) == ("fp8_emulated", "dsv3_fp8_emulated_fp8_swiglu_cache")
+    assert chosen(tmp_path, fp8_swiglu_cache=True) == ("fp8_emulated", "dsv3_fp8_emulated_swiglu_cache")
 
 
 @pytest.mark.parametrize("train", [{"fp8_power_of_two_scales": True}, {"fp8_wgrad_quant": False}], ids=str)

@@ -4,19 +4,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.data.shards import TokenStream, write_shards
-from dsv3.training.validation import summed_loss, tokens_of, windows
+from dsv3.training.validation import block_batches, read_blocks, summed_loss
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 from tests.training_inputs import MICRO
 
 
 @given(num_tokens=st.integers(2, 400), block_size=st.integers(1, 40), batch_size=st.integers(1, 9))
-def test_windows_predict_every_token_but_the_first_once(num_tokens, block_size, batch_size):
+def test_blocks_predict_every_token_but_the_first_once(num_tokens, block_size, batch_size):
     predicted = [
-        start + window * length + position + 1
-        for start, num_windows, length in windows(num_tokens, block_size, batch_size)
-        for window in range(num_windows)
-        for position in range(length)
+        batch.start + block * batch.length + position + 1
+        for batch in block_batches(num_tokens, block_size, batch_size)
+        for block in range(batch.num_blocks)
+        for position in range(batch.length)
     ]
     assert predicted == list(range(1, num_tokens))
 
@@ -31,10 +31,10 @@ def test_the_loss_is_the_sum_over_tokens_whatever_the_batches(tmp_path_factory, 
     torch.manual_seed(0)
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**{**MICRO, "initializer_range": 0.5})).eval()
     expected = 0.0
-    for start, num_windows, length in windows(num_tokens, 8, 1):
-        row = tokens_of(stream, start, num_windows, length)
+    for batch in block_batches(num_tokens, 8, 1):
+        row = read_blocks(stream, batch)
         logits = model(input_ids=row[:, :-1]).logits
         expected += torch.nn.functional.cross_entropy(logits[0], row[0, 1:], reduction="sum").item()
-    actual = summed_loss(model, stream, windows(num_tokens, 8, batch_size), torch.device("cpu"))
+    actual = summed_loss(model, stream, block_batches(num_tokens, 8, batch_size), torch.device("cpu"))
     # Batches of other sizes multiply in another order: fp32 sums of some 50 losses near 6.
     np.testing.assert_allclose(actual, expected, rtol=1e-5)

@@ -9,12 +9,12 @@ from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split, Whitespace
 
 from dsv3.artifacts import write_json
-from dsv3.data.tokenizer import END_OF_TEXT, load_tokenizer, save_trained, train_tokenizer
+from dsv3.data.tokenizer import END_OF_TEXT, read_tokenizer, save_trained, train_tokenizer
 from dsv3.errors import UserError
-from dsv3.export.gguf.vocabulary import WORD_RULES, vocabulary_metadata
+from dsv3.export.gguf.vocabulary import PRE_TOKENIZERS, vocabulary_metadata
 
 TEXTS = ["To be, or not to be: that's the question. " * 9, "The king is dead; long live the king!\n\n" * 9]
-DEEPSEEK = next(patterns for patterns, name in WORD_RULES.items() if name == "deepseek-v3")
+DEEPSEEK = next(patterns for patterns, name in PRE_TOKENIZERS.items() if name == "deepseek-v3")
 CUTTERS = {
     "a space put first": ByteLevel(add_prefix_space=True),
     "words and nothing between": Whitespace(),
@@ -48,7 +48,7 @@ def with_pieces(tmp_path, **pieces):
 
 
 def rebuilt(values):
-    """A tokenizer from what llama.cpp is told alone, cutting as GPT-2 does."""
+    """A tokenizer from the metadata alone, splitting text as GPT-2 does."""
     assert (values["tokenizer.ggml.model"], values["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
     vocabulary = {text: token_id for token_id, text in enumerate(values["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ")) for merge in values["tokenizer.ggml.merges"]]
@@ -58,7 +58,7 @@ def rebuilt(values):
 
 
 def test_every_text_is_cut_as_the_tokenizer_cuts_it(folder):
-    other, tokenizer = rebuilt(vocabulary_metadata(folder, 320)), load_tokenizer(folder)
+    other, tokenizer = rebuilt(vocabulary_metadata(folder, 320)), read_tokenizer(folder)
 
     @settings(max_examples=200, deadline=None, derandomize=True)
     @given(st.text() | st.lists(st.sampled_from(["the ", "king", "'ll", " \n", "To be", "12"])).map("".join))
@@ -71,7 +71,7 @@ def test_every_text_is_cut_as_the_tokenizer_cuts_it(folder):
 def test_rows_without_a_token_are_unused_and_the_end_of_text_is_a_control_token(folder):
     values = vocabulary_metadata(folder, 320)
     tokens, types = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
-    size = load_tokenizer(folder).get_vocab_size()
+    size = read_tokenizer(folder).get_vocab_size()
     assert len(tokens) == len(types) == len(set(tokens)) == 320
     assert (tokens[0], types[0]) == (END_OF_TEXT, 3)
     assert set(types[1:size]) == {1}
@@ -92,7 +92,7 @@ def test_a_prompt_begins_as_a_document_does(folder):
     assert vocabulary_metadata(folder, 320)["tokenizer.ggml.add_bos_token"] is True
 
 
-def test_deepseeks_own_way_of_cutting_is_recognised(tmp_path):
+def test_deepseeks_own_way_of_cutting_is_recognized(tmp_path):
     encoder = ByteLevel(add_prefix_space=False, use_regex=False)
     splits = [Split(Regex(pattern), "isolated") for pattern in DEEPSEEK]
     other = with_pieces(tmp_path, pre_tokenizer=Sequence([*splits, encoder]))
@@ -101,7 +101,7 @@ def test_deepseeks_own_way_of_cutting_is_recognised(tmp_path):
 
 @pytest.mark.parametrize("cutter", CUTTERS.values(), ids=CUTTERS.keys())
 def test_a_tokenizer_that_cuts_in_another_way_is_refused(tmp_path, cutter):
-    with pytest.raises(UserError, match=r"tokenizer.json: cuts text .* must be .* gpt-2, deepseek-v3"):
+    with pytest.raises(UserError, match=r"tokenizer.json: splits text .* must be .* gpt-2, deepseek-v3"):
         vocabulary_metadata(with_pieces(tmp_path, pre_tokenizer=cutter), 320)
 
 

@@ -1,0 +1,18 @@
+"""The folder that is exported again in another form."""
+
+from pathlib import Path
+
+from dsv3.artifacts import check_weights, read_json
+from dsv3.errors import UserError
+
+
+def check_source(model: Path) -> None:
+    """Raise `UserError` unless `model` holds whole safetensors in full precision and their config.json."""
+    config = model / "config.json"
+    if not config.is_file():
+        raise UserError(f"{model}: holds no config.json; name a folder that the train stage wrote")
+    if "quantization_config" in read_json(config):
+        raise UserError(f"{config}: has a quantization_config; name the folder in full precision that was quantized")
+    if not any(model.glob("*.safetensors")):
+        raise UserError(f"{model}: holds no *.safetensors; name a folder that the train stage wrote")
+    check_weights(model)

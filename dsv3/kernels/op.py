@@ -1,0 +1,134 @@
+"""Custom operators of torch.library: forward and backward passes that torch.compile takes as one opaque node each.
+
+An operator is a pure function of its arguments: tensors, lists of tensors, strings. The master weights are arguments
+because they get gradients; what is multiplied are their operands, rounded or quantized by the caller.
+
+`linear_op` and `experts_op` say once, for the emulation and for the Triton kernels alike, which shapes come out (what
+torch.compile asks), what is kept for the backward pass, and in which order the gradients are returned.
+
+Letters: T tokens, K num_experts_per_tok, A assignments, E n_routed_experts, D hidden_size, F intermediate_size,
+R rows, I inputs, O outputs.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef
+
+from dsv3.fp8.recipe import RECIPES
+from dsv3.fp8.swiglu_cache import empty_packed
+
+LinearForward = Callable[[Tensor, Tensor, list[Tensor], str], Tensor]
+"""From x (R, I), the master weight (O, I), its operands and the name of a rounding or recipe to the product (R, O)."""
+LinearBackward = Callable[[Tensor, Tensor, list[Tensor], str], tuple[Tensor, Tensor]]
+"""From the gradient (R, O), x, the operands and the name to the gradients by x and, in fp32, by the weight."""
+Experts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+ExpertsForward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], str], Experts]
+"""From hidden (T, D), index and weight (T, K), gate_up (E, 2F, D), down (E, D, F), their operands and the name to the
+output (T, D) and four tensors for the backward pass: packed gate and up (A, 2F), their scales, the order, the ends."""
+ExpertsBackward = Callable[
+    [Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor, str], tuple[Tensor, Tensor, Tensor, Tensor]
+]
+"""From the gradient (T, D), hidden, weight, the operands, those four tensors and the name to the gradients by hidden,
+weight, gate_up and down."""
+
+
+def op(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> CustomOpDef:
+    """Register `function` as operator dsv3::`name`, whose results have the shapes of those of `fake`; return it."""
+    defined = torch.library.custom_op(f"dsv3::{name}", function, mutates_args=())
+    defined.register_fake(fake)
+    return defined
+
+
+def linear_op(name: str, forward: LinearForward, backward: LinearBackward) -> CustomOpDef:
+    """Register the operators `name` and `name`_backward of a linear product; return the first."""
+
+    def fake(x_RI: Tensor, weight_OI: Tensor, operands: list[Tensor], recipe: str) -> Tensor:
+        return x_RI.new_empty(x_RI.shape[0], weight_OI.shape[0])
+
+    def fake_backward(grad_RO: Tensor, x_RI: Tensor, operands: list[Tensor], recipe: str) -> tuple[Tensor, Tensor]:
+        grad_weight_OI = x_RI.new_empty(grad_RO.shape[1], x_RI.shape[1], dtype=torch.float32)
+        return x_RI.new_empty(x_RI.shape), grad_weight_OI
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x_RI, _, operands, ctx.recipe = inputs
+        ctx.save_for_backward(x_RI, *operands)
+
+    def gradients(ctx: Any, grad_RO: Tensor) -> tuple[Any, ...]:
+        x_RI, *operands = ctx.saved_tensors
+        return *backward_op(grad_RO, x_RI, operands, ctx.recipe), [None] * len(operands), None
+
+    forward_op, backward_op = op(name, forward, fake), op(f"{name}_backward", backward, fake_backward)
+    forward_op.register_autograd(gradients, setup_context=save)
+    return forward_op
+
+
+def experts_op(
+    name: str, forward: ExpertsForward, backward: ExpertsBackward, weight_grad_dtype: torch.dtype | None = None
+) -> CustomOpDef:
+    """Register the operators `name` and `name`_backward of the routed experts; return the first.
+
+    The weights' gradients have `weight_grad_dtype`, by default that of `hidden`.
+    """
+
+    def fake(  # noqa: PLR0913 (an operator's arguments)
+        hidden_TD: Tensor,
+        index_TK: Tensor,
+        weight_TK: Tensor,
+        gate_up_E2FD: Tensor,
+        down_EDF: Tensor,
+        operands: list[Tensor],
+        recipe: str,
+    ) -> Experts:
+        num_assignments, num_experts = index_TK.shape[0] * index_TK.shape[1], gate_up_E2FD.shape[0]
+        is_quantized = recipe in RECIPES and RECIPES[recipe].swiglu_cache
+        return (
+            torch.empty_like(hidden_TD, memory_format=torch.contiguous_format),
+            *empty_packed(hidden_TD, (num_assignments, gate_up_E2FD.shape[1]), is_quantized),
+            index_TK.new_empty(num_assignments, dtype=torch.int64),
+            index_TK.new_empty(num_experts, dtype=torch.int32),
+        )
+
+    def fake_backward(  # noqa: PLR0913 (an operator's arguments)
+        grad_TD: Tensor,
+        hidden_TD: Tensor,
+        weight_TK: Tensor,
+        operands: list[Tensor],
+        packed_A2F: Tensor,
+        scales: Tensor,
+        assignment_A: Tensor,
+        end_E: Tensor,
+        recipe: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        gate_up_shape, down_shape = expert_shapes(operands)
+        return (
+            torch.empty_like(hidden_TD, memory_format=torch.contiguous_format),
+            torch.empty_like(weight_TK, memory_format=torch.contiguous_format),
+            hidden_TD.new_empty(gate_up_shape, dtype=weight_grad_dtype),
+            hidden_TD.new_empty(down_shape, dtype=weight_grad_dtype),
+        )
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Experts) -> None:
+        ctx.set_materialize_grads(False)  # else zeros as large as gate and up, which nobody reads
+        hidden_TD, _, weight_TK, _, _, operands, ctx.recipe = inputs
+        ctx.save_for_backward(hidden_TD, weight_TK, *output[1:], *operands)
+
+    def gradients(ctx: Any, grad_TD: Tensor | None, *_: None) -> tuple[Any, ...]:
+        hidden_TD, weight_TK, packed_A2F, scales, assignment_A, end_E, *operands = ctx.saved_tensors
+        unused = [None] * len(operands)
+        if grad_TD is None:
+            return *(None,) * 5, unused, None
+        order = packed_A2F, scales, assignment_A, end_E
+        found = backward_op(grad_TD, hidden_TD, weight_TK, operands, *order, ctx.recipe)
+        return found[0], None, *found[1:], unused, None
+
+    forward_op, backward_op = op(name, forward, fake), op(f"{name}_backward", backward, fake_backward)
+    forward_op.register_autograd(gradients, setup_context=save)
+    return forward_op
+
+
+def expert_shapes(operands: list[Tensor]) -> tuple[torch.Size, torch.Size]:
+    """Return the shapes of gate_up (E, 2F, D) and down (E, D, F); the first half of `operands` is of gate_up."""
+    return operands[0].shape, operands[len(operands) // 2].shape

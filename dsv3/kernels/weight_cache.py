@@ -1,0 +1,48 @@
+"""Weights rounded or quantized once for several passes.
+
+A low-precision layer makes its weights' operands anew in every forward pass, which is always right. The micro-batches
+of an optimizer step multiply by the same weights; within `cached_weights` they share one set of operands. So do the
+passes of a validation, and the two forward passes of a checkpointed layer.
+
+Nothing outlives the block, and no weight may change within it: that is an error at its end. (Writes through `.data` and
+torch's fused optimizers leave no trace that could be checked.) Compiled code takes the operands as inputs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from dsv3.fp8.linear import LowPrecisionLinear, Operands
+from dsv3.kernels.registry import RegisteredBackend
+from mini_model.modeling_deepseek import DeepseekV3Experts
+
+
+@contextmanager
+def cached_weights(model: nn.Module) -> Iterator[None]:
+    """Round or quantize every weight of `model` once, for all passes of the block, in which no weight may change."""
+    caches = [(module, operands) for module in model.modules() if (operands := weight_operands(module)) is not None]
+    versions = {name: weight._version for name, weight in model.named_parameters()}
+    for module, operands in caches:
+        module.weight_operands = operands
+    try:
+        yield
+    finally:
+        for module, _ in caches:
+            module.weight_operands = None
+    changed = [name for name, weight in model.named_parameters() if weight._version != versions[name]]
+    if changed:
+        raise RuntimeError(f"{changed[0]} changed while its operands were cached")
+
+
+@torch.no_grad()
+def weight_operands(module: nn.Module) -> Operands | None:
+    """Return the operands of the weights of `module` as they are now; None if it multiplies by the weights."""
+    if isinstance(module, LowPrecisionLinear):
+        return module.new_weight_operands()
+    if isinstance(module, DeepseekV3Experts):
+        backend = ALL_EXPERTS_FUNCTIONS.get(module.config._experts_implementation)
+        return backend.weight_operands(module) if isinstance(backend, RegisteredBackend) else None
+    return None
