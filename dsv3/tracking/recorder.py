@@ -8,6 +8,7 @@ clone of the repository does not have.
 """
 
 import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -203,10 +204,10 @@ def sinks(runtime: RuntimeParams) -> list[Sink]:
 def _sink(name: str, runtime: RuntimeParams) -> Sink:
     if importlib.util.find_spec(name) is None:
         group = "pipeline" if name == "aim" else name
-        raise UserError(
-            f"params.yaml: runtime.trackers names {name}, which is not installed; "
-            f"pip install --group {group} -c constraints.txt, or take it from the list"
-        )
+        remedy = f"pip install --group {group} -c constraints.txt, or take it from the list"
+        if name == "aim" and sys.version_info >= (3, 13):
+            remedy = "it has no wheels for Python 3.13 and later; set it to [tensorboard], or use Python 3.12"
+        raise UserError(f"params.yaml: runtime.trackers names {name}, which is not installed; {remedy}")
     if name == "aim":
         from dsv3.tracking.aim import AimSink
 

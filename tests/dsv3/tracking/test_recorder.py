@@ -2,6 +2,7 @@ import csv
 import importlib.util
 import json
 import logging
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -159,4 +160,12 @@ def test_a_tracker_that_is_not_installed_is_told_in_one_line_with_the_remedy(
     with pytest.raises(
         UserError, match=rf"runtime.trackers names {name}.*pip install --group {name} -c constraints\.txt"
     ):
+        open_recorder(tmp_path, runtime, identity)
+
+
+def test_where_aim_has_no_wheels_the_other_ways_are_told(tmp_path, identity, params, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None)
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
+    runtime = params.runtime.model_copy(update={"trackers": ["aim"]})
+    with pytest.raises(UserError, match=r"names aim, .*; set it to \[tensorboard\], or use Python 3\.12$"):
         open_recorder(tmp_path, runtime, identity)
