@@ -30,10 +30,11 @@ def main(
     from dsv3.artifacts import read_json
     from dsv3.data.shards import TokenStream
     from dsv3.devices import device_name, torch_device
-    from dsv3.evaluation.files import show, summary, write
+    from dsv3.evaluation.files import summary, write
     from dsv3.evaluation.sliding_window import SPLITS, check_fits, evaluate
     from dsv3.export.loading import check_model, load_model
-    from dsv3.tracking.recorder import read_record, reopen_recorder
+    from dsv3.tracking.recorder import open_later_stage, read_record
+    from dsv3.tracking.results import evaluate_events
 
     check_model(model)
     record = read_record(run)
@@ -53,9 +54,10 @@ def main(
     with tqdm(total=num_tokens, unit="token", desc="evaluate") as bar:
         evaluation = evaluate(loaded, streams, meta, settings, bar.update)
     write(evaluation, output)
-    recorder = reopen_recorder(record, parameters.runtime)
-    show(evaluation, output, recorder, record["step"])
-    recorder.close("finished")
+    views = open_later_stage(record, parameters.runtime)
+    for event in evaluate_events(output, record["step"]):
+        views.write(event)
+    views.close("finished")
     print(summary(evaluation))
 
 

@@ -14,7 +14,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from dsv3.errors import UserError
 from dsv3.generation.speculative import DraftCounts, check_predicts_ahead, speculated
 from dsv3.params.sample import SampleParams
-from dsv3.tracking.recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -98,16 +97,6 @@ def drafts_of(samples: Sequence[Sample]) -> DraftCounts | None:
     """Return how the drafts of all samples fared; None without speculation."""
     counts = [item.drafts for item in samples if item.drafts is not None]
     return sum(counts, DraftCounts()) if counts else None
-
-
-def show(samples: Sequence[Sample], recorder: Recorder, step: int) -> None:
-    """Add the texts, and how their drafts fared, to the run of `recorder`, at the training's last step."""
-    for item in samples:
-        for number, text in enumerate(item.continuations, start=1):
-            context = {"number": number} if len(item.continuations) > 1 else {}
-            recorder.text("sample", item.prompt + text, step, prompt=item.prompt, **context)
-    if drafts := drafts_of(samples):
-        recorder.result("sample", drafts.metrics(), step)
 
 
 def markdown(samples: list[Sample], params: SampleParams, seed: int, record: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from dsv3.artifacts import read_json, write_json
 from dsv3.errors import Interrupted, UserError
 from dsv3.export.huggingface import export
 from dsv3.export.model_card import model_card
+from dsv3.tracking.events import Result
 from dsv3.tracking.identity import project_root, run_identity
 from dsv3.tracking.recorder import Recorder, open_recorder
 from dsv3.training import fp8_hooks, hooks
@@ -159,7 +160,7 @@ def exported(
     export(run.model, run.model.state_dict(), outputs.tokens, outputs.model, card)
     write_json(outputs.results / "run.json", {**recorder.run_record(), "step": run.state.step})
     write_json(outputs.results / "metrics.json", metrics)
-    recorder.result("train", metrics, run.state.step)
+    recorder.show(Result("train", metrics, run.state.step))
     return metrics
 
 

@@ -4,8 +4,9 @@ import sys
 import pytest
 from PIL import Image
 
-from dsv3.tracking.aim import AimSink
-from dsv3.tracking.recorder import open_recorder, reopen_recorder
+from dsv3.tracking.aim import AimTracker
+from dsv3.tracking.events import Distribution, Figure, Result, Text
+from dsv3.tracking.recorder import open_later_stage, open_recorder
 
 SCORES = {"nats_per_token": 4.0, "perplexity": 54.6, "nats_per_char": 1.5, "bits_per_byte": 2.2, "tokens": 7}
 
@@ -83,12 +84,12 @@ def test_later_stages_add_their_results_to_the_same_run(project, identity, runti
     record = training.run_record()
     training.close("finished")
     Image.new("RGB", (4, 3), "red").save(tmp_path / "load.png")
-    recorder = reopen_recorder(record, runtime)
-    recorder.result("evaluate", {"test": SCORES, "heldout": {**SCORES, "nats_per_char": 1.6}}, 30)
-    recorder.text("sample", "To be\nor not", 30, prompt="To be")
-    recorder.figure("expert_load", tmp_path / "load.png", 30)
-    recorder.distribution("load", [3, 1, 2], 30, layer=1)
-    recorder.close("finished")
+    views = open_later_stage(record, runtime)
+    views.write(Result("evaluate", {"test": SCORES, "heldout": {**SCORES, "nats_per_char": 1.6}}, 30))
+    views.write(Text("sample", "To be\nor not", 30, {"prompt": "To be"}))
+    views.write(Figure("expert_load", tmp_path / "load.png", 30))
+    views.write(Distribution("load", [3, 1, 2], 30, {"layer": 1}))
+    views.close("finished")
     (run,) = indexed(project).iter_runs()
     assert run["evaluate", "test", "tokens"] == 7
     assert run["params", "seed"] == 1337
@@ -119,27 +120,27 @@ def test_a_repository_that_cannot_be_made_costs_a_warning(bare_project, identity
     recorder.log("history", {"step": 1, "loss": 1.0})
     recorder.close("finished")
     assert recorder.run_hash is None
-    assert [message.startswith("Aim failed") for message in caplog.messages] == [True]
+    assert [message.startswith("tracker aim failed") for message in caplog.messages] == [True]
     assert (bare_project / "results" / "history.tsv").read_text() == "step\tloss\n1\t1\n"
 
 
 def test_terminal_and_machine_are_recorded_only_for_a_training_under_dvc(project, identity, monkeypatch):
-    out, sink = sys.stdout.write, AimSink(None)
-    run_hash = sink.open(identity, None, True)
+    out, tracker = sys.stdout.write, AimTracker(None)
+    run_hash = tracker.open(identity, None, "train")
     assert sys.stdout.write == out
-    sink.close("finished")
+    tracker.close("finished")
     monkeypatch.setenv("DVC_STAGE", "train")
-    sink.open(identity, run_hash, is_owner=False)
+    tracker.open(identity, run_hash, "add")
     assert sys.stdout.write == out
-    sink.close("finished")
-    sink.open(identity, run_hash, is_owner=True)
+    tracker.close("finished")
+    tracker.open(identity, run_hash, "train")
     assert sys.stdout.write != out
-    sink.close("finished")
+    tracker.close("finished")
     assert sys.stdout.write == out
 
 
-def test_processes_that_start_together_initialise_one_repository(bare_project):
-    script = "import sys; from dsv3.tracking.aim import initialise; initialise(sys.argv[1])"
+def test_processes_that_start_together_initialize_one_repository(bare_project):
+    script = "import sys; from dsv3.tracking.aim import initialize; initialize(sys.argv[1])"
     starts = [subprocess.Popen([sys.executable, "-c", script, str(bare_project)]) for _ in range(3)]
     assert [process.wait(timeout=120) for process in starts] == [0, 0, 0]
     assert (bare_project / ".aim" / "VERSION").is_file()

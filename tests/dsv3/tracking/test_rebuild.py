@@ -4,9 +4,19 @@ import pytest
 
 from dsv3.artifacts import write_json
 from dsv3.errors import UserError
-from dsv3.tracking.rebuild import read_table, rebuild
+from dsv3.tracking.aim import AimTracker
+from dsv3.tracking.rebuild import rebuild
 from dsv3.tracking.recorder import open_recorder
+from dsv3.tracking.results import read_table
 
+PAGE = """# Samples
+
+## `To be`
+
+```text
+To be or
+```
+"""
 SCORES = {"nats_per_token": 4.0, "perplexity": 54.6, "nats_per_char": 1.5, "bits_per_byte": 2.2}
 
 
@@ -25,7 +35,7 @@ def results(project, identity, params):
     recorder.close("finished")
     write_json(folder / "evaluate" / "metrics.json", {"heldout": SCORES})
     (folder / "evaluate" / "expert_load.tsv").write_text("layer\texpert\tload\n1\t0\t0.25\n1\t1\t0.75\n")
-    (project / "samples.md").write_text("# Samples\n")
+    (project / "samples.md").write_text(PAGE)
     return folder
 
 
@@ -34,7 +44,7 @@ def test_a_lost_run_is_built_again_from_its_results(project, results, indexed):
 
     (before,) = indexed(project).iter_runs()
     shutil.rmtree(project / ".aim")
-    run_hash = rebuild(results, project / "samples.md", str(project))
+    run_hash = rebuild(results, project / "samples.md", AimTracker(str(project)))
     (run,) = indexed(project).iter_runs()
     assert run.hash == run_hash != before.hash
     assert run["source_run"] == before.hash
@@ -49,12 +59,13 @@ def test_a_lost_run_is_built_again_from_its_results(project, results, indexed):
     assert run.get_metric("nats_per_char", Context({"subset": "heldout", "stage": "evaluate"})) is not None
     load = run.get_distribution_sequence("load", Context({"subset": "heldout", "layer": 1}))
     assert load.values.sparse_list()[1][0].weights.tolist() == [0.25, 0.75]
-    assert run.get_text_sequence("samples", Context({})) is not None
+    text = run.get_text_sequence("sample", Context({"prompt": "To be"}))
+    assert text.values.sparse_list()[1][0].data == "To be or"
 
 
 def test_a_run_that_aim_still_has_is_completed_not_doubled(project, results, indexed):
     (before,) = indexed(project).iter_runs()
-    assert rebuild(results, project / "samples.md", str(project)) == before.hash
+    assert rebuild(results, project / "samples.md", AimTracker(str(project))) == before.hash
     (run,) = indexed(project).iter_runs()
     assert run["evaluate", "heldout", "nats_per_char"] == 1.5
 
@@ -69,4 +80,4 @@ def test_empty_cells_are_left_out(results):
 
 def test_without_a_training_there_is_nothing_to_build(tmp_path):
     with pytest.raises(UserError, match=r"run\.json: no such file; run dvc repro train"):
-        rebuild(tmp_path, tmp_path / "samples.md", str(tmp_path))
+        rebuild(tmp_path, tmp_path / "samples.md", AimTracker(str(tmp_path)))

@@ -1,7 +1,8 @@
 import pytest
 from PIL import Image
 
-from dsv3.tracking.recorder import open_recorder, reopen_recorder
+from dsv3.tracking.events import Distribution, Figure, Result, Text
+from dsv3.tracking.recorder import open_later_stage, open_recorder
 
 pytest.importorskip("tensorboard", reason="a group of its own: pip install --group tensorboard")
 
@@ -53,12 +54,12 @@ def test_later_stages_add_to_the_same_folder(bare_project, identity, runtime, tm
     training.log("history", {"step": 10, "loss": 4.0})
     training.close("finished")
     Image.new("RGB", (4, 3), "red").save(tmp_path / "load.png")
-    recorder = reopen_recorder(training.run_record(), runtime)
-    recorder.result("evaluate", {"test": SCORES}, 10)
-    recorder.text("sample", "To be", 10, prompt="To")
-    recorder.figure("expert_load", tmp_path / "load.png", 10)
-    recorder.distribution("load", [3, 1], 10, layer=1)
-    recorder.close("finished")
+    views = open_later_stage(training.run_record(), runtime)
+    views.write(Result("evaluate", {"test": SCORES}, 10))
+    views.write(Text("sample", "To be", 10, {"prompt": "To"}))
+    views.write(Figure("expert_load", tmp_path / "load.png", 10))
+    views.write(Distribution("load", [3, 1], 10, {"layer": 1}))
+    views.close("finished")
     found = events(bare_project)
     assert [event.value for event in found.Scalars("evaluate/test/nats_per_char")] == [1.5]
     assert [event.value for event in found.Scalars("train/loss")] == [4.0]
