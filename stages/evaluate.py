@@ -33,7 +33,7 @@ def main(
     from dsv3.evaluation.files import summary, write
     from dsv3.evaluation.sliding_window import SPLITS, check_fits, evaluate
     from dsv3.export.loading import check_model, load_model
-    from dsv3.tracking.recorder import open_later_stage, read_record
+    from dsv3.tracking.recorder import add_to_run, read_record
     from dsv3.tracking.results import evaluate_events
 
     check_model(model)
@@ -54,10 +54,7 @@ def main(
     with tqdm(total=num_tokens, unit="token", desc="evaluate") as bar:
         evaluation = evaluate(loaded, streams, meta, settings, bar.update)
     write(evaluation, output)
-    views = open_later_stage(record, parameters.runtime)
-    for event in evaluate_events(output, record["step"]):
-        views.write(event)
-    views.close("finished")
+    add_to_run(run, parameters, evaluate_events(output / "metrics.json", record["step"]))
     print(summary(evaluation))
 
 

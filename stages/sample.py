@@ -29,7 +29,7 @@ def main(
     from dsv3.export.loading import check_model, load_model, load_tokenizer
     from dsv3.generation.sampling import check_fits, drafts_of, markdown, sample
     from dsv3.tracking.events import Result
-    from dsv3.tracking.recorder import open_later_stage, read_record
+    from dsv3.tracking.recorder import add_to_run, read_record
     from dsv3.tracking.results import sample_events
 
     check_model(model)
@@ -54,10 +54,8 @@ def main(
     write_text(output, markdown(samples, settings, parameters.seed, record))
 
     drafts, step = drafts_of(samples), record["step"]
-    views = open_later_stage(record, parameters.runtime)
-    for event in [*sample_events(output, step), *([Result("sample", drafts.metrics(), step)] if drafts else [])]:
-        views.write(event)
-    views.close("finished")
+    results = [Result("sample", drafts.metrics(), step)] if drafts else []
+    add_to_run(run, parameters, [*sample_events(output, step), *results])
     new_tokens = sum(item.num_new_tokens for item in samples)
     print(f"{output}: {new_tokens:,} tokens, {new_tokens / seconds:.0f} tokens/s{f'; {drafts}' if drafts else ''}")
 

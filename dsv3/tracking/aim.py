@@ -1,20 +1,21 @@
 """Aim: where runs are compared.
 
 Facts that shape this module. A repository must be initialized once: of several processes that find none, all but one
-crash, hence the file lock. A new run's hash can't be chosen, so it is stored with the results, and stages that follow
-re-open the run by it; in a clone that never saw the run, a new one is begun that says which run it stands for. Values
-are keyed by their step, so writing a step twice overwrites it, and a resumed training needs no care. Values are read
-back through an index that only `aim up` may write: nothing here reads them.
+crash, hence the file lock. A training's hash is given by Aim and stored with the results; every later stage, and a
+clone that never saw the run, opens the run of a hash that it knows, so a run whose container is missing is made under
+that hash. Values are keyed by their step, so writing a step twice overwrites it, and a resumed training needs no care.
+Values are read back through an index that only `aim up` may write: nothing here reads them. Aim sets a run's end when
+it is closed, whatever happened; so the status is a tag too, where it did not finish, and a later stage keeps the end.
 """
 
 import logging
 import os
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
 import aim
-from aim.sdk.errors import MissingRunError
 from filelock import FileLock
 
 from dsv3.params.runtime import RuntimeParams
@@ -26,6 +27,12 @@ from dsv3.tracking.tracker import Mode
 SYSTEM_TRACKING_INTERVAL_S = 10
 INITIALIZATION_S = 120
 """Longest wait for another process that initializes the repository."""
+
+ENDS: frozenset[str] = frozenset({"interrupted", "failed"})
+"""Ends that are tags of the run until it finishes."""
+
+SHOWN_TAGS = 6
+"""Most changed parameters that are tags; the description has all."""
 
 logging.getLogger("aim").setLevel(logging.WARNING)  # it reports its threads at INFO
 
@@ -48,28 +55,32 @@ class AimTracker:
         # Terminal and machine are recorded where the process is ours alone, i.e. a training that DVC started.
         is_watched = mode == "train" and "DVC_STAGE" in os.environ
         options: dict[str, Any] = {
-            "repo": self._location,
             "log_system_params": False,  # it needs pkg_resources, and stores the environment's variables
             "capture_terminal_logs": is_watched,
             "system_tracking_interval": SYSTEM_TRACKING_INTERVAL_S if is_watched else None,
         }
-        try:
-            self._run = aim.Run(run_hash, **options)
-            is_known = run_hash is not None
-        except MissingRunError:
-            self._run = aim.Run(**options)
-            self._run["source_run"] = run_hash
-            is_known = False
+        self._repo = aim.Repo.from_path(self._location)
+        self._end_time: float | None = None
+        if run_hash is not None:
+            self._end_time = self._stored(run_hash).get("end_time")  # makes the run's container where it is missing
+        self._run = aim.Run(run_hash, repo=self._repo, **options)
+        is_known = self._run.get("params") is not None
         self.has_rows = is_known and mode != "rebuild"  # writing rows again overwrites them, so a rebuild may
+        self._keeps_end = mode != "train" and self._end_time is not None
+        if mode == "train":
+            self._run["status"] = "running"
         self._describe(identity)
         return self._run.hash
 
+    def _stored(self, run_hash: str) -> Any:
+        """Return the tree of what is stored about a run."""
+        return self._repo.request_tree("meta", run_hash, read_only=False).subtree(("meta", "chunks", run_hash))
+
     def _describe(self, identity: RunIdentity) -> None:
-        self._run.name = identity.name
+        self._run.name = identity.title
+        self._run.description = ", ".join(identity.change_tags) or "parameters of the baseline commit"
         self._run.experiment = identity.experiment
-        for tag in identity.tags:
-            if tag not in self._run.tags:
-                self._run.add_tag(tag)
+        self._set_tags({*identity.tags, *identity.change_tags[:SHOWN_TAGS]}, remove=set())
         self._run["params"] = identity.params
         self._run["architecture"] = identity.architecture
         self._run["dvc"] = identity.dvc
@@ -106,9 +117,20 @@ class AimTracker:
     def close(self, status: str) -> None:
         """Note how the run ended and release it."""
         self._run["status"] = status
+        self._set_tags(ENDS & {status}, remove=ENDS - {status})
         if status == "finished":
             self._run.report_successful_finish()
+        run_hash = self._run.hash
         self._run.close()
+        if self._keeps_end:
+            self._stored(run_hash)["end_time"] = self._end_time
+
+    def _set_tags(self, add: AbstractSet[str], remove: AbstractSet[str]) -> None:
+        tags = set(self._run.tags)
+        for tag in sorted(add - tags):
+            self._run.add_tag(tag)
+        for tag in sorted(remove & tags):
+            self._run.remove_tag(tag)
 
     def _track(self, value: Any, name: str, step: int, context: Mapping[str, Any], epoch: int | None = None) -> None:
         options: dict[str, Any] = {"epoch": epoch, "context": dict(context)}  # Aim's annotations are narrower than Aim

@@ -5,6 +5,7 @@ with `dvc exp pull`), has lost `.aim`, or names another tracker in params.yaml, 
 without training. A run that the tracker still has is completed rather than doubled.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -13,10 +14,11 @@ import typer
 
 from dsv3.cli import ParamsOption, command
 from dsv3.errors import UserError
-from dsv3.params.read import read_params
+from dsv3.params.read import Params, read_params
 from dsv3.params.runtime import TrackerName
 from dsv3.tracking.events import Event, Row
-from dsv3.tracking.recorder import identity_of, read_record
+from dsv3.tracking.identity import applied_experiment
+from dsv3.tracking.recorder import later_run, read_record
 from dsv3.tracking.results import evaluate_events, sample_events, train_events
 from dsv3.tracking.tracker import Tracker, load_tracker, remedy
 
@@ -24,17 +26,18 @@ from dsv3.tracking.tracker import Tracker, load_tracker, remedy
 def all_events(results: Path, samples: Path, step: int) -> Iterator[Event]:
     """Yield all that the stages left in `results` and the page `samples`; stages that are not there are left out."""
     yield from train_events(results / "train", step)
-    yield from evaluate_events(results / "evaluate", step)
+    yield from evaluate_events(results / "evaluate" / "metrics.json", step)
     yield from sample_events(samples, step)
 
 
-def rebuild(results: Path, samples: Path, tracker: Tracker) -> str | None:
+def rebuild(results: Path, samples: Path, params: Params, tracker: Tracker) -> str | None:
     """Write everything in `results` and the page `samples` into `tracker`; return its run's hash, if it has hashes.
 
     Raises `UserError` without results/train/run.json.
     """
     record = read_record(results / "train" / "run.json")
-    run_hash = tracker.open(identity_of(record), record["aim_run_hash"], "rebuild")
+    identity, known_hash = later_run(record, params, os.environ.get("DVC_EXP_NAME") or applied_experiment())
+    run_hash = tracker.open(identity, known_hash, "rebuild")
     for event in all_events(results, samples, record["step"]):
         if not (tracker.has_rows and isinstance(event, Row)):
             tracker.write(event)
@@ -44,21 +47,22 @@ def rebuild(results: Path, samples: Path, tracker: Tracker) -> str | None:
 
 def main(
     tracker: Annotated[
-        list[TrackerName] | None, typer.Option(help="A tracker to rebuild; default: all of runtime.trackers.")
+        TrackerName | None, typer.Option(help="The tracker to rebuild; default: all of runtime.trackers.")
     ] = None,
     results: Annotated[Path, typer.Option(help="Folder of the stages' results.")] = Path("results"),
     samples: Annotated[Path, typer.Option(help="The page that sample wrote.")] = Path("outputs/samples.md"),
     params: ParamsOption = Path("params.yaml"),
 ) -> None:
     """Write the training whose results are checked out into the trackers again, without training."""
-    runtime = read_params(params).runtime
-    for name in tracker or runtime.trackers:
+    parameters = read_params(params)
+    names: list[TrackerName] = [tracker] if tracker else parameters.runtime.trackers
+    for name in names:
         try:
-            loaded = load_tracker(name, runtime)
+            loaded = load_tracker(name, parameters.runtime)
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"tracker {name} can't be imported ({reason}); {remedy(name)}") from None
-        run_hash = rebuild(results, samples, loaded)
+        run_hash = rebuild(results, samples, parameters, loaded)
         typer.echo(f"{name}: run {run_hash or 'rebuilt'} holds {results} again")
 
 

@@ -7,19 +7,25 @@ stage's outputs before it runs). The alternative, a tracker as the truth, would 
 clone of the repository does not have.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsv3.artifacts import read_json, write_text
 from dsv3.errors import UserError
+from dsv3.params.read import Params
 from dsv3.params.runtime import RuntimeParams
 from dsv3.tracking.events import Event, Row
-from dsv3.tracking.identity import RunIdentity, native
+from dsv3.tracking.identity import RunIdentity, later_identity, native
 from dsv3.tracking.metrics import METRICS, TABLES, Cell, unknown_names
+from dsv3.tracking.results import train_events, valid_events
 from dsv3.tracking.tracker import Views, open_views
 
 Cells = dict[str, Cell]
+
+RUN_HASH_LENGTH = 24
+"""Of Aim's hashes, in hexadecimal digits."""
 
 
 class Recorder:
@@ -110,9 +116,27 @@ def open_recorder(
     return Recorder(directory, identity, open_views(runtime, identity, run_hash, "train"), shown_repo(runtime))
 
 
-def open_later_stage(record: Mapping[str, Any], runtime: RuntimeParams) -> Views:
-    """Return the views of the run of `record` (run.json), for a stage that adds to it; begin one where it is gone."""
-    return open_views(runtime, identity_of(record), record["aim_run_hash"], "add")
+def add_to_run(run: Path, params: Params, events: Iterable[Event]) -> None:
+    """Show what a later stage made in the trackers: in the run of the training that wrote `run` (its run.json).
+
+    A stage of another experiment, or with other parameters, has a run of its own (`later_identity`). A run that is new,
+    or lost, is first given the training's rows and what other stages left that is still valid.
+    """
+    record = read_record(run)
+    identity, run_hash = later_run(record, params, os.environ.get("DVC_EXP_NAME"))
+    views = open_views(params.runtime, identity, run_hash, "add")
+    views.write_missing(train_events(run.parent, record["step"]))
+    views.write_missing(valid_events(Path("dvc.lock"), identity.params, record["step"]))
+    for event in events:
+        views.write(event)
+    views.close("finished")
+
+
+def later_run(record: Mapping[str, Any], params: Params, experiment: str | None) -> tuple[RunIdentity, str | None]:
+    """Return identity and hash of the run that a later stage adds to, from the training's run.json."""
+    training = identity_of(record)
+    identity = later_identity(training, params, experiment)
+    return identity, record["aim_run_hash"] if identity is training else identity.key[:RUN_HASH_LENGTH]
 
 
 def record_of(identity: RunIdentity, run_hash: str | None, aim_repo: str, step: int) -> dict[str, Any]:
@@ -130,6 +154,7 @@ def record_of(identity: RunIdentity, run_hash: str | None, aim_repo: str, step: 
         "size": identity.size,
         "params": identity.params,
         "architecture": identity.architecture,
+        "changes": identity.changes,
     }
 
 
@@ -144,6 +169,8 @@ def identity_of(record: Mapping[str, Any]) -> RunIdentity:
         dvc=record["dvc"],
         env=record["env"],
         size=record["size"],
+        key=str(record["fingerprint"]),
+        changes=record.get("changes", {}),  # so have they none of these
     )
 
 

@@ -22,19 +22,20 @@ def tracker(runtime: RuntimeParams) -> "TensorBoardTracker":
 
 
 class TensorBoardTracker:
-    """Writes `runs/<name>-<fingerprint>`; a training, and a rebuild, begin the folder anew."""
+    """Writes `runs/<name>-<key>`; a training, and a rebuild, begin the folder anew."""
 
     has_rows = False
 
     def open(self, identity: RunIdentity, run_hash: str | None, mode: Mode) -> str | None:
         """Open the run's folder; TensorBoard gives no hashes."""
-        folder = project_root() / "runs" / f"{identity.name}-{str(identity.dvc.get('fingerprint'))[:8]}"
+        folder = project_root() / "runs" / f"{identity.name}-{identity.key[:8]}"
         if mode != "add":
             # event files can't be rewritten: points after the checkpoint would be drawn twice
             shutil.rmtree(folder, ignore_errors=True)
         self.has_rows = folder.is_dir()
         self._writer = SummaryWriter(str(folder))
         if not self.has_rows:
+            self._writer.add_text("changes", ", ".join(identity.change_tags), 0)
             self._writer.add_text("params", _table(identity.params), 0)
             self._writer.add_text("architecture", _table(identity.architecture), 0)
 

@@ -21,7 +21,7 @@ def tracker(runtime: RuntimeParams) -> "WandbTracker":
 
 
 class WandbTracker:
-    """Shows a run under the id of its Aim hash, or else of its fingerprint, so that later stages find it again."""
+    """Shows a run under the id of its Aim hash, or else of its key, so that later stages find it again."""
 
     def __init__(self) -> None:
         self.has_rows = False
@@ -31,8 +31,9 @@ class WandbTracker:
         self._run = wandb.init(
             project="dsv3-lab",
             dir=str(project_root()),
-            id=run_hash or str(identity.dvc.get("fingerprint"))[:24],
-            name=identity.name,
+            id=run_hash or identity.key[:24],
+            name=identity.title,
+            notes=", ".join(identity.change_tags),
             group=identity.experiment,
             tags=list(identity.tags),
             resume="allow",

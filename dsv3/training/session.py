@@ -161,6 +161,7 @@ def exported(
     write_json(outputs.results / "run.json", {**recorder.run_record(), "step": run.state.step})
     write_json(outputs.results / "metrics.json", metrics)
     recorder.show(Result("train", metrics, run.state.step))
+    tqdm.write(result_line(metrics, outputs.model))  # before the tracker that keeps the log is closed
     return metrics
 
 
@@ -180,6 +181,16 @@ def final_metrics(run: Run, recorder: Recorder, chosen: Choices) -> dict[str, An
         "peak_memory_bytes": last["peak_memory_bytes"],
         **chosen.metrics(),
     }
+
+
+def result_line(metrics: Mapping[str, Any], model: Path) -> str:
+    """Return the training's last line for the terminal."""
+    validation = metrics["validation"]
+    return (
+        f"{model}: step {metrics['exported_step']}, validation {validation['loss']:.4f} nats/token, "
+        f"{validation['nats_per_char']:.4f} nats/char; {metrics['tokens_per_s']:,.0f} tokens/s "
+        f"({metrics['precision']}, {metrics['experts']}, {metrics['device']} x {metrics['num_processes']})"
+    )
 
 
 def provenance(run: Run, recorder: Recorder, outputs: Outputs) -> dict[str, Any]:

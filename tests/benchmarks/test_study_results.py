@@ -24,9 +24,10 @@ def record(root, name: str, experiment: str = "study", score: float = 1.5, statu
         tags=(),
         params={},
         architecture={},
-        dvc={"git_sha": "abcdef0123", "data_source": "plays", "corpus_sha256": "0123456789"},
+        dvc={"exp_name": name, "git_sha": "abcdef0123", "data_source": "plays", "corpus_sha256": "0123456789"},
         env={"torch": "2"},
         size={"parameters_total": 9, "parameters_active": 5},
+        key="f" * 64,
     )
     views = Views([IsolatedTracker("aim", lambda: AimTracker(str(root)))], identity, None, "train")
     for step, loss in ((10, 5.0), (20, 4.5)):

@@ -3,8 +3,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from dsv3.artifacts import write_json
 from dsv3.tracking.events import Result, Text
-from dsv3.tracking.recorder import open_later_stage, open_recorder
+from dsv3.tracking.recorder import add_to_run, open_recorder
 
 
 class FakeRun:
@@ -58,13 +59,15 @@ def test_rows_have_their_own_step_and_names_by_subset_and_layer(bare_project, id
     assert (run.summary["status"], run.exit_code) == ("finished", 0)
 
 
-def test_later_stages_find_the_run_again_by_its_id(bare_project, identity, runtime, wandb):
+def test_later_stages_find_the_run_again_by_its_id(bare_project, identity, runtime, params, wandb):
     training = open_recorder(bare_project / "results", runtime, identity)
     training.close("interrupted")
-    views = open_later_stage(training.run_record(), runtime)
-    views.write(Result("evaluate", {"test": {"nats_per_char": 1.5}}, 10))
-    views.write(Text("sample", "To <be", 10, {"prompt": "To\n"}))
-    views.close("finished")
+    write_json(bare_project / "results" / "run.json", training.run_record())
+    events = [
+        Result("evaluate", {"test": {"nats_per_char": 1.5}}, 10),
+        Text("sample", "To <be", 10, {"prompt": "To\n"}),
+    ]
+    add_to_run(bare_project / "results" / "run.json", params.model_copy(update={"runtime": runtime}), events)
     (first, interrupted), (second, run) = wandb.runs
     assert first["id"] == second["id"]
     assert interrupted.exit_code == 1
