@@ -73,7 +73,8 @@ with contextlib.chdir(PROJECT):
 
 def refuse_what_runs_write(event: str, arguments: tuple) -> None:
     """Raise where a test opens a file of the working tree that a run writes; an audit hook."""
-    if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
+    # Without a mode it is os.open, by which folders of other places are removed: by names that are relative to those.
+    if event == "open" and arguments[1] and isinstance(arguments[0], str | bytes | os.PathLike):
         path = os.path.realpath(os.fsdecode(arguments[0]))
         if path.startswith(f"{ROOT}{os.sep}"):
             name = path[len(str(ROOT)) + 1 :]
