@@ -73,24 +73,6 @@ def experts_op(
     The weights' gradients have `weight_grad_dtype`, by default that of `hidden`.
     """
 
-    def fake(  # noqa: PLR0913 (an operator's arguments)
-        hidden_TD: Tensor,
-        index_TK: Tensor,
-        weight_TK: Tensor,
-        gate_up_E2FD: Tensor,
-        down_EDF: Tensor,
-        operands: list[Tensor],
-        recipe: str,
-    ) -> Experts:
-        num_assignments, num_experts = index_TK.shape[0] * index_TK.shape[1], gate_up_E2FD.shape[0]
-        is_quantized = recipe in RECIPES and RECIPES[recipe].swiglu_cache
-        return (
-            torch.empty_like(hidden_TD, memory_format=torch.contiguous_format),
-            *empty_packed(hidden_TD, (num_assignments, gate_up_E2FD.shape[1]), is_quantized),
-            index_TK.new_empty(num_assignments, dtype=torch.int64),
-            index_TK.new_empty(num_experts, dtype=torch.int32),
-        )
-
     def fake_backward(  # noqa: PLR0913 (an operator's arguments)
         grad_TD: Tensor,
         hidden_TD: Tensor,
@@ -110,11 +92,6 @@ def experts_op(
             hidden_TD.new_empty(down_shape, dtype=weight_grad_dtype),
         )
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Experts) -> None:
-        ctx.set_materialize_grads(False)  # else zeros as large as gate and up, which nobody reads
-        hidden_TD, _, weight_TK, _, _, operands, ctx.recipe = inputs
-        ctx.save_for_backward(hidden_TD, weight_TK, *output[1:], *operands)
-
     def gradients(ctx: Any, grad_TD: Tensor | None, *_: None) -> tuple[Any, ...]:
         hidden_TD, weight_TK, packed_A2F, scales, assignment_A, end_E, *operands = ctx.saved_tensors
         unused = [None] * len(operands)
@@ -124,9 +101,36 @@ def experts_op(
         found = backward_op(grad_TD, hidden_TD, weight_TK, operands, *order, ctx.recipe)
         return found[0], None, *found[1:], unused, None
 
-    forward_op, backward_op = op(name, forward, fake), op(f"{name}_backward", backward, fake_backward)
-    forward_op.register_autograd(gradients, setup_context=save)
+    forward_op, backward_op = op(name, forward, _empty_experts), op(f"{name}_backward", backward, fake_backward)
+    forward_op.register_autograd(gradients, setup_context=_save_experts)
     return forward_op
+
+
+def _empty_experts(  # noqa: PLR0913 (an operator's arguments)
+    hidden_TD: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    operands: list[Tensor],
+    recipe: str,
+) -> Experts:
+    """Return empty tensors of the shapes and dtypes that a forward pass gives."""
+    num_assignments, num_experts = index_TK.shape[0] * index_TK.shape[1], gate_up_E2FD.shape[0]
+    is_quantized = recipe in RECIPES and RECIPES[recipe].swiglu_cache
+    return (
+        torch.empty_like(hidden_TD, memory_format=torch.contiguous_format),
+        *empty_packed(hidden_TD, (num_assignments, gate_up_E2FD.shape[1]), is_quantized),
+        index_TK.new_empty(num_assignments, dtype=torch.int64),
+        index_TK.new_empty(num_experts, dtype=torch.int32),
+    )
+
+
+def _save_experts(ctx: Any, inputs: tuple[Any, ...], output: Experts) -> None:
+    """Keep for the backward pass what can't be computed again at little cost."""
+    ctx.set_materialize_grads(False)  # else zeros as large as gate and up, which nobody reads
+    hidden_TD, _, weight_TK, _, _, operands, ctx.recipe = inputs
+    ctx.save_for_backward(hidden_TD, weight_TK, *output[1:], *operands)
 
 
 def expert_shapes(operands: list[Tensor]) -> tuple[torch.Size, torch.Size]:

@@ -157,7 +157,7 @@ class RegisteredBackend:
     def __call__(self, experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the experts' output in the dtype of `hidden`, computed in the backend's."""
         with torch.autocast(hidden.device.type, enabled=False):
-            arguments = [hidden.to(self.dtype), top_k_index, top_k_weights.to(self.dtype)]
+            arguments: list[Any] = [hidden.to(self.dtype), top_k_index, top_k_weights.to(self.dtype)]
             arguments += [weight.to(self.weight_dtype) for weight in self._weights(experts)]
             if self.function.weight_operands is not None:
                 arguments.append(getattr(experts, "weight_operands", None))  # of `cached_weights`, within its block

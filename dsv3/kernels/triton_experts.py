@@ -62,8 +62,9 @@ def experts(  # noqa: PLR0913 (a backend's arguments)
 def _wgrad(grad: Side, x: Side, tiles: Schedule, recipe: Recipe) -> Tensor:
     """Return the gradient of a stack of weights in fp32."""
     if recipe.wgrad_quant:
-        columns = [quantize_columns(rows, tiles, index_A, recipe.power_of_two_scales) for rows, index_A in (grad, x)]
-        return grouped_wgrad(*columns, tiles, torch.float32)
+        scales = recipe.power_of_two_scales
+        grad_OA, x_IA = (quantize_columns(rows, tiles, index_A, scales) for rows, index_A in (grad, x))
+        return grouped_wgrad(grad_OA, x_IA, tiles, torch.float32)
     grad_AO, x_AI = ((rows if index_A is None else rows[index_A]).bfloat16() for rows, index_A in (grad, x))
     return F.grouped_mm(grad_AO.t(), x_AI, offs=tiles.end_E).float()
 

@@ -95,8 +95,8 @@ def _backward(grad_RO: Tensor, x_RI: Tensor, operands: list[Tensor], recipe: str
     grad_x_RI = grouped_gemm(rows, None, dgrad_operand(operands), tiles, len(x), x.dtype)[:, :num_inputs]
     if not choice.wgrad_quant:
         return grad_x_RI.contiguous(), (grad_RO.bfloat16().t() @ x_RI.bfloat16()).float()
-    columns = [quantize_columns(side, tiles, None, choice.power_of_two_scales) for side in (grad, x)]
-    grad_weight_OI = grouped_wgrad(*columns, tiles, torch.float32)[0, :num_outputs, :num_inputs]
+    grad_OR, x_IR = (quantize_columns(side, tiles, None, choice.power_of_two_scales) for side in (grad, x))
+    grad_weight_OI = grouped_wgrad(grad_OR, x_IR, tiles, torch.float32)[0, :num_outputs, :num_inputs]
     return grad_x_RI.contiguous(), grad_weight_OI.contiguous()
 
 

@@ -10,6 +10,7 @@ torch's fused optimizers leave no trace that could be checked.) Compiled code ta
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,8 @@ from mini_model.modeling_deepseek import DeepseekV3Experts
 @contextmanager
 def cached_weights(model: nn.Module) -> Iterator[None]:
     """Round or quantize every weight of `model` once, for all passes of the block, in which no weight may change."""
-    caches = [(module, operands) for module in model.modules() if (operands := weight_operands(module)) is not None]
+    found = [(module, weight_operands(module)) for module in model.modules()]
+    caches: list[tuple[Any, Operands]] = [(module, operands) for module, operands in found if operands is not None]
     versions = {name: weight._version for name, weight in model.named_parameters()}
     for module, operands in caches:
         module.weight_operands = operands
@@ -38,11 +40,12 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def weight_operands(module: nn.Module) -> Operands | None:
+def weight_operands(module: Any) -> Operands | None:
     """Return the operands of the weights of `module` as they are now; None if it multiplies by the weights."""
     if isinstance(module, LowPrecisionLinear):
         return module.new_weight_operands()
     if isinstance(module, DeepseekV3Experts):
-        backend = ALL_EXPERTS_FUNCTIONS.get(module.config._experts_implementation)
+        config: Any = module.config
+        backend = ALL_EXPERTS_FUNCTIONS.get(config._experts_implementation)
         return backend.weight_operands(module) if isinstance(backend, RegisteredBackend) else None
     return None
