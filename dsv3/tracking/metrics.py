@@ -74,7 +74,8 @@ METRICS = MappingProxyType(
         # Routing (one layer's experts)
         "max_vio": Metric("", "(largest load - mean load) / mean load, over the batches since the last row"),
         "max_vio_batch": Metric("", "the same within one optimizer step's batch, mean since the last row"),
-        "max_vio_global": Metric("", "the same over a whole split"),
+        "max_vio_global_mean": Metric("", "the same over the whole held-out text, mean over the layers"),
+        "max_vio_global_max": Metric("", "the same over the whole held-out text, largest of the layers"),
         "entropy": Metric("nats", "entropy of the load's distribution over the experts; ln(experts) when balanced"),
         "dead_experts": Metric("", "experts that received no token"),
         "bias_min": Metric("", "smallest routing bias"),

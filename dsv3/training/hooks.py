@@ -1,6 +1,6 @@
 """What happens between steps and is not learning: curves, validation, checkpoints.
 
-Letters: L layers with experts, E n_routed_experts.
+Letters: L layers, E n_routed_experts.
 """
 
 import math

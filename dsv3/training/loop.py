@@ -4,7 +4,7 @@ Validation, checkpoints, curves and the progress bar are hooks: plain functions 
 measured, called every so many steps. Resuming needs only the step, for data, schedules and random numbers are functions
 of it.
 
-Letters: B sequences, S positions.
+Letters: B sequences, S positions, L layers, E n_routed_experts.
 """
 
 import time

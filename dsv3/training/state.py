@@ -1,6 +1,6 @@
 """What a training knows between two steps, beside the weights and the optimizer: small, explicit, JSON.
 
-Letters: L layers with experts, E n_routed_experts.
+Letters: L layers, E n_routed_experts.
 """
 
 import math

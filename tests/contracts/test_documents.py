@@ -9,6 +9,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from tests.contracts.import_closure import ROOT
+from tests.contracts.package_graph import picture
 from tests.contracts.test_tree import TEXTS
 
 PAGES = sorted(name for name in TEXTS if name.endswith(".md"))
@@ -121,6 +122,10 @@ def test_the_readme_starts_with_two_commands():
     first_block = re.search(r"```bash\n(.*?)```", TEXTS["README.md"], flags=re.DOTALL)
     assert first_block
     assert [line.split("#")[0].strip() for line in first_block[1].splitlines()] == ["make repro", "make test"]
+
+
+def test_the_picture_of_the_packages_is_that_of_their_imports():
+    assert picture() in TEXTS["docs/architecture.md"], "python -m tests.contracts.package_graph draws it again"
 
 
 def test_the_changelog_has_a_place_for_the_next_change():

@@ -57,28 +57,6 @@ def test_the_shipped_files_need_only_torch_and_transformers(name: str):
     assert imported - set(sys.stdlib_module_names) <= {"torch", "transformers"}
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if "Letters:" in p.read_text(encoding="utf-8")], ids=named)
-def test_every_shape_letter_stands_in_the_files_legend(path: Path):
-    text = path.read_text(encoding="utf-8")
-    legend = text.split("Letters:", 1)[1].split('"""', 1)[0]
-    known = set(re.findall(r"\b([A-Z])\b", legend))
-    used: set[str] = set()
-    for node in ast.walk(ast.parse(text)):
-        name = node.id if isinstance(node, ast.Name) else node.arg if isinstance(node, ast.arg) else ""
-        suffix = re.search(r"[a-z0-9]_([A-Z][A-Z0-9]*)$", name)
-        if suffix and name != name.upper():
-            used |= set(re.sub(r"[0-9]", "", suffix[1]))
-    assert used <= known, f"not in the legend: {sorted(used - known)}"
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=named)
-def test_a_file_with_shape_suffixes_has_a_legend(path: Path):
-    text = path.read_text(encoding="utf-8")
-    names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
-    has_suffixes = any(re.search(r"[a-z0-9]_[A-Z]{2,}$", name) and name != name.upper() for name in names)
-    assert not has_suffixes or "Letters:" in text
-
-
 def test_every_metric_of_the_vocabulary_is_computed_somewhere():
     # That every column is in the vocabulary, the recorder checks.
     sources = [path for path in SOURCES if "tracking" not in path.parts]
