@@ -7,6 +7,7 @@ stand inside the checks, so that a broken package is a finding and not the end o
 import fcntl
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -46,10 +47,10 @@ class Finding:
 
 
 def check_python() -> Finding:
-    """Check that Aim has wheels for this Python."""
-    is_ok = (3, 10) <= sys.version_info[:2] < (3, 13)
+    """Check that torch has wheels for this Python."""
+    is_ok = (3, 11) <= sys.version_info[:2] < (3, 15)
     version = ".".join(map(str, sys.version_info[:3]))
-    return Finding("python", is_ok, f"{version} in {sys.prefix}", "use Python 3.10, 3.11 or 3.12, as Aim does")
+    return Finding("python", is_ok, f"{version} in {sys.prefix}", "use Python 3.11 to 3.14; Aim needs 3.11 or 3.12")
 
 
 def check_path() -> Finding:
@@ -87,12 +88,18 @@ def check_schema() -> Finding:
 
 
 def check_aim() -> Finding:
-    """Check that Aim can be imported and where its runs go; tell whether its interface is up."""
+    """Check that Aim can be imported where it is asked for, and where its runs go; tell whether its interface is up."""
     from dsv3.tracking.identity import project_root
 
+    runtime = read_params(PARAMS).runtime
+    if "aim" not in runtime.trackers:
+        return Finding("aim", True, "not among runtime.trackers")
+    if importlib.util.find_spec("aim") is None and sys.version_info >= (3, 13):
+        remedy = "set runtime.trackers to [tensorboard], or use Python 3.12"
+        return Finding("aim", False, "has no wheels for Python 3.13 and later", remedy)
     importlib.import_module("aim")
     version = importlib.metadata.version("aim")
-    location = read_params(PARAMS).runtime.aim_repo or str(project_root())
+    location = runtime.aim_repo or str(project_root())
     if "://" in location:
         return Finding("aim", True, f"{version}, runs go to {location} (not contacted)")
     folder = Path(location).expanduser()
@@ -144,7 +151,8 @@ def check_driver() -> Finding:
 def check_experts() -> Finding:
     """Check that the expert backend that params.yaml names runs here, and list those that do."""
     from dsv3.devices import torch_device
-    from dsv3.kernels.registry import BACKENDS, DTYPE_NAMES, experts_backend, refusal
+    from dsv3.kernels.registry import DTYPE_NAMES, experts_backend, refusal
+    from dsv3.params.expert_backends import BACKENDS
     from dsv3.training.precision import COMPUTE_DTYPES, resolved_precision
 
     params = read_params(PARAMS)

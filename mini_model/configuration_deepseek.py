@@ -5,8 +5,7 @@ from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
-GROUP_SCORE_TERMS = 2
-"""A group of experts is ranked by the sum of its two best scores, so it must hold at least two."""
+from .validation_deepseek import check_architecture
 
 
 class DeepseekV3Config(PreTrainedConfig):
@@ -15,7 +14,7 @@ class DeepseekV3Config(PreTrainedConfig):
     `rope_parameters` is `{"rope_type": "default", "rope_theta": 10000.0}` in pre-training; context extension replaces
     it by `{"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale_all_dim": 1.0, ...}`.
 
-    Raises `ValueError`, in one line, for a routing topology that can't work and for a variant that isn't built here.
+    Raises `ValueError`, in one line, for what `check_architecture` refuses.
     """
 
     model_type: ClassVar[str] = "deepseek_v3"
@@ -46,7 +45,7 @@ class DeepseekV3Config(PreTrainedConfig):
     attention_dropout: float = 0.0
     max_position_embeddings: int = 4096
     rope_parameters: dict[str, Any] | None = None
-    rope_interleave: bool = True  # rotated pairs are neighbours, as in DeepSeek's weights
+    rope_interleave: bool = True  # rotated pairs are adjacent, as in DeepSeek's weights
 
     # feed-forward networks: the first layers are dense, the rest mixtures of experts
     intermediate_size: int = 18432
@@ -79,8 +78,7 @@ class DeepseekV3Config(PreTrainedConfig):
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.head_dim = self.qk_rope_head_dim  # the width that transformers' RoPE functions rotate
         super().__post_init__(**kwargs)
-        check_variant(self)
-        check_topology(self)
+        check_architecture(self)
 
     @property
     def softmax_scale(self) -> float:
@@ -92,35 +90,6 @@ class DeepseekV3Config(PreTrainedConfig):
         is_scaled = rope.get("rope_type") == "yarn" and rope["factor"] > 1
         mscale = 0.1 * rope.get("mscale_all_dim", 0.0) * math.log(rope["factor"]) + 1.0 if is_scaled else 1.0
         return self.qk_head_dim**-0.5 * mscale**2
-
-
-def check_variant(config: DeepseekV3Config) -> None:
-    """Raise `ValueError` where the file asks for a router, a layer pattern or positions that this model lacks."""
-    built = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)}
-    for name, values in built.items():
-        if getattr(config, name) not in values:
-            raise ValueError(f"{name} is {getattr(config, name)!r}; must be {values[0]!r}, the router of DeepSeek-V3")
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope_type not in ("default", "yarn"):
-        raise ValueError(f"rope_parameters.rope_type is {rope_type!r}; must be 'default' or 'yarn'")
-
-
-def check_topology(config: DeepseekV3Config) -> None:
-    """Raise `ValueError` where group-limited routing can't choose its experts, which would fail or misroute later."""
-    experts, groups = config.n_routed_experts, config.n_group
-    if groups < 1 or experts % groups:
-        raise ValueError(f"n_group is {groups}; must divide n_routed_experts ({experts})")
-    size = experts // groups
-    if groups > 1 and size < GROUP_SCORE_TERMS:
-        raise ValueError(f"n_group is {groups}; leaves {size} experts per group, must leave at least 2")
-    if not 1 <= config.topk_group <= groups:
-        raise ValueError(f"topk_group is {config.topk_group}; must be between 1 and n_group ({groups})")
-    reachable = config.topk_group * size
-    if not 1 <= config.num_experts_per_tok <= reachable:
-        raise ValueError(
-            f"num_experts_per_tok is {config.num_experts_per_tok}; must be between 1 and {reachable}, "
-            f"the experts of topk_group ({config.topk_group}) groups"
-        )
 
 
 DeepseekV3Config.register_for_auto_class()

@@ -37,7 +37,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils.generic import can_return_tuple, maybe_autocast
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_deepseek import GROUP_SCORE_TERMS, DeepseekV3Config
+from .configuration_deepseek import DeepseekV3Config
+from .validation_deepseek import GROUP_SCORE_TERMS
 
 IGNORED_LABEL = -100  # positions without a target, by Hugging Face's convention
 

@@ -30,10 +30,11 @@ def main(
     from dsv3.artifacts import read_json
     from dsv3.data.shards import TokenStream
     from dsv3.devices import device_name, torch_device
-    from dsv3.evaluation.files import log_evaluation, summary, write_evaluation
+    from dsv3.evaluation.files import summary, write_evaluation
     from dsv3.evaluation.sliding_window import SPLITS, check_fits, evaluate
     from dsv3.export.loading import check_model, load_model
-    from dsv3.tracking.recorder import read_record, reopen_recorder
+    from dsv3.tracking.recorder import add_to_run, read_record
+    from dsv3.tracking.results import evaluate_events
 
     check_model(model)
     record = read_record(run)
@@ -53,9 +54,7 @@ def main(
     with tqdm(total=num_tokens, unit="token", desc="evaluate") as bar:
         evaluation = evaluate(loaded, streams, meta, settings, bar.update)
     write_evaluation(evaluation, output)
-    recorder = reopen_recorder(record, parameters.runtime)
-    log_evaluation(evaluation, output, recorder, record["step"])
-    recorder.close("finished")
+    add_to_run(run, parameters, evaluate_events(output / "metrics.json", record["step"]))
     print(summary(evaluation))
 
 

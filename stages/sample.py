@@ -27,8 +27,10 @@ def main(
     from dsv3.artifacts import write_text
     from dsv3.devices import device_name, torch_device
     from dsv3.export.loading import check_model, load_model, load_tokenizer
-    from dsv3.generation.sampling import check_fits, log_samples, markdown, sample, total_drafts
-    from dsv3.tracking.recorder import read_record, reopen_recorder
+    from dsv3.generation.sampling import check_fits, markdown, sample, total_drafts
+    from dsv3.tracking.events import Result
+    from dsv3.tracking.recorder import add_to_run, read_record
+    from dsv3.tracking.results import sample_events
 
     check_model(model)
     record = read_record(run)
@@ -51,11 +53,10 @@ def main(
     seconds = time.perf_counter() - start
     write_text(output, markdown(samples, settings, parameters.seed, record))
 
-    recorder = reopen_recorder(record, parameters.runtime)
-    log_samples(samples, recorder, record["step"])
-    recorder.close("finished")
+    drafts, step = total_drafts(samples), record["step"]
+    results = [Result("sample", drafts.metrics(), step)] if drafts else []
+    add_to_run(run, parameters, [*sample_events(output, step), *results])
     new_tokens = sum(item.num_new_tokens for item in samples)
-    drafts = total_drafts(samples)
     print(f"{output}: {new_tokens:,} tokens, {new_tokens / seconds:.0f} tokens/s{f'; {drafts}' if drafts else ''}")
 
 

@@ -44,14 +44,7 @@ def main(  # noqa: PLR0913 (one option per file that dvc.yaml names)
 
     from dsv3.training.session import Outputs, run_training
 
-    metrics = run_training(plan, Outputs(tokens, model, results, manifest))
-    if metrics is not None:
-        validation = metrics["validation"]
-        print(
-            f"{model}: step {metrics['exported_step']}, validation {validation['loss']:.4f} nats/token, "
-            f"{validation['nats_per_char']:.4f} nats/char; {metrics['tokens_per_s']:,.0f} tokens/s "
-            f"({metrics['precision']}, {metrics['experts']}, {metrics['device']} x {metrics['num_processes']})"
-        )
+    run_training(plan, Outputs(tokens, model, results, manifest))
 
 
 if __name__ == "__main__":

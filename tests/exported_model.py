@@ -13,7 +13,7 @@ from dsv3.artifacts import read_json, write_json
 from dsv3.export.huggingface import export_huggingface
 from dsv3.params.read import Params
 from dsv3.tracking.identity import run_identity
-from dsv3.tracking.recorder import Recorder
+from dsv3.tracking.recorder import record_of
 from dsv3.training.model import build_model
 from tests.training_inputs import write_inputs
 
@@ -26,8 +26,7 @@ def write_exported(folder: Path, **sections: dict) -> Path:
     values = Params.model_validate(YAML(typ="safe").load(params.read_text()))
     architecture, meta = read_json(folder / "config.json"), read_json(folder / "tokens" / "meta.json")
     identity = run_identity(values, "f" * 64, architecture, meta, {}, {"device": "cpu"})
-    record = Recorder(None, identity, [], None, is_owner=True, aim_repo=".aim").run_record()
-    write_json(folder / "run.json", {**record, "step": 12})
+    write_json(folder / "run.json", record_of(identity, None, ".aim", step=12))
     return params
 
 

@@ -69,11 +69,13 @@ def read_results(root: Path, experiment: str, names: Mapping[str, tuple[str, int
         from aim import Repo
 
         for run in Repo.from_path(folder).iter_runs():
-            is_ours = run.experiment == experiment and run.name in names
+            facts: Any = run.get("dvc") or {}
+            name = facts.get("exp_name")
+            is_ours = run.experiment == experiment and name in names
             if is_ours and run.get("status") == "finished" and run.get("evaluate"):
-                known = found.get(run.name, (0.0, None))
+                known = found.get(name, (0.0, None))
                 if run.creation_time >= known[0]:
-                    found[run.name] = (run.creation_time, _result(run, *names[run.name]))
+                    found[name] = (run.creation_time, _result(run, name, *names[name]))
     return [found[name][1] for name in names if name in found]
 
 
@@ -85,14 +87,14 @@ def _copy(source: str, destination: str) -> None:
         return
 
 
-def _result(run: Any, variant: str, seed: int) -> Result:
+def _result(run: Any, name: str, variant: str, seed: int) -> Result:
     """Return what the Aim run holds."""
     train, evaluate, size, dvc, env = (run[key] for key in ("train", "evaluate", "size", "dvc", "env"))
     heldout, router = evaluate["heldout"], evaluate["router"]
     curves = _curves(run)
     last_batches = [list(curve.values())[-1] for (name, *_), curve in curves.items() if name == "max_vio"]
     return Result(
-        name=run.name,
+        name=name,
         variant=variant,
         seed=seed,
         validation_loss=train["validation"]["loss"],

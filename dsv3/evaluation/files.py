@@ -1,11 +1,10 @@
-"""Where an evaluation is written: files in a folder, which DVC versions, and the same numbers in the trackers."""
+"""Where an evaluation is written: files in a folder, which `dsv3.tracking.results` shows in the trackers."""
 
 from pathlib import Path
 
 from dsv3.artifacts import write_json, write_text
 from dsv3.evaluation.figures import expert_load, loss_by_position, save_figure
 from dsv3.evaluation.sliding_window import Evaluation
-from dsv3.tracking.recorder import Recorder
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
@@ -19,15 +18,6 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     write_text(folder / "loss_by_position.tsv", evaluation.position_table())
     write_text(folder / "expert_load.tsv", evaluation.load_table())
     write_json(folder / "metrics.json", evaluation.metrics())
-
-
-def log_evaluation(evaluation: Evaluation, folder: Path, recorder: Recorder, step: int) -> None:
-    """Log the metrics, and the figures that `write_evaluation` wrote into `folder`, at the training's last step."""
-    recorder.result("evaluate", evaluation.metrics(), step)
-    for figure in sorted((folder / "figures").glob("*.png")):
-        recorder.figure(figure.stem, figure, step, subset="heldout")
-    for layer, load_E in evaluation.loads.items():
-        recorder.distribution("load", load_E.tolist(), step, subset="heldout", layer=layer)
 
 
 def summary(evaluation: Evaluation) -> str:

@@ -12,7 +12,7 @@ from dsv3.artifacts import read_json, replacing_directory, write_json
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 
-CODE_FILES = ("configuration_deepseek.py", "modeling_deepseek.py")
+CODE_FILES = ("configuration_deepseek.py", "modeling_deepseek.py", "validation_deepseek.py")
 
 
 def export_huggingface(
@@ -21,7 +21,7 @@ def export_huggingface(
     """Replace `output` by a folder with the weights of `state`, configuration, tokenizer, code and model card.
 
     The folder loads with `AutoModelForCausalLM.from_pretrained` alone, by transformers' own DeepseekV3, and with
-    `trust_remote_code=True` by the two Python files in it. Tokenizer and special tokens come from the token data.
+    `trust_remote_code=True` by the Python files in it. Tokenizer and special tokens come from the token data.
     """
     meta = read_json(tokens / "meta.json")
     special = {"bos_token_id": meta["bos_token_id"], "eos_token_id": meta["eos_token_id"]}

@@ -14,7 +14,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from dsv3.errors import UserError
 from dsv3.generation.speculative import DraftCounts, check_has_mtp_modules, generate_speculatively
 from dsv3.params.sample import SampleParams
-from dsv3.tracking.recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -98,16 +97,6 @@ def total_drafts(samples: Sequence[Sample]) -> DraftCounts | None:
     """Return the counts of drafts over all samples; None without speculative decoding."""
     counts = [item.drafts for item in samples if item.drafts is not None]
     return sum(counts, DraftCounts()) if counts else None
-
-
-def log_samples(samples: Sequence[Sample], recorder: Recorder, step: int) -> None:
-    """Log the texts, and the metrics of their drafts, at the training's last step."""
-    for item in samples:
-        for number, text in enumerate(item.continuations, start=1):
-            context = {"number": number} if len(item.continuations) > 1 else {}
-            recorder.text("sample", item.prompt + text, step, prompt=item.prompt, **context)
-    if drafts := total_drafts(samples):
-        recorder.result("sample", drafts.metrics(), step)
 
 
 def markdown(samples: list[Sample], params: SampleParams, seed: int, record: Mapping[str, Any]) -> str:

@@ -1,9 +1,10 @@
-"""The expert backends by name, and the one table that says what `auto` means.
+"""The function of each expert backend, and the choice of one for a device.
 
-A backend is a function of tensors (`experts(hidden, index, weight, gate_up, down)`); the modelling file keeps its
-readable loop and knows none of them. transformers calls a function registered in `ALL_EXPERTS_FUNCTIONS` with the
-experts module as first argument, so each backend is registered once per computing dtype, under a name that says what
-runs: `dsv3_cpu_fp32`, `dsv3_grouped_mm_bf16`, `dsv3_fp8_emulated`. That name is what a run records.
+What the backends need and what `auto` means stands in `dsv3.params.expert_backends`. A backend is a function of tensors
+(`experts(hidden, index, weight, gate_up, down)`); the modeling file keeps its readable loop and knows none of them.
+transformers calls a function registered in `ALL_EXPERTS_FUNCTIONS` with the experts module as first argument, so each
+backend is registered once per computing dtype, under a name that says what runs: `dsv3_cpu_fp32`,
+`dsv3_grouped_mm_bf16`, `dsv3_fp8_emulated`. That name is what a run records.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from dsv3.fp8.linear import Operands
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE, Recipe
 from dsv3.fp8.rounding import BF16, Rounding, fp8_rounding
 from dsv3.kernels import cpu, emulated_linear, grouped_mm, reference
+from dsv3.params.expert_backends import AUTO, AUTO_UNSUITED, BACKENDS, ExpertBackend
 
 DTYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
 Experts = Callable[..., Tensor]
@@ -68,52 +70,15 @@ def _triton_fp8(recipe: Recipe) -> Function:
     return Function(partial(triton_experts.experts, recipe=recipe), operands)
 
 
-@dataclass(frozen=True)
-class Backend:
-    """What a backend is made of, and what it needs."""
-
-    function: Callable[[Recipe], Function]
-    """Makes the function; only the FP8 backends look at the recipe."""
-    devices: tuple[str, ...]
-    dtypes: tuple[torch.dtype, ...]
-    """Precisions that it serves."""
-    is_fp8: bool = False
-    is_emulated: bool = False
-    """Computes in fp32 whatever it stands for."""
-    alignment_bytes: int = 1
-    """The rows that it multiplies are a multiple of so many bytes long."""
-
-    def unsuited(self, widths: Sequence[int], compute_dtype: torch.dtype) -> str | None:
-        """Return why rows of these widths can't be multiplied, or None."""
-        multiple = max(1, self.alignment_bytes // (1 if self.is_fp8 else compute_dtype.itemsize))
-        odd = [width for width in widths if width % multiple]
-        return f"multiplies widths that are multiples of {multiple}, not {odd[0]}" if odd else None
-
-
-ANY_DEVICE = ("cpu", "cuda")
-FP64, FP32, BF16_DTYPE = torch.float64, torch.float32, torch.bfloat16
-BACKENDS = {
-    "reference": Backend(_reference, ANY_DEVICE, (FP64, FP32, BF16_DTYPE)),
-    "cpu": Backend(_cpu, ("cpu",), (FP64, FP32, BF16_DTYPE)),
-    "grouped_mm": Backend(_grouped_mm, ANY_DEVICE, (FP32, BF16_DTYPE), alignment_bytes=16),
-    "bf16_emulated": Backend(_bf16_emulated, ANY_DEVICE, (BF16_DTYPE,), is_emulated=True),
-    "triton_fp8": Backend(_triton_fp8, ("cuda",), (FP32, BF16_DTYPE), is_fp8=True, alignment_bytes=128),
-    "fp8_emulated": Backend(_fp8_emulated, ANY_DEVICE, (FP32, BF16_DTYPE), is_fp8=True, is_emulated=True),
+FUNCTIONS: dict[str, Callable[[Recipe], Function]] = {
+    "reference": _reference,
+    "cpu": _cpu,
+    "grouped_mm": _grouped_mm,
+    "bf16_emulated": _bf16_emulated,
+    "triton_fp8": _triton_fp8,
+    "fp8_emulated": _fp8_emulated,
 }
-
-AUTO = (
-    # device, use_fp8, does the device multiply that precision natively: backend
-    (("cpu", False, True), "cpu"),
-    (("cpu", False, False), "bf16_emulated"),
-    (("cpu", True, False), "fp8_emulated"),
-    (("cuda", False, True), "grouped_mm"),
-    (("cuda", False, False), "bf16_emulated"),
-    (("cuda", True, True), "triton_fp8"),
-    (("cuda", True, False), "fp8_emulated"),
-)
-"""What `train.experts: auto` stands for."""
-AUTO_UNSUITED = {"grouped_mm": "reference", "triton_fp8": "fp8_emulated"}
-"""What it stands for where the first choice can't multiply the model's widths."""
+"""Makes the function of each backend; only those of FP8 look at the recipe."""
 
 
 def auto_backend(
@@ -125,9 +90,9 @@ def auto_backend(
 ) -> str:
     """Return the backend that `auto` stands for."""
     is_fp8_native = multiplies_fp8(device) and recipe.quantizes_both_sides
-    is_native = is_fp8_native if use_fp8 else compute_dtype != BF16_DTYPE or multiplies_bf16(device)
-    name = dict(AUTO)[device.type, use_fp8, is_native]
-    return AUTO_UNSUITED[name] if BACKENDS[name].unsuited(widths, compute_dtype) else name
+    is_native = is_fp8_native if use_fp8 else compute_dtype != torch.bfloat16 or multiplies_bf16(device)
+    name = AUTO[device.type, use_fp8, is_native]
+    return AUTO_UNSUITED[name] if width_refusal(BACKENDS[name], widths, compute_dtype) else name
 
 
 def experts_backend(
@@ -151,24 +116,24 @@ def experts_backend(
     if name not in BACKENDS:
         raise UserError(f"train.experts is {name}; must be one of auto, {', '.join(BACKENDS)}")
     backend = BACKENDS[name]
-    reason = refusal(backend, device, compute_dtype, use_fp8) or backend.unsuited(widths, compute_dtype)
+    reason = refusal(backend, device, compute_dtype, use_fp8) or width_refusal(backend, widths, compute_dtype)
     if reason:
         raise UserError(f"train.experts is {name}; {reason}, take auto")
-    if name == "triton_fp8" and not recipe.quantizes_both_sides:
+    if backend.is_native_fp8 and not recipe.quantizes_both_sides:
         raise UserError(f"train.experts is {name}; quantizes weights and activations, not one of them, take auto")
     return _register(name, compute_dtype, recipe)
 
 
-def refusal(backend: Backend, device: torch.device, compute_dtype: torch.dtype, use_fp8: bool) -> str | None:
+def refusal(backend: ExpertBackend, device: torch.device, compute_dtype: torch.dtype, use_fp8: bool) -> str | None:
     """Return why `backend` can't run, or None."""
     if device.type not in backend.devices:
         return f"runs on {' and '.join(backend.devices)}, not on {device.type}"
-    if compute_dtype not in backend.dtypes:
-        dtypes = " and ".join(DTYPE_NAMES[dtype] for dtype in backend.dtypes)
-        return f"computes in {dtypes}, not in {DTYPE_NAMES.get(compute_dtype, compute_dtype)}"
+    dtype = DTYPE_NAMES.get(compute_dtype, str(compute_dtype))
+    if dtype not in backend.dtypes:
+        return f"computes in {' and '.join(backend.dtypes)}, not in {dtype}"
     if backend.is_fp8 != use_fp8:
         return f"is {'the' if backend.is_fp8 else 'no'} FP8 backend while train.use_fp8 is {str(use_fp8).lower()}"
-    if backend.is_fp8 and not backend.is_emulated and not multiplies_fp8(device):
+    if backend.is_native_fp8 and not multiplies_fp8(device):
         return "needs a GPU of compute capability 8.9 or higher"
     return None
 
@@ -203,12 +168,19 @@ class RegisteredBackend:
         return experts.gate_up_proj, experts.down_proj
 
 
+def width_refusal(backend: ExpertBackend, widths: Sequence[int], compute_dtype: torch.dtype) -> str | None:
+    """Return why `backend` can't multiply rows of these widths, or None."""
+    multiple = max(1, backend.alignment_bytes // (1 if backend.is_fp8 else compute_dtype.itemsize))
+    odd = [width for width in widths if width % multiple]
+    return f"multiplies widths that are multiples of {multiple}, not {odd[0]}" if odd else None
+
+
 def _register(name: str, compute_dtype: torch.dtype, recipe: Recipe) -> str:
     """Register the backend with transformers; return the name under which it stands."""
     backend = BACKENDS[name]
-    dtype = FP32 if backend.is_emulated else compute_dtype
-    weight_dtype = FP32 if backend.is_fp8 else dtype  # the FP8 backends quantize the master weights
+    dtype = torch.float32 if backend.is_emulated else compute_dtype
+    weight_dtype = torch.float32 if backend.is_fp8 else dtype  # the FP8 backends quantize the master weights
     parts = ["dsv3", name, *(recipe.deviations() if backend.is_fp8 else [])]
     registered = "_".join(parts if backend.is_emulated else [*parts, DTYPE_NAMES[compute_dtype]])
-    ALL_EXPERTS_FUNCTIONS.register(registered, RegisteredBackend(backend.function(recipe), dtype, weight_dtype))
+    ALL_EXPERTS_FUNCTIONS.register(registered, RegisteredBackend(FUNCTIONS[name](recipe), dtype, weight_dtype))
     return registered

@@ -1,8 +1,8 @@
 """params.yaml, validated whole.
 
 Every stage reads the whole file through `read_params` in its first second, so that a mistake in the last stage's
-section is told before the first stage starts. The sections' classes stand beside the code that they configure; this
-module only puts them together and checks what lies between them. It alters no value (no class has a default), which is
+section is reported before the first stage starts. Each section has a module; this one only puts them together and
+checks the relations between them. It alters no value (no class has a default), which is
 why a change here re-runs no stage.
 """
 
@@ -24,7 +24,7 @@ from dsv3.params.evaluate import EvaluateParams
 from dsv3.params.model import ModelParams
 from dsv3.params.runtime import RuntimeParams
 from dsv3.params.sample import SampleParams
-from dsv3.params.section import Section, one_line
+from dsv3.params.section import Section, error_line
 from dsv3.params.tokenize import TokenizeParams
 from dsv3.params.train import TrainParams
 
@@ -66,19 +66,19 @@ def validated(values: Any, path: Path) -> Params:
     try:
         params = Params.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {told(_most_telling(error.errors()))}") from None
+        raise UserError(f"{path}: {_line_with_suggestion(_first_cause(error.errors()))}") from None
     _check_relations(params, read_architecture(Path(params.model.config)), path)
     return params
 
 
-def _most_telling(errors: list[ErrorDetails]) -> ErrorDetails:
+def _first_cause(errors: list[ErrorDetails]) -> ErrorDetails:
     """Return the error to report: a misspelt key rather than the missing one that it causes."""
     return next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
 
 
-def told(error: ErrorDetails) -> str:
-    """Return a pydantic error as one line; of a key that is no parameter, with the one that may have been meant."""
-    line = one_line(error)
+def _line_with_suggestion(error: ErrorDetails) -> str:
+    """Return a pydantic error as one line; for an unknown key, with the parameter that may have been meant."""
+    line = error_line(error)
     return line + _suggestion(error["loc"]) if error["type"] == "extra_forbidden" else line
 
 
@@ -140,7 +140,7 @@ def _check_relations(params: Params, architecture: Architecture, path: Path) -> 
 
 
 def _sample_rules(params: Params, architecture: Architecture) -> list[tuple[bool, str]]:
-    """Return what the architecture allows `sample`: whether each rule is broken, and what is said then."""
+    """Return what the architecture allows `sample`: whether each rule is broken, and its message."""
     sample, config, limit = params.sample, params.model.config, architecture.max_position_embeddings
     return [
         (

@@ -8,6 +8,9 @@ from dsv3.params.section import Section
 
 Device = Literal["cpu", "cuda"]
 
+TrackerName = Literal["aim", "tensorboard", "wandb"]
+"""Every tracker: a module of dsv3/tracking and a package, both of this name."""
+
 
 class RuntimeParams(Section):
     """Section `runtime`: what differs between machines and changes no result. In no stage's params."""
@@ -36,7 +39,7 @@ class RuntimeParams(Section):
     resume: Literal["auto", "never", "must"]
     """auto: go on from a checkpoint of the same fingerprint where there is one."""
 
-    trackers: list[Literal["aim", "tensorboard", "wandb"]]
+    trackers: list[TrackerName]
     """Views of the run; the truth is in results/."""
 
     aim_repo: str | None

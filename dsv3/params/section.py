@@ -40,7 +40,7 @@ BOUNDS = {
 """Type of pydantic's error -> where it keeps the bound, and the words before it."""
 
 
-def one_line(error: ErrorDetails) -> str:
+def error_line(error: ErrorDetails) -> str:
     """Return a pydantic error as `where is value; bound`."""
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
@@ -50,15 +50,15 @@ def one_line(error: ErrorDetails) -> str:
     if error["type"] in BOUNDS:
         key, words = BOUNDS[error["type"]]
         bound = error.get("ctx", {})[key]
-        return f"{where} is {shown(error['input'])}; {words} {f'{bound:g}' if isinstance(bound, float) else bound}"
+        return f"{where} is {value_text(error['input'])}; {words} {f'{bound:g}' if isinstance(bound, float) else bound}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         names_field = re.match(r"\w+ (is|must|would) ", message)
         return f"{where}{'.' if where and names_field else ': ' if where else ''}{message}"
-    return f"{where} is {shown(error['input'])}; {message[0].lower()}{message[1:]}"
+    return f"{where} is {value_text(error['input'])}; {message[0].lower()}{message[1:]}"
 
 
-def shown(value: Any) -> str:
-    """Return a value as the user wrote it, shortened."""
+def value_text(value: Any) -> str:
+    """Return a value as YAML writes it, shortened."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

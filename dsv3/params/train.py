@@ -1,10 +1,12 @@
 """Section `train`: parameters of the stage of that name."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dsv3.params.section import Section
+from dsv3.params.expert_backends import BACKENDS
+from dsv3.params.optimizers import OPTIMIZERS
+from dsv3.params.section import OneOf, Section
 
 
 class TrainParams(Section):
@@ -23,7 +25,7 @@ class TrainParams(Section):
     """Forward passes per optimizer step, over all processes together: their number never changes the batch."""
 
     batch_ramp_levels: int = Field(ge=1)
-    """Stairs on which the batch grows to its full size (report: from a fifth, 5); 1: full from the start."""
+    """Equal steps in which the batch grows to its full size (report: from a fifth, 5); 1: full from the start."""
 
     batch_ramp_ratio: float = Field(ge=0, lt=1)
     """Share of the training tokens after which the batch has its full size (report: 0.032)."""
@@ -37,8 +39,8 @@ class TrainParams(Section):
     cross_document_attention: bool
     """True: documents packed into one sequence see the ones before (as in the report); false: each sees itself only."""
 
-    optim: Literal["adamw", "muon"]
-    """muon: matrices and expert stacks by Muon, embeddings, head and vectors by AdamW."""
+    optim: Annotated[str, OneOf(OPTIMIZERS)]
+    """Optimizer of matrices and expert stacks; embeddings, head, routers and vectors are always updated by AdamW."""
 
     learning_rate: float = Field(gt=0)
     """Peak learning rate; Muon's update is scaled to AdamW's RMS, so that one rate serves both."""
@@ -102,21 +104,21 @@ class TrainParams(Section):
     """Block-scaled FP8 on top of `precision`."""
 
     fp8_weight_quant: bool
-    """Quantise weights in 128x128 blocks (with use_fp8)."""
+    """Quantize weights in 128x128 blocks (with use_fp8)."""
 
     fp8_activation_quant: bool
-    """Quantise activations and their gradients in 1x128 tiles (with use_fp8)."""
+    """Quantize activations and their gradients in 1x128 tiles (with use_fp8)."""
 
     fp8_power_of_two_scales: bool
     """Round the scales of all blocks up to powers of two (with use_fp8): exact to multiply by, up to a bit coarser."""
 
     fp8_wgrad_quant: bool
-    """Quantise the weight gradient's operands too (with use_fp8); false: bf16 on a GPU, unrounded in an emulation."""
+    """Quantize the weight gradient's operands too (with use_fp8); false: bf16 on a GPU, unrounded in an emulation."""
 
     fp8_swiglu_cache: bool
     """Keep the input of the routed experts' SwiGLU in FP8 until the backward pass (report, section 3.3.3)."""
 
-    experts: Literal["auto", "reference", "cpu", "grouped_mm", "bf16_emulated", "triton_fp8", "fp8_emulated"]
+    experts: Annotated[str, OneOf(["auto", *BACKENDS])]
     """Backend of the expert computation; auto chooses by device and precision, and is recorded."""
 
     resume_from_checkpoint: str | None

@@ -9,18 +9,18 @@ Three things decide the terms besides the sizes:
 
 - the *precision*: under autocast every linear layer keeps its own bf16 copy of its input, while the residual stream,
   the norms and the router stay in fp32;
-- the *device*: on CUDA, attention and RMSNorm are fused kernels, which keep neither the square nor the normalised
+- the *device*: on CUDA, attention and RMSNorm are fused kernels, which keep neither the square nor the normalized
   input;
 - the *expert backend*: how much of a token's way through its experts is kept and how much is computed again.
-
-Letters as in the report: H hidden_size, I moe_intermediate_size, K num_experts_per_tok, E n_routed_experts.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from dsv3.params.architecture import Architecture
+from dsv3.params.expert_backends import BACKENDS, ExpertBackend
+from dsv3.params.runtime import Device
+from dsv3.sizing.chunked_loss import CHUNK_BYTES, is_loss_chunked
 from dsv3.sizing.parameters import attention_weights, expert_weights
 
 FP32, BF16, INT64 = 4, 2, 8
@@ -35,19 +35,24 @@ class Workload:
 
     num_sequences: int
     sequence_tokens: int
-    device: Literal["cpu", "cuda"]
+    device: Device
     precision: Literal["fp32", "bf16"]
     """fp32 (emulations included), or bf16 under autocast with fp32 master weights."""
     experts: str
     """Name of the expert backend."""
     gradient_checkpointing: bool = False
     caches_swiglu: bool = False
-    """With an FP8 backend: the input of its SwiGLU waits in e4m3, with an fp32 scale per 128 numbers."""
+    """With an FP8 backend: the input of its SwiGLU is kept in e4m3, with an fp32 scale per 128 numbers."""
 
     @property
     def num_tokens(self) -> int:
         """Tokens in one forward pass."""
         return self.num_sequences * self.sequence_tokens
+
+    @property
+    def backend(self) -> ExpertBackend:
+        """The expert backend."""
+        return BACKENDS[self.experts]
 
     @property
     def compute_bytes(self) -> int:
@@ -56,8 +61,8 @@ class Workload:
 
     @property
     def has_bf16_linears(self) -> bool:
-        """Whether linear layers multiply bf16 copies of their operands; FP8 ones quantise the fp32 tensors."""
-        return self.precision == "bf16" and self.experts != "triton_fp8"
+        """Whether linear layers multiply bf16 copies of their operands; FP8 ones quantize the fp32 tensors."""
+        return self.precision == "bf16" and not self.backend.is_fp8
 
     def linear_inputs(self, width: int, num_linears: int) -> int:
         """Return the bytes per token of the inputs that `num_linears` layers keep of one fp32 tensor."""
@@ -118,42 +123,23 @@ def router_bytes(a: Architecture, w: Workload) -> int:
     return scores + a.num_experts_per_tok * (2 * INT64 + 2 * FP32)
 
 
-def _reference_pair(a: Architecture, w: Workload) -> int:
-    """Bytes per (token, expert) pair: input, gate and up, silu and product, output, weighted output, and its place."""
-    return w.compute_bytes * (3 * a.hidden_size + 4 * a.moe_intermediate_size) + 2 * INT64
-
-
-def _grouped_mm_pair(a: Architecture, w: Workload) -> int:
-    """Bytes per pair: input, gate and up, silu, its product with up, the weighted product, and the order."""
-    return w.compute_bytes * (a.hidden_size + 5 * a.moe_intermediate_size) + 4 * INT64
-
-
-def _cpu_pair(a: Architecture, w: Workload) -> int:
-    """Bytes per pair: gate and up, and the order; everything else is computed again."""
+def assignment_bytes(a: Architecture, w: Workload) -> int:
+    """Return the bytes that the expert backend keeps of one assignment, a token and one of its experts."""
+    kept = w.backend.kept
+    numbers = kept.hidden_rows * a.hidden_size + kept.intermediate_rows * a.moe_intermediate_size
+    indices = INT64 * kept.indices
+    if not (w.caches_swiglu and w.backend.is_fp8):
+        return w.compute_bytes * numbers + indices
     gate_up = 2 * a.moe_intermediate_size
-    return ((128 + FP32) * -(-gate_up // 128) if w.caches_swiglu else w.compute_bytes * gate_up) + INT64
-
-
-PAIR_BYTES: dict[str, Callable[[Architecture, Workload], int]] = {
-    "reference": _reference_pair,
-    "grouped_mm": _grouped_mm_pair,
-    "cpu": _cpu_pair,
-    "bf16_emulated": _cpu_pair,
-    "fp8_emulated": _cpu_pair,
-    "triton_fp8": _cpu_pair,
-}
-"""What each expert backend keeps per pair of a token and one of its experts.
-
-Emulations round in fp32, and keep what the `cpu` backend keeps in fp32.
-"""
+    return w.compute_bytes * (numbers - gate_up) + (128 + FP32) * -(-gate_up // 128) + indices
 
 
 def experts_bytes(a: Architecture, w: Workload) -> int:
     """Return the bytes per token that the routed experts keep, beside the fp32 input and the casts of their weights."""
-    # The other backends gather rows from the cast input and keep those.
-    keeps_cast_input = PAIR_BYTES[w.experts] is _cpu_pair and w.precision == "bf16"
+    # A backend that keeps no row per assignment reads the tokens' own, under autocast a cast copy of them.
+    keeps_cast_input = w.backend.kept.hidden_rows == 0 and w.precision == "bf16"
     cast_input = BF16 * a.hidden_size if keeps_cast_input else 0
-    return cast_input + a.num_experts_per_tok * PAIR_BYTES[w.experts](a, w)
+    return cast_input + a.num_experts_per_tok * assignment_bytes(a, w)
 
 
 def moe_bytes(a: Architecture, w: Workload) -> int:
@@ -169,12 +155,12 @@ def mtp_bytes(a: Architecture, w: Workload) -> int:
     """Return the bytes per token that an MTP module keeps on its way in and out, besides its block and its loss.
 
     The two norms of its way in, whose inputs others keep already (under autocast, of the state only a bf16 copy), the
-    joined halves, and the norm on its way out.
+    concatenated halves, and the norm on its way out.
     """
     halves = 2 * FP32 * (1 if w.device == "cuda" else a.hidden_size + 1)
     state = 0 if w.precision == "fp32" else FP32 * a.hidden_size
-    joined = w.linear_inputs(2 * a.hidden_size, num_linears=1)
-    return halves + state + joined + w.norm(a.hidden_size)
+    concatenated = w.linear_inputs(2 * a.hidden_size, num_linears=1)
+    return halves + state + concatenated + w.norm(a.hidden_size)
 
 
 def layer_bytes(a: Architecture, w: Workload, layer: int) -> int:
@@ -218,8 +204,8 @@ def expert_cast_bytes(a: Architecture, w: Workload, layer: int) -> int:
 def linear_weights(a: Architecture, layer: int) -> int:
     """Return the weights in the linear layers of layer number `layer`, routed experts left out."""
     mlp = a.n_shared_experts * expert_weights(a) if a.is_moe(layer) else 3 * a.hidden_size * a.intermediate_size
-    joining = 2 * a.hidden_size**2 if layer >= a.num_hidden_layers else 0
-    return attention_weights(a) + mlp + joining
+    projection = 2 * a.hidden_size**2 if layer >= a.num_hidden_layers else 0
+    return attention_weights(a) + mlp + projection
 
 
 def weight_cast_bytes(a: Architecture, w: Workload) -> int:
@@ -237,13 +223,40 @@ def weight_cast_bytes(a: Architecture, w: Workload) -> int:
 
 
 def derived_weight_bytes(a: Architecture, w: Workload) -> int:
-    """Return the quantised or rounded copies of weights, which are made once and live until the optimizer has stepped.
+    """Return the quantized or rounded copies of weights, which are made once and live until the optimizer has stepped.
 
     FP8 keeps each weight twice, as it is and transposed, with a scale per 128x128 block each; an emulation keeps it
     once in fp32.
     """
     routed = sum(a.n_routed_experts * expert_weights(a) for layer in all_layers(a) if a.is_moe(layer))
     weights = routed + sum(linear_weights(a, layer) for layer in all_layers(a))
-    if w.experts == "triton_fp8":
-        return 2 * (weights + FP32 * weights // (128 * 128))
-    return FP32 * weights if w.experts.endswith("_emulated") else 0
+    if w.backend.is_emulated:
+        return FP32 * weights
+    return 2 * (weights + FP32 * weights // (128 * 128)) if w.backend.is_fp8 else 0
+
+
+def logits_bytes(a: Architecture, w: Workload) -> int:
+    """Return what the output head and the losses need at the beginning of the backward pass.
+
+    Every head (the main one and one per MTP module) keeps its input and its log-softmax in fp32; the one whose backward
+    pass begins holds the gradients of the log-softmax and of the logits as well. Large logits are never whole: a chunk
+    of them exists at a time, and the gradients of the hidden states and of the head are kept instead.
+    """
+    num_heads = 1 + a.num_nextn_predict_layers
+    logits = w.num_tokens * a.vocab_size
+    hidden = w.num_tokens * a.hidden_size * w.compute_bytes
+    if is_loss_chunked(w.num_tokens, a.vocab_size):
+        chunk = (2 * CHUNK_BYTES // FP32) * (FP32 + w.compute_bytes)
+        return num_heads * (hidden + FP32 * a.vocab_size * a.hidden_size) + chunk
+    return num_heads * (hidden + FP32 * logits) + 2 * FP32 * logits
+
+
+def moe_layer_bytes(a: Architecture, w: Workload) -> int:
+    """Return what one MoE layer keeps for its backward pass: router, routed and shared experts, casts of their weights.
+
+    It keeps its input as well, but not what the norm before it keeps.
+    """
+    layer = a.num_hidden_layers - 1
+    assert a.is_moe(layer), "the architecture has no MoE layer"
+    shared_casts = BF16 * a.n_shared_experts * expert_weights(a) if w.has_bf16_linears else 0
+    return w.num_tokens * (moe_bytes(a, w) - w.norm(a.hidden_size)) + expert_cast_bytes(a, w, layer) + shared_casts

@@ -8,7 +8,7 @@ Training holds at any moment the fp32 master weights and the optimizer's moments
 - the *step*: all gradients, and what the optimizer needs to compute the update.
 
 The peak is the larger of the two. It leaves out the allocator's fragmentation, the CUDA context, the libraries'
-workspaces and the buckets of several processes; `devices.py` keeps a share of each device free for them.
+workspaces and the buckets of several processes; `machines.py` keeps a share of each device free for them.
 
 Inference holds the weights and, per token of context and layer, one latent and one rotary key: what MLA caches instead
 of keys and values per head.
@@ -16,8 +16,9 @@ of keys and values per head.
 
 from dataclasses import dataclass
 
-from dsv3.errors import UserError
 from dsv3.params.architecture import Architecture
+from dsv3.params.expert_backends import BACKENDS, auto_of_native_device
+from dsv3.params.optimizers import MAX_BATCH_NUMBERS, OPTIMIZERS
 from dsv3.params.runtime import Device
 from dsv3.params.train import TrainParams
 from dsv3.sizing.activations import (
@@ -25,19 +26,16 @@ from dsv3.sizing.activations import (
     DTYPE_BYTES,
     FP32,
     INT64,
-    PAIR_BYTES,
     Workload,
     activation_bytes,
     all_layers,
     derived_weight_bytes,
-    expert_cast_bytes,
-    moe_bytes,
+    logits_bytes,
     recomputed_bytes,
     weight_cast_bytes,
 )
 from dsv3.sizing.parameters import (
     attention_biases,
-    expert_weights,
     mtp_parameters_by_part,
     num_mtp_parameters,
     num_parameters,
@@ -46,26 +44,6 @@ from dsv3.sizing.parameters import (
 )
 
 GIB = 1 << 30
-
-CHUNKED_LOSS_FROM_BYTES = 256 << 20
-"""From this size of the logits on, dsv3/training/loss.py computes them in chunks (its MIN_LOGITS_BYTES)."""
-
-LOSS_CHUNK_BYTES = 64 << 20
-"""Size of such a chunk (its CHUNK_BYTES)."""
-
-MUON_BATCH_NUMBERS = 1 << 26
-"""Most numbers that dsv3/training/optimizer.py orthogonalises at once (its MAX_BATCH_NUMBERS)."""
-
-AUTO_EXPERTS = {
-    ("cpu", False): "cpu",
-    ("cpu", True): "fp8_emulated",
-    ("cuda", False): "grouped_mm",
-    ("cuda", True): "triton_fp8",
-}
-"""What `train.experts: auto` stands for by device and `use_fp8`, on a device that multiplies the type natively.
-
-dsv3/kernels/registry.py decides; a test compares.
-"""
 
 
 @dataclass(frozen=True)
@@ -83,7 +61,7 @@ class TrainingMemory:
     weight_casts_bytes: int
     """bf16 copies of weights, made in each pass."""
     derived_weights_bytes: int
-    """Quantised or rounded copies of weights, which live until the optimizer has stepped."""
+    """Quantized or rounded copies of weights, which live until the optimizer has stepped."""
     logits_bytes: int
     """Output head, loss and its gradient."""
     optimizer_workspace_bytes: int
@@ -106,18 +84,15 @@ def workload(train: TrainParams, device: Device) -> Workload:
 
     A CPU that multiplies bf16 natively takes bf16 for auto as well; it keeps less than is counted for fp32, and copies
     of the weights.
-    Raises `UserError` for an expert backend that is unknown.
     """
-    experts = AUTO_EXPERTS[device, train.use_fp8] if train.experts == "auto" else train.experts
-    if experts not in PAIR_BYTES:
-        raise UserError(f"train.experts is {experts}; must be one of auto, {', '.join(PAIR_BYTES)}")
+    experts = auto_of_native_device(device, train.use_fp8) if train.experts == "auto" else train.experts
     native = "bf16" if device == "cuda" else "fp32"
     precision = native if train.precision == "auto" else train.precision
     return Workload(
         num_sequences=train.per_device_train_batch_size,
         sequence_tokens=train.block_size,
         device=device,
-        precision="fp32" if experts.endswith("_emulated") else precision,
+        precision="fp32" if BACKENDS[experts].is_emulated else precision,
         experts=experts,
         caches_swiglu=train.use_fp8 and train.fp8_swiglu_cache,
         gradient_checkpointing=train.gradient_checkpointing,
@@ -129,11 +104,11 @@ def training_memory(a: Architecture, train: TrainParams, device: Device) -> Trai
     w = workload(train, device)
     has_rounded_weights = train.fp8_weight_quant or not train.use_fp8
     total = num_parameters(a) + num_mtp_parameters(a)
-    moment_bytes = DTYPE_BYTES[train.adam_moments_dtype]
-    muon = muon_parameters(a) if train.optim == "muon" else 0
+    matrices = num_matrix_parameters(a)
+    moments = OPTIMIZERS["adamw"].moments * (total - matrices) + OPTIMIZERS[train.optim].moments * matrices
     return TrainingMemory(
         weights_bytes=FP32 * total + (FP32 + INT64) * num_router_biases(a),
-        optimizer_states_bytes=moment_bytes * (2 * (total - muon) + muon),
+        optimizer_states_bytes=DTYPE_BYTES[train.adam_moments_dtype] * moments,
         gradients_bytes=FP32 * total,
         activations_bytes=activation_bytes(a, w),
         recomputed_bytes=recomputed_bytes(a, w),
@@ -145,68 +120,39 @@ def training_memory(a: Architecture, train: TrainParams, device: Device) -> Trai
     )
 
 
-def muon_parameters(a: Architecture) -> int:
-    """Return the parameters that `optim: muon` gives to Muon: all matrices but embedding, head and routers."""
+def num_matrix_parameters(a: Architecture) -> int:
+    """Return the parameters that `train.optim` updates: all matrices but those of AdamW (embedding, head, routers)."""
     parts = parameters_by_part(a) + mtp_parameters_by_part(a)
     maps = ("attention", "dense_mlp", "routed_experts", "shared_experts", "projection")
     return sum(parts[part] for part in maps) - len(all_layers(a)) * attention_biases(a)
 
 
-def largest_parameter(a: Architecture) -> int:
-    """Return the size of the largest single parameter: a stack of experts, or the embedding."""
-    return max(2 * a.n_routed_experts * a.moe_intermediate_size * a.hidden_size, a.vocab_size * a.hidden_size)
+def num_stack_parameters(a: Architecture) -> int:
+    """Return the size of a layer's stack of gate and up projections, its largest parameter."""
+    return 2 * a.n_routed_experts * a.moe_intermediate_size * a.hidden_size
 
 
 def optimizer_workspace_bytes(a: Architecture, train: TrainParams, compute_bytes: int) -> int:
     """Return what an optimizer step needs beside weights, gradients and moments.
 
-    Fused AdamW needs nothing; with bf16 moments it widens one parameter's moments at a time. Muon holds the updates of
-    all its matrices in the type that the device multiplies, and orthogonalises equal shapes together.
+    bf16 moments are widened one parameter at a time. Updates that are made of matrix products are in the type that the
+    device multiplies, and a batch of equal shapes is computed at once; the product of a matrix with its own transpose
+    is as wide as the matrix is high.
     """
-    if train.optim == "muon":
-        return compute_bytes * (muon_parameters(a) + orthogonalized_numbers(a))
-    return 3 * FP32 * largest_parameter(a) if train.adam_moments_dtype == "bf16" else 0
+    optimizer, batch = OPTIMIZERS[train.optim], largest_batch_numbers(a)
+    short, long = sorted((a.hidden_size, a.moe_intermediate_size))
+    numbers = optimizer.update_copies * num_matrix_parameters(a) + optimizer.batch_copies * batch
+    numbers += optimizer.gram_copies * batch * short // long
+    largest_parameter = max(num_stack_parameters(a), a.vocab_size * a.hidden_size)
+    widened = optimizer.widened_copies * largest_parameter if train.adam_moments_dtype == "bf16" else 0
+    return compute_bytes * numbers + FP32 * widened
 
 
-def orthogonalized_numbers(a: Architecture) -> int:
-    """Return the numbers that exist while Muon orthogonalises its largest batch, the experts' matrices.
-
-    Three copies of the batch (joined, normalised, next iterate) and three of its products with itself, which are as
-    wide as it is high.
-    """
+def largest_batch_numbers(a: Architecture) -> int:
+    """Return the size of the largest batch of equally shaped matrices that are updated together, the experts'."""
     parts = parameters_by_part(a) + mtp_parameters_by_part(a)
     experts = parts["routed_experts"] + (parts["shared_experts"] if a.n_shared_experts == 1 else 0)
-    one_stack = 2 * a.n_routed_experts * a.moe_intermediate_size * a.hidden_size
-    batch = min(experts, max(MUON_BATCH_NUMBERS, one_stack))
-    sides = sorted((a.hidden_size, a.moe_intermediate_size))
-    return 3 * batch + 3 * batch * sides[0] // sides[1]
-
-
-def logits_bytes(a: Architecture, w: Workload) -> int:
-    """Return what the output head and the losses need at the beginning of the backward pass.
-
-    Every head (the main one and one per MTP module) keeps its input and its log-softmax in fp32; the one whose backward
-    pass begins holds the gradients of the log-softmax and of the logits as well. Large logits are never whole: a chunk
-    of them exists at a time, and the gradients of the hidden states and of the head are kept instead.
-    """
-    num_heads = 1 + a.num_nextn_predict_layers
-    logits = w.num_tokens * a.vocab_size
-    hidden = w.num_tokens * a.hidden_size * w.compute_bytes
-    if FP32 * logits > CHUNKED_LOSS_FROM_BYTES:
-        chunk = (2 * LOSS_CHUNK_BYTES // FP32) * (FP32 + w.compute_bytes)
-        return num_heads * (hidden + FP32 * a.vocab_size * a.hidden_size) + chunk
-    return num_heads * (hidden + FP32 * logits) + 2 * FP32 * logits
-
-
-def moe_layer_bytes(a: Architecture, w: Workload) -> int:
-    """Return what one MoE layer keeps for its backward pass: router, routed and shared experts, casts of their weights.
-
-    It keeps its input as well, but not what the norm before it keeps.
-    """
-    layer = a.num_hidden_layers - 1
-    assert a.is_moe(layer), "the architecture has no MoE layer"
-    shared_casts = BF16 * a.n_shared_experts * expert_weights(a) if w.has_bf16_linears else 0
-    return w.num_tokens * (moe_bytes(a, w) - w.norm(a.hidden_size)) + expert_cast_bytes(a, w, layer) + shared_casts
+    return min(experts, max(MAX_BATCH_NUMBERS, num_stack_parameters(a)))
 
 
 def inference_weights_bytes(a: Architecture, dtype: str) -> int:
@@ -219,8 +165,8 @@ def inference_weights_bytes(a: Architecture, dtype: str) -> int:
     bias = FP32 * num_router_biases(a)
     if dtype != "fp8":
         return DTYPE_BYTES[dtype] * sum(parts.values()) + bias
-    quantised = sum(parts[part] for part in ("attention", "dense_mlp", "routed_experts", "shared_experts"))
-    return quantised + FP32 * quantised // (128 * 128) + BF16 * (sum(parts.values()) - quantised) + bias
+    quantized = sum(parts[part] for part in ("attention", "dense_mlp", "routed_experts", "shared_experts"))
+    return quantized + FP32 * quantized // (128 * 128) + BF16 * (sum(parts.values()) - quantized) + bias
 
 
 def kv_cache_bytes_per_token(a: Architecture, dtype: str) -> int:

@@ -1,7 +1,7 @@
 """How many parameters a DeepSeek-V3 network has, in closed form and without building it.
 
 The network is L decoder blocks between an embedding and a head; a block is attention (MLA), a feed-forward part (dense
-in the first `first_k_dense_replace` blocks, experts in the others) and two RMSNorms. Three counts are told apart:
+in the first `first_k_dense_replace` blocks, experts in the others) and two RMSNorms. There are three counts:
 
 - *total*: what an optimizer updates and a checkpoint holds: `sum(p.numel())` of the model without its MTP modules.
 - *active*: total less the routed experts that a token does not visit, `(n_routed_experts - num_experts_per_tok)` in
@@ -74,7 +74,7 @@ def parameters_by_part(a: Architecture) -> Counter[str]:
 def mtp_parameters_by_part(a: Architecture) -> Counter[str]:
     """Return the parameters of all MTP modules (report, section 2.2), without the shared embedding and head.
 
-    Each is a block, a projection from the concatenated states (2H to H), and three RMSNorms: of the embedding, of the
+    Each is a block, a projection from the two concatenated states to one, and three RMSNorms: of the embedding, of the
     state and before the head.
     """
     parts: Counter[str] = Counter()

@@ -1,115 +1,143 @@
 """Aim: where runs are compared.
 
-Facts that shape this module. A repository must be initialised once: of several processes that find none, all but one
-crash, hence the file lock. A new run's hash can't be chosen, so it is stored with the results, and stages that follow
-re-open the run by it; in a clone that never saw the run, a new one is begun that says which run it stands for. Values
-are keyed by their step, so tracking a step twice overwrites it, and a resumed training needs no care. Values are read
-back through an index that only `aim up` may write: nothing here reads.
+Facts that shape this module. A repository must be initialized once: of several processes that find none, all but one
+crash, hence the file lock. A training's hash is given by Aim and stored with the results; every later stage, and a
+clone that never saw the run, opens the run of a hash that it knows, so a run whose container is missing is made under
+that hash. Values are keyed by their step, so writing a step twice overwrites it, and a resumed training needs no care.
+Values are read back through an index that only `aim up` may write: nothing here reads them. Aim sets a run's end when
+it is closed, whatever happened; so the status is a tag too, where it did not finish, and a later stage keeps the end.
 """
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
-from aim import Distribution, Image, Repo, Run, Text
-from aim.sdk.errors import MissingRunError
+import aim
 from filelock import FileLock
 
+from dsv3.params.runtime import RuntimeParams
+from dsv3.tracking.events import Distribution, Event, Figure, Result, Row, Text
 from dsv3.tracking.identity import RunIdentity, project_root
-from dsv3.tracking.metrics import TABLES, Cell, place, scores
+from dsv3.tracking.metrics import TABLES, charted, place
+from dsv3.tracking.tracker import Mode
 
 SYSTEM_TRACKING_INTERVAL_S = 10
-INITIALISATION_S = 120
-"""Longest wait for another process that initialises the repository."""
+INITIALIZATION_S = 120
+"""Longest wait for another process that initializes the repository."""
 
-logging.getLogger("aim").setLevel(logging.WARNING)  # it tells of its threads at INFO
+ENDS: frozenset[str] = frozenset({"interrupted", "failed"})
+"""Ends that are tags of the run until it finishes."""
+
+SHOWN_TAGS = 6
+"""Most changed parameters that are tags; the description has all."""
+
+logging.getLogger("aim").setLevel(logging.WARNING)  # it reports its threads at INFO
 
 
-class AimSink:
+def tracker(runtime: RuntimeParams) -> "AimTracker":
+    """Return the tracker of the repository that `runtime.aim_repo` names."""
+    return AimTracker(runtime.aim_repo)
+
+
+class AimTracker:
     """Shows a run in the Aim repository `repo`: a folder, `aim://host:port`, or None for the project's own."""
-
-    name = "Aim"
 
     def __init__(self, repo: str | None) -> None:
         self._location = repo or str(project_root())
-        self.resumed = False
+        self.has_rows = False
 
-    def open(self, identity: RunIdentity, run_hash: str | None, is_owner: bool) -> str | None:
+    def open(self, identity: RunIdentity, run_hash: str | None, mode: Mode) -> str | None:
         """Create or re-open the run; return its hash."""
-        initialise(self._location)
+        initialize(self._location)
         # Terminal and machine are recorded where the process is ours alone, i.e. a training that DVC started.
-        is_watched = is_owner and "DVC_STAGE" in os.environ
+        is_watched = mode == "train" and "DVC_STAGE" in os.environ
         options: dict[str, Any] = {
-            "repo": self._location,
             "log_system_params": False,  # it needs pkg_resources, and stores the environment's variables
             "capture_terminal_logs": is_watched,
             "system_tracking_interval": SYSTEM_TRACKING_INTERVAL_S if is_watched else None,
         }
-        try:
-            self._run = Run(run_hash, **options)
-            self.resumed = run_hash is not None
-        except MissingRunError:
-            self._run = Run(**options)
-            self._run["source_run"] = run_hash
-        if is_owner or not self.resumed:
-            self._describe(identity)
+        self._repo = aim.Repo.from_path(self._location)
+        self._end_time: float | None = None
+        if run_hash is not None:
+            self._end_time = self._stored(run_hash).get("end_time")  # makes the run's container where it is missing
+        self._run = aim.Run(run_hash, repo=self._repo, **options)
+        is_known = self._run.get("params") is not None
+        self.has_rows = is_known and mode != "rebuild"  # writing rows again overwrites them, so a rebuild may
+        self._keeps_end = mode != "train" and self._end_time is not None
+        if mode == "train":
+            self._run["status"] = "running"
+        self._describe(identity)
         return self._run.hash
 
+    def _stored(self, run_hash: str) -> Any:
+        """Return the tree of what is stored about a run."""
+        return self._repo.request_tree("meta", run_hash, read_only=False).subtree(("meta", "chunks", run_hash))
+
     def _describe(self, identity: RunIdentity) -> None:
-        self._run.name = identity.name
+        self._run.name = identity.title
+        self._run.description = ", ".join(identity.change_tags) or "parameters of the baseline commit"
         self._run.experiment = identity.experiment
-        for tag in identity.tags:
-            if tag not in self._run.tags:
-                self._run.add_tag(tag)
+        self._set_tags({*identity.tags, *identity.change_tags[:SHOWN_TAGS]}, remove=set())
         self._run["params"] = identity.params
         self._run["architecture"] = identity.architecture
         self._run["dvc"] = identity.dvc
         self._run["env"] = identity.env
         self._run["size"] = identity.size
 
-    def log(self, table: str, row: Mapping[str, Cell]) -> None:
+    def write(self, event: Event) -> None:
+        """Track the event."""
+        match event:
+            case Row():
+                self._write_row(event)
+            case Result(stage, metrics, step):
+                self._run[stage] = dict(metrics)  # for queries
+                for subset, name, value in charted(stage, metrics):
+                    self._track(value, name, step, {"subset": subset, "stage": stage})
+            case Text(name, text, step, context):
+                self._track(aim.Text(text), name, step, context)
+            case Figure(name, path, step, context):
+                self._track(aim.Image(str(path), caption=name), name, step, context)
+            case Distribution(name, heights, step, context):
+                bins = aim.Distribution(hist=list(heights), bin_range=(0, len(heights)))
+                self._track(bins, name, step, context)
+
+    def _write_row(self, row: Row) -> None:
         """Track the row's numbers with the table's `subset`, and the row's layer, or module and operand."""
-        context: dict[str, Any] = {"subset": TABLES[table].subset, **place(table, row)}
-        epoch = int(row["epoch"]) if "epoch" in row else None
-        for name, value in row.items():
-            if name not in TABLES[table].index:
+        table, cells = TABLES[row.table], row.cells
+        context: dict[str, Any] = {"subset": table.subset, **place(row.table, cells)}
+        epoch = int(cells["epoch"]) if "epoch" in cells else None
+        for name, value in cells.items():
+            if name not in table.index:
                 # always a float: an int followed by a float changes the type of the sequence
-                self._track(float(value), name, int(row["step"]), context, epoch)
+                self._track(float(value), name, int(cells["step"]), context, epoch)
 
-    def result(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
-        """Store the metrics as run[stage], for queries, and the scores of splits as metrics, for charts."""
-        self._run[stage] = dict(metrics)
-        for subset, name, value in scores(stage, metrics):
-            self._track(float(value), name, step, {"subset": subset, "stage": stage})
+    def close(self, status: str) -> None:
+        """Note how the run ended and release it."""
+        self._run["status"] = status
+        self._set_tags(ENDS & {status}, remove=ENDS - {status})
+        if status == "finished":
+            self._run.report_successful_finish()
+        run_hash = self._run.hash
+        self._run.close()
+        if self._keeps_end:
+            self._stored(run_hash)["end_time"] = self._end_time
 
-    def text(self, name: str, text: str, step: int, context: Mapping[str, Any]) -> None:
-        """Track a text."""
-        self._track(Text(text), name, step, context)
-
-    def figure(self, name: str, path: Path, step: int, context: Mapping[str, Any]) -> None:
-        """Track an image file."""
-        self._track(Image(str(path), caption=name), name, step, context)
-
-    def distribution(self, name: str, values: Sequence[float], step: int, context: Mapping[str, Any]) -> None:
-        """Track bin heights as a distribution over 0 ... len(values)."""
-        bins = Distribution(hist=list(values), bin_range=(0, len(values)))
-        self._track(bins, name, step, context)
+    def _set_tags(self, add: AbstractSet[str], remove: AbstractSet[str]) -> None:
+        tags = set(self._run.tags)
+        for tag in sorted(add - tags):
+            self._run.add_tag(tag)
+        for tag in sorted(remove & tags):
+            self._run.remove_tag(tag)
 
     def _track(self, value: Any, name: str, step: int, context: Mapping[str, Any], epoch: int | None = None) -> None:
         options: dict[str, Any] = {"epoch": epoch, "context": dict(context)}  # Aim's annotations are narrower than Aim
         self._run.track(value, name=name, step=step, **options)
 
-    def close(self, status: str) -> None:
-        """Note how the run ended and release it."""
-        self._run["status"] = status
-        if status == "finished":
-            self._run.report_successful_finish()
-        self._run.close()
 
-
-def initialise(location: str) -> None:
+def initialize(location: str) -> None:
     """Create the Aim repository in the folder `location` unless it is there; one process at a time."""
     if location.startswith(("aim://", "ssh://")):
         return
@@ -120,7 +148,7 @@ def initialise(location: str) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / ".aim.lock"
-    with FileLock(lock, timeout=INITIALISATION_S):
+    with FileLock(lock, timeout=INITIALIZATION_S):
         if not is_complete():
-            Repo.from_path(str(folder), init=True)
+            aim.Repo.from_path(str(folder), init=True)
     lock.unlink(missing_ok=True)  # whoever still waits on it finds the repository complete

@@ -5,11 +5,13 @@ baseline commit, the stage, and the root of the repository, which in `--temp` an
 one anchor for shared files).
 """
 
+import hashlib
+import json
 import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Integral, Real
 from pathlib import Path
@@ -17,8 +19,13 @@ from typing import Any
 
 import numpy as np
 from pydantic import BaseModel
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "dvc", "aim")
+SHOWN_CHANGES = 2
+"""Most changes in a run's title; its description has all."""
+
 NO_CODE = ("results", "dvc.lock", "params.yaml", "mini_model/config*.json")
 """What may differ from the commit without leaving a run in doubt: results, and what the run records whole (`dvc exp
 run -S` changes these files). In Git's patterns."""
@@ -50,6 +57,23 @@ class RunIdentity:
     size: dict[str, Any]
     """Estimates of parameters, memory and arithmetic (`dsv3.sizing`)."""
 
+    key: str
+    """What tells the run from others of its name: the training's fingerprint, or a digest made from it."""
+
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Parameters that differ from the baseline commit's, with their values here."""
+
+    @property
+    def title(self) -> str:
+        """The name, and the first changes."""
+        shown = self.change_tags[:SHOWN_CHANGES] + (["…"] if len(self.changes) > SHOWN_CHANGES else [])
+        return " · ".join([self.name, *shown])
+
+    @property
+    def change_tags(self) -> list[str]:
+        """The changes as `train.use_fp8: true`, each cut to a line of 60 characters."""
+        return [f"{name}: {_plain(value)}"[:60] for name, value in self.changes.items()]
+
 
 def run_identity(
     params: BaseModel,
@@ -66,24 +90,18 @@ def run_identity(
     precision, experts ...); versions and platform are added here.
     """
     values = native(params.model_dump())
-    source = os.environ
     corpus = data.get("corpus", {})
-    config = Path(values["model"]["config"]).stem
-    code = ["--untracked-files=no", "--", ".", *(f":(exclude){name}" for name in NO_CODE)]
     commit = git("rev-parse", "HEAD")
-    told = (corpus.get("source"), values["train"]["optim"], env.get("precision"))
     return RunIdentity(
-        name=source.get("DVC_EXP_NAME") or f"workspace-{commit[:7] if commit else 'untracked'}",
+        name=run_name(os.environ.get("DVC_EXP_NAME")),
         experiment=experiment_name(params),
-        tags=tuple(dict.fromkeys(tag for tag in (config, *told) if tag)),
+        tags=_tags(values, corpus.get("source"), env.get("precision")),
         params=values,
         architecture=native(architecture),
         dvc={
-            "exp_name": source.get("DVC_EXP_NAME"),
-            "baseline_rev": source.get("DVC_EXP_BASELINE_REV"),
-            "stage": source.get("DVC_STAGE"),
+            **experiment_facts(os.environ.get("DVC_EXP_NAME")),
             "git_sha": commit,
-            "git_dirty": None if commit is None else bool(git("status", "--porcelain", *code)),
+            "git_dirty": None if commit is None else has_changed_code(),
             "data_source": corpus.get("source"),
             "data_sha256": data.get("sha256"),
             "corpus_sha256": corpus.get("sha256"),
@@ -91,12 +109,121 @@ def run_identity(
         },
         env=native({**software(), **env}),
         size=native(dict(size)),
+        key=fingerprint,
+        changes=changed_params(values, architecture),
     )
 
 
 def experiment_name(params: Any) -> str:
     """Return the group under which runs of the validated parameters are filed."""
     return params.runtime.experiment or Path(params.model.config).stem
+
+
+def later_identity(training: RunIdentity, params: BaseModel, experiment: str | None) -> RunIdentity:
+    """Return the identity of the run that a later stage, or `rebuild`, adds to: often that of the training itself.
+
+    A stage of another experiment than the training's, or with other parameters, has a run of its own: it scores or
+    samples the same weights, and must not overwrite what was recorded of them.
+    """
+    values = native(params.model_dump())
+    is_same_experiment = experiment in (None, training.dvc.get("exp_name"))
+    if is_same_experiment and _shaping(values) == _shaping(training.params):
+        return training
+    name = run_name(experiment)
+    text = json.dumps([training.key, name, _shaping(values)], sort_keys=True)
+    return replace(
+        training,
+        name=name,
+        experiment=values["runtime"]["experiment"] or Path(values["model"]["config"]).stem,
+        params=values,
+        dvc={**training.dvc, **experiment_facts(experiment), "training": training.name},
+        key=hashlib.sha256(text.encode()).hexdigest(),
+        changes=changed_params(values, training.architecture),
+    )
+
+
+def run_name(experiment: str | None) -> str:
+    """Return the name of a run: the experiment's, or that of the workspace's commit."""
+    if experiment:
+        return experiment
+    commit = git("rev-parse", "HEAD")
+    return f"workspace-{commit[:7] if commit else 'untracked'}"
+
+
+def experiment_facts(experiment: str | None) -> dict[str, str | None]:
+    """Return which experiment and stage of DVC this process is, and on which commit."""
+    return {
+        "exp_name": experiment,
+        "baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV"),
+        "stage": os.environ.get("DVC_STAGE"),
+    }
+
+
+def applied_experiment() -> str | None:
+    """Return the name of the newest DVC experiment whose dvc.lock lies in the workspace; None for the commit's own."""
+    lock = git("hash-object", "dvc.lock")
+    if lock is None or lock == git("rev-parse", "HEAD:./dvc.lock"):
+        return None
+    refs = git("for-each-ref", "--sort=-committerdate", "--format=%(refname)", "refs/exps") or ""
+    names = [ref for ref in refs.splitlines() if ref.split("/")[2] not in ("exec", "celery", "temp")]
+    return next((ref.rsplit("/", 1)[1] for ref in names if git("rev-parse", f"{ref}:./dvc.lock") == lock), None)
+
+
+def changed_params(values: Mapping[str, Any], architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters, and fields of the architecture, whose values differ from the baseline commit's.
+
+    The baseline is the commit that DVC names, or else HEAD. Nothing is compared outside of a Git repository.
+    """
+    before = _committed("params.yaml")
+    changes = _different(_flat(_shaping(values)), _flat(_shaping(before)))
+    if "model.config" not in changes:
+        changes |= _different(dict(architecture), _committed(values["model"]["config"]))
+    return changes
+
+
+def _different(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in now.items() if name in before and before[name] != value}
+
+
+def _committed(path: str) -> dict[str, Any]:
+    """Return what the baseline commit's file (YAML, or JSON, which is YAML) holds; nothing where it has none."""
+    text = git("show", f"{os.environ.get('DVC_EXP_BASELINE_REV') or 'HEAD'}:./{path}")
+    try:
+        values = YAML(typ="safe").load(text) if text else {}
+    except YAMLError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by `section.key`."""
+    flat: dict[str, Any] = {}
+    for section, values in sections.items():
+        inner = {f"{section}.{key}": value for key, value in values.items()} if isinstance(values, dict) else None
+        flat |= {section: values} if inner is None else inner
+    return flat
+
+
+def _shaping(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters that shape results: all but `runtime`."""
+    return {name: section for name, section in values.items() if name != "runtime"}
+
+
+def _plain(value: Any) -> str:
+    """Return a value as params.yaml writes it, on one line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _tags(values: Mapping[str, Any], source: str | None, precision: str | None) -> tuple[str, ...]:
+    """Return what many runs share: configuration, source, optimizer, precision."""
+    tags = (Path(values["model"]["config"]).stem, source, values["train"]["optim"], precision)
+    return tuple(dict.fromkeys(tag for tag in tags if tag))
+
+
+def has_changed_code() -> bool:
+    """Return whether the workspace's code differs from HEAD's."""
+    code = ["--untracked-files=no", "--", ".", *(f":(exclude){name}" for name in NO_CODE)]
+    return bool(git("status", "--porcelain", *code))
 
 
 def software() -> dict[str, str | None]:

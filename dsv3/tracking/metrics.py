@@ -45,7 +45,7 @@ METRICS = MappingProxyType(
         "tokens_seen": Metric("tokens", "training tokens consumed so far"),
         # Losses, always natural logarithms
         "loss": Metric("nats/token", "cross-entropy of the next token, without any auxiliary loss"),
-        "total_loss": Metric("nats/token", "what is minimised: loss + weighted MTP and sequence-wise losses"),
+        "total_loss": Metric("nats/token", "what is minimized: loss + weighted MTP and sequence-wise losses"),
         "mtp_loss": Metric("nats/token", "cross-entropy of multi-token prediction, mean over its depths"),
         "sequence_loss": Metric("", "sequence-wise balance loss before its weight"),
         "best_loss": Metric("nats/token", "lowest validation loss so far"),
@@ -108,31 +108,37 @@ TABLES = MappingProxyType(
 )
 """The tables that `train` writes, each to `<name>.tsv`."""
 
-SUBSETS = MappingProxyType({"validation": "val", "test": "test", "heldout": "heldout"})
-"""Sections of results/evaluate/metrics.json, and the `subset` under which trackers show them."""
-
 SCORES = ("nats_per_token", "perplexity", "nats_per_char", "bits_per_byte")
-"""What of each section trackers show in charts."""
+"""What `evaluate` says of every split."""
+
+CHARTS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = MappingProxyType(
+    {
+        "train": {},  # its curves are its tables
+        "evaluate": {
+            "validation": ("val", SCORES),
+            "test": ("test", SCORES),
+            "heldout": ("heldout", SCORES),
+            "mtp.depth_1": ("heldout", ("mtp_acceptance",)),
+        },
+        "sample": {"": ("sample", ("draft_acceptance", "tokens_per_pass"))},
+    }
+)
+"""The stages whose metrics.json trackers show, and what of it they draw: by section, the subset and the names.
+
+The validation during training scores separate blocks, evaluate a sliding window: they must not share a curve, so
+trackers put the stage beside the subset.
+"""
 
 
-def scores(stage: str, metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:
-    """Return (subset, name, value) of each score of a stage; none but `evaluate` and `sample` has any.
-
-    The validation during training scores separate blocks, evaluate a sliding window: they must not share a curve.
-    """
-    if stage == "sample":
-        return [("sample", name, value) for name, value in metrics.items()]
-    if stage != "evaluate":
-        return []
-    shown = [
-        (subset, name, metrics[section][name])
-        for section, subset in SUBSETS.items()
-        for name in SCORES
-        if section in metrics
-    ]
-    if nearest := metrics.get("mtp", {}).get("depth_1"):
-        shown.append(("heldout", "mtp_acceptance", nearest["mtp_acceptance"]))
-    return shown
+def charted(stage: str, metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """Return (subset, name, value) of what is drawn of a stage's metrics; what they lack is left out."""
+    found: list[tuple[str, str, float]] = []
+    for section, (subset, names) in CHARTS.get(stage, {}).items():
+        values: Mapping[str, Any] = metrics
+        for key in filter(None, section.split(".")):
+            values = values.get(key, {})
+        found += [(subset, name, float(values[name])) for name in names if name in values]
+    return found
 
 
 def place(table: str, row: Mapping[str, Cell]) -> dict[str, int | str]:

@@ -1,7 +1,7 @@
 """TensorBoard: event files under `runs/` beside `.aim`."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,57 +9,67 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from dsv3.params.runtime import RuntimeParams
+from dsv3.tracking.events import Distribution, Event, Figure, Result, Row, Text, path_name
 from dsv3.tracking.identity import RunIdentity, project_root
-from dsv3.tracking.metrics import Cell, curve_names, scores
+from dsv3.tracking.metrics import charted, curve_names
+from dsv3.tracking.tracker import Mode
 
 
-class TensorBoardSink:
-    """Writes `runs/<name>-<fingerprint>`; a training begins the folder anew and is shown its restored rows again."""
+def tracker(runtime: RuntimeParams) -> "TensorBoardTracker":
+    """Return the tracker; nothing of it is configured."""
+    return TensorBoardTracker()
 
-    name = "TensorBoard"
-    resumed = False
 
-    def open(self, identity: RunIdentity, run_hash: str | None, is_owner: bool) -> str | None:
+class TensorBoardTracker:
+    """Writes `runs/<name>-<key>`; a training, and a rebuild, begin the folder anew."""
+
+    has_rows = False
+
+    def open(self, identity: RunIdentity, run_hash: str | None, mode: Mode) -> str | None:
         """Open the run's folder; TensorBoard gives no hashes."""
-        folder = project_root() / "runs" / f"{identity.name}-{str(identity.dvc.get('fingerprint'))[:8]}"
-        if is_owner:
+        folder = project_root() / "runs" / f"{identity.name}-{identity.key[:8]}"
+        if mode != "add":
             # event files can't be rewritten: points after the checkpoint would be drawn twice
             shutil.rmtree(folder, ignore_errors=True)
+        self.has_rows = folder.is_dir()
         self._writer = SummaryWriter(str(folder))
-        if is_owner:
+        if not self.has_rows:
+            self._writer.add_text("changes", ", ".join(identity.change_tags), 0)
             self._writer.add_text("params", _table(identity.params), 0)
             self._writer.add_text("architecture", _table(identity.architecture), 0)
 
-    def log(self, table: str, row: Mapping[str, Cell]) -> None:
-        """Write the row's numbers as `<subset>/<name>`, of a layer as `<subset>/<name>/layer_<i>`."""
-        for name, value in curve_names(table, row).items():
-            self._writer.add_scalar(name, value, int(row["step"]))
+    def write(self, event: Event) -> None:
+        """Write the event; curves are named `<subset>/<name>`, and of a layer `<subset>/<name>/layer_<i>`."""
+        match event:
+            case Row(table, cells):
+                for name, value in curve_names(table, cells).items():
+                    self._writer.add_scalar(name, value, int(cells["step"]))
+            case Result(stage, metrics, step):
+                for subset, name, value in charted(stage, metrics):
+                    self._writer.add_scalar(f"{stage}/{subset}/{name}", value, step)
+            case Text(name, text, step, context):
+                code = "    " + text.replace("\n", "\n    ")  # line breaks stay
+                self._writer.add_text(path_name(name, context), code, step)
+            case Figure(name, path, step, context):
+                self._write_figure(path_name(name, context), path, step)
+            case Distribution(name, heights, step, context):
+                self._write_histogram(path_name(name, context), np.asarray(heights, dtype=np.float64), step)
 
-    def result(self, stage: str, metrics: Mapping[str, Any], step: int) -> None:
-        """Write the scores of splits."""
-        for subset, name, value in scores(stage, metrics):
-            self._writer.add_scalar(f"{stage}/{subset}/{name}", value, step)
-
-    def text(self, name: str, text: str, step: int, context: Mapping[str, Any]) -> None:
-        """Write a text, its line breaks kept."""
-        self._writer.add_text(_tag(name, context), "    " + text.replace("\n", "\n    "), step)
-
-    def figure(self, name: str, path: Path, step: int, context: Mapping[str, Any]) -> None:
-        """Write an image."""
+    def _write_figure(self, name: str, path: Path, step: int) -> None:
         pixels = np.asarray(Image.open(path).convert("RGB"))
-        self._writer.add_image(_tag(name, context), pixels, step, dataformats="HWC")
+        self._writer.add_image(name, pixels, step, dataformats="HWC")
 
-    def distribution(self, name: str, values: Sequence[float], step: int, context: Mapping[str, Any]) -> None:
-        """Write bin heights as a histogram over 0 ... len(values)."""
-        heights = np.asarray(values, dtype=np.float64)
-        centres = np.arange(len(heights)) + 0.5
+    def _write_histogram(self, name: str, heights: np.ndarray, step: int) -> None:
+        """Write bin heights as a histogram over 0 ... len(heights)."""
+        centers = np.arange(len(heights)) + 0.5
         self._writer.add_histogram_raw(
-            _tag(name, context),
+            name,
             min=0.0,
             max=float(len(heights)),
             num=float(heights.sum()),
-            sum=float((heights * centres).sum()),
-            sum_squares=float((heights * centres**2).sum()),
+            sum=float((heights * centers).sum()),
+            sum_squares=float((heights * centers**2).sum()),
             bucket_limits=list(range(1, len(heights) + 1)),
             bucket_counts=list(heights),
             global_step=step,
@@ -69,10 +79,6 @@ class TensorBoardSink:
         """Flush and close."""
         self._writer.add_text("status", status, 0)
         self._writer.close()
-
-
-def _tag(name: str, context: Mapping[str, Any]) -> str:
-    return "/".join([name, *(str(value).strip().replace("\n", " ")[:40] for value in context.values())])
 
 
 def _table(sections: Mapping[str, Any]) -> str:

@@ -1,16 +1,16 @@
 """Cross entropy of a large vocabulary whose logits never exist at once.
 
 The plain form multiplies the hidden states by the output head and hands T x V logits to the cross entropy, which keeps
-their softmax for the backward pass: at 4,096 tokens and 129,280 words that is 2 GiB twice over, more than all the
-activations of a layer. Here the tokens are taken a chunk at a time. A chunk's logits give its loss, and, because the
-derivative of the loss by the logits is just softmax minus one-hot, its share of both gradients too; then they are
+their softmax for the backward pass: at 4,096 tokens and a vocabulary of 129,280 that is 2 GiB twice over, more than all
+the activations of a layer. Here the tokens are taken a chunk at a time. A chunk's logits give its loss, and, because
+the derivative of the loss by the logits is just softmax minus one-hot, its share of both gradients too; then they are
 thrown away. The backward pass only scales what the forward pass computed, so nothing is computed twice.
 
 We give up two things: a second derivative, and a gradient of the head that exists from the forward pass on. torch's
 `F.linear_cross_entropy` does the same arithmetic; this one computes in the autocast type and sums the head's gradient
 in fp32 over all chunks whatever that type is.
 
-Letters: T tokens, D hidden_size, V vocab_size, C tokens of one chunk.
+Letters: T tokens, D hidden_size, V vocab_size, R rows.
 """
 
 from typing import Any
@@ -20,18 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-CHUNK_BYTES = 64 << 20
-"""Largest block of fp32 logits that exists at once: large enough to keep a GPU busy, small beside any layer."""
-
-MIN_LOGITS_BYTES = 256 << 20
-"""Below this the plain form is as good: its logits fit, and one large product beats several small ones."""
+from dsv3.sizing.chunked_loss import CHUNK_BYTES
 
 IGNORED_LABEL = -100
-
-
-def pays(num_tokens: int, vocab_size: int) -> bool:
-    """Return whether the chunked form is worth it: the full fp32 logits would take more than `MIN_LOGITS_BYTES`."""
-    return num_tokens * vocab_size * 4 > MIN_LOGITS_BYTES
 
 
 def chunked_cross_entropy(hidden_TD: Tensor, head_weight_VD: Tensor, labels_T: Tensor) -> Tensor:
@@ -64,13 +55,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         chunk_tokens = max(1, CHUNK_BYTES // (4 * head_VD.shape[0]))
         for start in range(0, len(labels_T), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            hidden_CD, labels_C = hidden_TD[chunk], labels_T[chunk]
-            chunk_loss, logits_grad_CV = _loss_and_logits_gradient(hidden_CD @ head_VD.T, labels_C, count)
+            hidden_RD, labels_R = hidden_TD[chunk], labels_T[chunk]
+            chunk_loss, logits_grad_RV = _loss_and_logits_gradient(hidden_RD @ head_VD.T, labels_R, count)
             loss += chunk_loss
             if hidden_grad_TD is not None:
-                torch.mm(logits_grad_CV, head_VD, out=hidden_grad_TD[chunk])
+                torch.mm(logits_grad_RV, head_VD, out=hidden_grad_TD[chunk])
             if head_grad_VD is not None:
-                _add_product(head_grad_VD, logits_grad_CV, hidden_CD)
+                _add_product(head_grad_VD, logits_grad_RV, hidden_RD)
         ctx.gradients = hidden_grad_TD, head_grad_VD
         ctx.head_dtype = head_weight_VD.dtype
         return loss
@@ -90,22 +81,22 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
-def _loss_and_logits_gradient(logits_CV: Tensor, labels_C: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+def _loss_and_logits_gradient(logits_RV: Tensor, labels_R: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Return a chunk's share of the mean loss and its derivative by the logits, in the logits' type."""
-    dtype, kept_C = logits_CV.dtype, labels_C != IGNORED_LABEL
-    log_softmax_CV = F.log_softmax(logits_CV.float(), dim=-1)
-    del logits_CV
-    index_C1 = labels_C.clamp(min=0).unsqueeze(1)
-    losses_C = -log_softmax_CV.gather(1, index_C1).squeeze(1) * kept_C
-    gradient_CV = log_softmax_CV.exp_()
-    gradient_CV.scatter_add_(1, index_C1, torch.full_like(index_C1, -1.0, dtype=torch.float32))
-    gradient_CV *= (kept_C / count).unsqueeze(1)
-    return losses_C.sum() / count, gradient_CV.to(dtype)
+    dtype, kept_R = logits_RV.dtype, labels_R != IGNORED_LABEL
+    log_softmax_RV = F.log_softmax(logits_RV.float(), dim=-1)
+    del logits_RV
+    index_R1 = labels_R.clamp(min=0).unsqueeze(1)
+    losses_R = -log_softmax_RV.gather(1, index_R1).squeeze(1) * kept_R
+    gradient_RV = log_softmax_RV.exp_()
+    gradient_RV.scatter_add_(1, index_R1, torch.full_like(index_R1, -1.0, dtype=torch.float32))
+    gradient_RV *= (kept_R / count).unsqueeze(1)
+    return losses_R.sum() / count, gradient_RV.to(dtype)
 
 
-def _add_product(total_VD: Tensor, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
+def _add_product(total_VD: Tensor, gradient_RV: Tensor, hidden_RD: Tensor) -> None:
     """Add `gradient.T @ hidden` to the fp32 `total`."""
-    if gradient_CV.dtype == torch.float32:
-        total_VD.addmm_(gradient_CV.T, hidden_CD)
+    if gradient_RV.dtype == torch.float32:
+        total_VD.addmm_(gradient_RV.T, hidden_RD)
     else:
-        total_VD += gradient_CV.T @ hidden_CD
+        total_VD += gradient_RV.T @ hidden_RD

@@ -11,15 +11,15 @@ An orthogonal n x m matrix has root mean square 1 / sqrt(max(n, m)); AdamW's upd
 
 Muon takes the matrices and the stacks of experts' matrices. Embeddings, head, router and vectors stay with AdamW:
 their rows are looked up or compared one by one and are no map of one space onto another. The experts' gate and up
-projections are stored as one (E, 2I, H) stack and are orthogonalised apart, for they are two maps.
+projections are stored as one stack of shape (E, 2F, D) and are orthogonalized apart, for they are two maps.
 
-What we give up: every process of a distributed run orthogonalises every matrix, where sharding them would save time.
+What we give up: every process of a distributed run orthogonalizes every matrix, where sharding them would save time.
 
-Letters: E n_routed_experts, I moe_intermediate_size, H hidden_size.
+Letters: E n_routed_experts, F intermediate_size, D hidden_size.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from dsv3.params.optimizers import MAX_BATCH_NUMBERS
 from dsv3.params.train import TrainParams
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 
@@ -37,14 +38,14 @@ NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 UPDATE_RMS = 0.2
 """Root mean square of AdamW's update in practice, which Muon's is scaled to."""
 
-MAX_BATCH_NUMBERS = 1 << 26
-"""Most numbers orthogonalised in one call: 256 MiB in fp32, so that large models need little extra memory."""
+NOT_DECAYED = "adamw_not_decayed"
+"""The group that AdamW updates without weight decay."""
 
 
 def parameter_groups(model: DeepseekV3ForCausalLM, params: TrainParams) -> list[dict[str, Any]]:
     """Return the optimizer's groups: matrices, and what is never decayed (norms, biases, embeddings; report, 4.2).
 
-    The output head and the router are matrices of AdamW: decayed, not orthogonalised. A head that is tied to the
+    The output head and the router are matrices of AdamW, whatever `optim` is. A head that is tied to the
     embedding counts as the embedding.
     """
     embeddings = {id(parameter) for m in model.modules() if isinstance(m, nn.Embedding) for parameter in m.parameters()}
@@ -55,34 +56,42 @@ def parameter_groups(model: DeepseekV3ForCausalLM, params: TrainParams) -> list[
         if not parameter.requires_grad:
             continue
         if parameter.ndim < 2 or id(parameter) in embeddings:
-            members["adamw_not_decayed"].append((name, parameter))
-        elif params.optim == "adamw" or id(parameter) in by_adamw:
-            members["adamw"].append((name, parameter))
+            members[NOT_DECAYED].append((name, parameter))
         else:
-            members["muon"].append((name, parameter))
+            members["adamw" if id(parameter) in by_adamw else params.optim].append((name, parameter))
     return [
         {
             "name": group,
             "params": [parameter for _, parameter in members[group]],
             "num_parts": [2 if name.endswith("gate_up_proj") else 1 for name, _ in members[group]],
-            "weight_decay": 0.0 if group == "adamw_not_decayed" else params.weight_decay,
+            "weight_decay": 0.0 if group == NOT_DECAYED else params.weight_decay,
         }
-        for group in ("adamw_not_decayed", "adamw", "muon")
+        for group in dict.fromkeys((NOT_DECAYED, "adamw", params.optim))
         if members[group]
     ]
 
 
-class Optimizer(torch.optim.Optimizer):
-    """AdamW for the groups named adamw*, Muon for the group muon; one flat state_dict, which resumes bit-exactly.
+@dataclass(frozen=True)
+class Settings:
+    """What an update needs besides its group."""
 
-    Moments are kept in fp32 or, with `adam_moments_dtype: bf16`, in bf16; the arithmetic is fp32 in both cases.
-    `newton_schulz_dtype` is the type of Muon's matrix products: bf16 where the device multiplies it natively.
-    """
+    params: TrainParams
+    moments_dtype: torch.dtype
+    """fp32 or, with `adam_moments_dtype: bf16`, bf16; the arithmetic is fp32 in both cases."""
+    newton_schulz_dtype: torch.dtype
+    """Of Muon's matrix products: bf16 where the device multiplies it natively."""
+
+    def zeros(self, parameter: Tensor) -> Tensor:
+        """Return a moment of `parameter` before the first step."""
+        return torch.zeros_like(parameter, dtype=self.moments_dtype, memory_format=torch.preserve_format)
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Updates each group by the optimizer that it is named after; one flat state_dict, which resumes bit-exactly."""
 
     def __init__(self, groups: list[dict[str, Any]], params: TrainParams, newton_schulz_dtype: torch.dtype) -> None:
-        self._params = params
-        self._moments_dtype = torch.bfloat16 if params.adam_moments_dtype == "bf16" else torch.float32
-        self._newton_schulz_dtype = newton_schulz_dtype
+        moments_dtype = torch.bfloat16 if params.adam_moments_dtype == "bf16" else torch.float32
+        self._settings = Settings(params, moments_dtype, newton_schulz_dtype)
         super().__init__(groups, {"lr": params.learning_rate})
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -95,90 +104,100 @@ class Optimizer(torch.optim.Optimizer):
         """Change every parameter that has a gradient, at its group's `lr`."""
         assert closure is None, "the gradients are computed once, before the step"
         for group in self.param_groups:
-            if group["name"] == "muon":
-                self._muon(group)
-            elif self._moments_dtype == torch.float32:
-                self._adamw(group)
-            else:
-                self._adamw_with_bf16_moments(group)
+            UPDATES[group["name"]](group, self.state, self._settings)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state; torch turns every tensor into its parameter's type, and moments back into theirs here."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
-            for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
-                if name in state:
-                    state[name] = state[name].to(self._moments_dtype)
+            for name in state.keys() - {"step"}:
+                state[name] = state[name].to(self._settings.moments_dtype)
 
-    def _zeros(self, parameter: Tensor) -> Tensor:
-        return torch.zeros_like(parameter, dtype=self._moments_dtype, memory_format=torch.preserve_format)
 
-    def _adam_state(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]]]:
-        """Return the parameters that have gradients, the gradients, and their states."""
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        for parameter in parameters:
-            if not (state := self.state[parameter]):
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"], state["exp_avg_sq"] = self._zeros(parameter), self._zeros(parameter)
-        return parameters, [parameter.grad for parameter in parameters], [self.state[p] for p in parameters]
+States = MutableMapping[Tensor, dict[str, Tensor]]
+"""The state of each parameter, empty before its first step."""
 
-    def _adamw(self, group: dict[str, Any]) -> None:
-        """Apply torch's fused AdamW: one kernel for the whole group on CUDA, one loop per tensor on a CPU."""
-        parameters, gradients, states = self._adam_state(group)
-        adamw(
-            parameters,
-            gradients,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            amsgrad=False,
-            beta1=self._params.adam_beta1,
-            beta2=self._params.adam_beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=self._params.adam_epsilon,
-            maximize=False,
-        )
 
-    def _adamw_with_bf16_moments(self, group: dict[str, Any]) -> None:
-        """Apply AdamW parameter by parameter: moments are widened to fp32, used, and rounded back.
+def update_by_adamw(group: dict[str, Any], states: States, settings: Settings) -> None:
+    """Apply AdamW: torch's fused one, or with bf16 moments ours."""
+    parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+    for parameter in parameters:
+        if not (state := states[parameter]):
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = settings.zeros(parameter), settings.zeros(parameter)
+    apply = _fused_adamw if settings.moments_dtype == torch.float32 else _adamw_with_bf16_moments
+    apply(group, parameters, [states[parameter] for parameter in parameters], settings.params)
 
-        A step changes the second moment by up to 5 % (1 - beta2), far above bf16's 0.4 %, so rounding to nearest
-        does not stall it.
-        """
-        beta1, beta2 = self._params.adam_beta1, self._params.adam_beta2
-        for parameter, gradient, state in zip(*self._adam_state(group), strict=True):
-            state["step"] += 1
-            step = state["step"].item()
-            mean = torch.lerp(state["exp_avg"].float(), gradient.float(), 1 - beta1)
-            square = state["exp_avg_sq"].float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            state["exp_avg"].copy_(mean)
-            state["exp_avg_sq"].copy_(square)
-            denominator = square.sqrt_().div_((1 - beta2**step) ** 0.5).add_(self._params.adam_epsilon)
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
 
-    def _muon(self, group: dict[str, Any]) -> None:
-        """Apply Muon: Nesterov momentum, orthogonalised in batches of matrices of one shape."""
-        momentum = self._params.muon_momentum
-        matrices: list[Matrices] = []
-        for parameter, num_parts in zip(group["params"], group["num_parts"], strict=True):
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            if not state:
-                state["momentum_buffer"] = self._zeros(parameter)
-            average = torch.lerp(state["momentum_buffer"].float(), parameter.grad, 1 - momentum)
-            state["momentum_buffer"].copy_(average)
-            ahead = torch.lerp(parameter.grad, average, momentum)
-            matrices.append(Matrices.of(parameter, ahead.to(self._newton_schulz_dtype), num_parts))
-        for batch in same_shape_batches(matrices):
-            orthogonal = orthogonalized(torch.cat([item.update for item in batch]))
-            for item, update in zip(batch, orthogonal.split([len(item.update) for item in batch]), strict=True):
-                item.parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                item.parameter.add_(item.as_parameter(update), alpha=-group["lr"] * item.scale)
+def _fused_adamw(
+    group: dict[str, Any], parameters: list[Any], states: list[dict[str, Tensor]], params: TrainParams
+) -> None:
+    """Apply torch's fused AdamW: one kernel for the whole group on CUDA, one loop per tensor on a CPU."""
+    adamw(
+        parameters,
+        [parameter.grad for parameter in parameters],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        fused=True,
+        amsgrad=False,
+        beta1=params.adam_beta1,
+        beta2=params.adam_beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=params.adam_epsilon,
+        maximize=False,
+    )
+
+
+def _adamw_with_bf16_moments(
+    group: dict[str, Any], parameters: list[Any], states: list[dict[str, Tensor]], params: TrainParams
+) -> None:
+    """Apply AdamW parameter by parameter: moments are widened to fp32, used, and rounded back.
+
+    A step changes the second moment by up to 5 % (1 - beta2), far above bf16's 0.4 %, so rounding to nearest
+    does not stall it.
+    """
+    beta1, beta2 = params.adam_beta1, params.adam_beta2
+    for parameter, state in zip(parameters, states, strict=True):
+        gradient, step = parameter.grad, state["step"].add_(1).item()
+        mean = torch.lerp(state["exp_avg"].float(), gradient.float(), 1 - beta1)
+        square = state["exp_avg_sq"].float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        state["exp_avg"].copy_(mean)
+        state["exp_avg_sq"].copy_(square)
+        denominator = square.sqrt_().div_((1 - beta2**step) ** 0.5).add_(params.adam_epsilon)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
+
+
+def update_by_muon(group: dict[str, Any], states: States, settings: Settings) -> None:
+    """Apply Muon: Nesterov momentum, orthogonalized in batches of matrices of one shape."""
+    momentum = settings.params.muon_momentum
+    matrices: list[Matrices] = []
+    for parameter, num_parts in zip(group["params"], group["num_parts"], strict=True):
+        if parameter.grad is None:
+            continue
+        state = states[parameter]
+        if not state:
+            state["momentum_buffer"] = settings.zeros(parameter)
+        average = torch.lerp(state["momentum_buffer"].float(), parameter.grad, 1 - momentum)
+        state["momentum_buffer"].copy_(average)
+        ahead = torch.lerp(parameter.grad, average, momentum)
+        matrices.append(Matrices.of(parameter, ahead.to(settings.newton_schulz_dtype), num_parts))
+    for batch in same_shape_batches(matrices):
+        orthogonal = orthogonalized(torch.cat([item.update for item in batch]))
+        for item, update in zip(batch, orthogonal.split([len(item.update) for item in batch]), strict=True):
+            item.parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            item.parameter.add_(item.as_parameter(update), alpha=-group["lr"] * item.scale)
+
+
+UPDATES: dict[str, Callable[[dict[str, Any], States, Settings], None]] = {
+    NOT_DECAYED: update_by_adamw,
+    "adamw": update_by_adamw,
+    "muon": update_by_muon,
+}
+"""How each group is changed; the names but the first are those of `dsv3.params.optimizers.OPTIMIZERS`."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dsv3.artifacts import read_json, write_json
 from dsv3.errors import Interrupted, UserError
 from dsv3.export.huggingface import export_huggingface
 from dsv3.export.model_card import model_card
+from dsv3.tracking.events import Result
 from dsv3.tracking.identity import experiment_name, project_root, run_identity
 from dsv3.tracking.recorder import Recorder, open_recorder
 from dsv3.training import fp8_hooks, hooks
@@ -182,7 +183,8 @@ def export_and_record(
     export_huggingface(run.model, run.model.state_dict(), outputs.tokens, outputs.model, card)
     write_json(outputs.results / "run.json", {**recorder.run_record(), "step": run.state.step})
     write_json(outputs.results / "metrics.json", metrics)
-    recorder.result("train", metrics, run.state.step)
+    recorder.show(Result("train", metrics, run.state.step))
+    tqdm.write(result_line(metrics, outputs.model))  # before the tracker that keeps the log is closed
     return metrics
 
 
@@ -202,6 +204,16 @@ def final_metrics(run: Run, recorder: Recorder, chosen: Choices) -> dict[str, An
         "peak_memory_bytes": last["peak_memory_bytes"],
         **chosen.metrics(),
     }
+
+
+def result_line(metrics: Mapping[str, Any], model: Path) -> str:
+    """Return the training's last line for the terminal."""
+    validation = metrics["validation"]
+    return (
+        f"{model}: step {metrics['exported_step']}, validation {validation['loss']:.4f} nats/token, "
+        f"{validation['nats_per_char']:.4f} nats/char; {metrics['tokens_per_s']:,.0f} tokens/s "
+        f"({metrics['precision']}, {metrics['experts']}, {metrics['device']} x {metrics['num_processes']})"
+    )
 
 
 def model_facts(run: Run, recorder: Recorder, outputs: Outputs) -> dict[str, Any]:

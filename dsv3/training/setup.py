@@ -18,11 +18,12 @@ from dsv3.fp8.recipe import Recipe
 from dsv3.kernels.convert import Conversion, convert, emulate_bf16
 from dsv3.kernels.registry import experts_backend
 from dsv3.params.train import TrainParams
+from dsv3.sizing.chunked_loss import is_loss_chunked
 from dsv3.training.checkpoint import FORMAT_VERSION
 from dsv3.training.fingerprint import Fingerprint
 from dsv3.training.interruption import Interruption
 from dsv3.training.loop import Run
-from dsv3.training.loss import chunked_cross_entropy, pays
+from dsv3.training.loss import chunked_cross_entropy
 from dsv3.training.model import build_model
 from dsv3.training.optimizer import Optimizer, parameter_groups
 from dsv3.training.plan import TrainingPlan
@@ -111,7 +112,7 @@ def prepared_model(plan: TrainingPlan, device: torch.device) -> tuple[DeepseekV3
         conversion = convert(model, recipe, device)
     elif precision == "bf16" and autocast_dtype(train.precision, device) == torch.float32:
         conversion = emulate_bf16(model)
-    is_chunked = pays(train.per_device_train_batch_size * train.block_size, plan.architecture.vocab_size)
+    is_chunked = is_loss_chunked(train.per_device_train_batch_size * train.block_size, plan.architecture.vocab_size)
     if is_chunked:
         model.cross_entropy = chunked_cross_entropy
     if train.gradient_checkpointing:

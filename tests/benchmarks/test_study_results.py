@@ -6,8 +6,9 @@ import pytest
 
 from benchmarks.studies.results import checked_with_dvc, read_results
 from dsv3.errors import UserError
+from dsv3.tracking.events import Result, Row
 from dsv3.tracking.identity import RunIdentity
-from dsv3.tracking.recorder import Recorder
+from dsv3.tracking.tracker import IsolatedTracker, Views
 from tests.benchmarks.studies_made_up import RESULT
 
 NAMES = {"study-base-1": ("base", 1), "study-other-1": ("other", 1)}
@@ -15,7 +16,7 @@ NAMES = {"study-base-1": ("base", 1), "study-other-1": ("other", 1)}
 
 def record(root, name: str, experiment: str = "study", score: float = 1.5, status: str = "finished") -> None:
     """Leave a run in Aim as train and evaluate do."""
-    from dsv3.tracking.aim import AimSink
+    from dsv3.tracking.aim import AimTracker
 
     identity = RunIdentity(
         name=name,
@@ -23,22 +24,23 @@ def record(root, name: str, experiment: str = "study", score: float = 1.5, statu
         tags=(),
         params={},
         architecture={},
-        dvc={"git_sha": "abcdef0123", "data_source": "plays", "corpus_sha256": "0123456789"},
+        dvc={"exp_name": name, "git_sha": "abcdef0123", "data_source": "plays", "corpus_sha256": "0123456789"},
         env={"torch": "2"},
         size={"parameters_total": 9, "parameters_active": 5},
+        key="f" * 64,
     )
-    recorder = Recorder(None, identity, [AimSink(str(root))], None, is_owner=True, aim_repo=".aim")
+    views = Views([IsolatedTracker("aim", lambda: AimTracker(str(root)))], identity, None, "train")
     for step, loss in ((10, 5.0), (20, 4.5)):
-        recorder.log("history", {"step": step, "loss": loss})
-        recorder.log("router", {"step": step, "layer": 1, "max_vio": 4.0 / step})
-        recorder.log("router", {"step": step, "layer": 2, "max_vio": 6.0 / step})
-    recorder.log("validation", {"step": 20, "loss": 4.25})
+        views.write(Row("history", {"step": step, "loss": loss}))
+        views.write(Row("router", {"step": step, "layer": 1, "max_vio": 4.0 / step}))
+        views.write(Row("router", {"step": step, "layer": 2, "max_vio": 6.0 / step}))
+    views.write(Row("validation", {"step": 20, "loss": 4.25}))
     chosen = {"precision": "fp32", "experts": "cpu", "device": "cpu"}
     train = {"step": 20, "tokens_seen": 40, "tokens_per_s": 7.0, "validation": {"loss": 4.25}, **chosen}
-    recorder.result("train", train, 20)
+    views.write(Result("train", train, 20))
     heldout = dict.fromkeys(("nats_per_token", "perplexity", "bits_per_byte"), 2.0) | {"nats_per_char": score}
-    recorder.result("evaluate", {"heldout": heldout, "router": {"max_vio_global_max": 0.75, "dead_experts": 1}}, 20)
-    recorder.close(status)
+    views.write(Result("evaluate", {"heldout": heldout, "router": {"max_vio_global_max": 0.75, "dead_experts": 1}}, 20))
+    views.close(status)
 
 
 def test_the_finished_runs_of_the_study_are_read_and_the_latest_of_a_name_counts(tmp_path):

@@ -22,7 +22,7 @@ TEXTS = {
     and name != "dvc.lock"  # `dvc repro` puts it into the index
 }
 STAGE_NAMES = list(YAML(typ="safe").load(TEXTS["dvc.yaml"])["stages"])
-MODEL_FILES = ["configuration_deepseek.py", "modeling_deepseek.py"]
+MODEL_FILES = ["configuration_deepseek.py", "modeling_deepseek.py", "validation_deepseek.py"]
 
 
 def named(path: Path) -> str:

@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -68,8 +69,9 @@ def test_a_sound_project_on_this_machine_passes(check):
 
 
 def test_the_wrong_python_is_found(monkeypatch):
-    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
-    assert str(check_python()).startswith("!!  python      3.13.0 in ")
+    for version, mark in {(3, 10, 9): "!!", (3, 11, 0): "ok", (3, 14, 2): "ok", (3, 15, 0): "!!"}.items():
+        monkeypatch.setattr(sys, "version_info", version)
+        assert str(check_python()).startswith(f"{mark}  python      {'.'.join(map(str, version))} in ")
 
 
 def test_a_dvc_of_another_environment_is_found(monkeypatch, tmp_path):
@@ -156,6 +158,14 @@ def test_aim_tells_where_runs_go_and_whether_its_interface_is_up(monkeypatch):
     assert check_aim().message.endswith(", its interface is up")
     edit("aim_repo: null", "aim_repo: aim://127.0.0.1:53800")
     assert "runs go to aim://127.0.0.1:53800 (not contacted)" in check_aim().message
+
+
+def test_aim_is_missed_only_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
+    assert str(check_aim()).endswith("set runtime.trackers to [tensorboard], or use Python 3.12")
+    edit("trackers: [aim]", "trackers: [tensorboard]")
+    assert check_aim().is_ok
 
 
 def test_a_lock_is_seen_only_while_another_process_holds_it(tmp_path):

@@ -9,8 +9,9 @@ from dsv3.fp8.recipe import DEEPSEEK_RECIPE
 from dsv3.kernels.convert import convert, emulate_bf16
 from dsv3.kernels.registry import experts_backend
 from dsv3.params.architecture import Architecture
-from dsv3.sizing.activations import PAIR_BYTES, Workload
-from dsv3.sizing.memory import moe_layer_bytes, training_memory
+from dsv3.params.expert_backends import BACKENDS
+from dsv3.sizing.activations import Workload, moe_layer_bytes
+from dsv3.sizing.memory import training_memory
 from dsv3.training.optimizer import Optimizer, parameter_groups
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM, DeepseekV3MoE
@@ -24,7 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = MICRO | NANO_SIZES | {"vocab_size": 2048, "max_position_embeddings": 512}
 SERVED = [
     (experts, precision)
-    for experts in PAIR_BYTES
+    for experts in BACKENDS
     for precision in DTYPES
     # What runs on a CPU only, grouped_mm's loop over experts in fp32, and emulations where nothing is to be emulated.
     if experts != "cpu" and (experts, precision) not in {("grouped_mm", "fp32"), ("bf16_emulated", "fp32")}

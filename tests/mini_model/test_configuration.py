@@ -15,11 +15,14 @@ SHIPPED = sorted(Path("mini_model").glob("config*.json"))
     [
         ({"n_group": 3}, "n_group is 3; must divide n_routed_experts (8)"),
         ({"n_group": 8, "topk_group": 8}, "n_group is 8; leaves 1 experts per group, must leave at least 2"),
-        ({"topk_group": 5}, "topk_group is 5; must be between 1 and n_group (4)"),
+        ({"topk_group": 5}, "topk_group is 5; must be <= n_group (4)"),
         (
             {"topk_group": 1, "num_experts_per_tok": 3},
-            "num_experts_per_tok is 3; must be between 1 and 2, the experts of topk_group (1) groups",
+            "num_experts_per_tok is 3; must be <= 2, the experts of topk_group (1) groups",
         ),
+        ({"n_group": 0}, "n_group is 0; must be >= 1"),
+        ({"qk_rope_head_dim": 3}, "qk_rope_head_dim is 3; must be a multiple of 2"),
+        ({"attention_dropout": 1.5}, "attention_dropout is 1.5; must be < 1"),
         ({"scoring_func": "softmax"}, "scoring_func is 'softmax'; must be 'sigmoid', the router of DeepSeek-V3"),
         ({"moe_layer_freq": 2}, "moe_layer_freq is 2; must be 1, the router of DeepSeek-V3"),
         (

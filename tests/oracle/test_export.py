@@ -212,7 +212,7 @@ def test_speculative_generation_equals_greedy(tmp_path, monkeypatch, origin, dep
         assert torch.equal(model.generate(prompt[None], use_mtp=True, **settings), greedy)
 
 
-@pytest.mark.parametrize("name", ["configuration_deepseek.py", "modeling_deepseek.py"])
+@pytest.mark.parametrize("name", ["configuration_deepseek.py", "modeling_deepseek.py", "validation_deepseek.py"])
 def test_the_shipped_files_are_copied_as_they_are_and_need_only_torch_and_transformers(exported, name):
     shipped = Path("mini_model", name).read_text(encoding="utf-8")
     assert (exported[1] / name).read_text(encoding="utf-8") == shipped
@@ -223,4 +223,5 @@ def test_the_shipped_files_are_copied_as_they_are_and_need_only_torch_and_transf
         for alias in node.names
     }
     roots = {re.match(r"\.?\w+", module).group() for module in imported}
-    assert roots <= {*sys.stdlib_module_names, "torch", "transformers", ".configuration_deepseek"}
+    shipped_too = {".configuration_deepseek", ".validation_deepseek"}
+    assert roots <= {*sys.stdlib_module_names, *shipped_too, "torch", "transformers"}

@@ -138,9 +138,9 @@ class Laboratory:
         return [line.split("\t") for line in (self.root / name).read_text().splitlines()]
 
     def aim_runs(self, scratch: Path) -> dict[str, Any]:
-        """Its Aim runs by name, read from a copy without the index, which only `aim up` fills."""
+        """Its Aim runs by experiment, else by name, read from a copy without the index, which only `aim up` fills."""
         from aim import Repo
 
         copy = scratch / "aim_copy"
         shutil.copytree(self.root / ".aim", copy / ".aim", ignore=shutil.ignore_patterns("index", "LOCK"))
-        return {run.name: run for run in Repo.from_path(str(copy)).iter_runs()}
+        return {run["dvc"].get("exp_name") or run.name: run for run in Repo.from_path(str(copy)).iter_runs()}

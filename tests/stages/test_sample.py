@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from dsv3.errors import UserError
-from dsv3.tracking.recorder import Recorder
+from dsv3.tracking.events import Result
+from dsv3.tracking.tracker import Views
 from stages import sample
 from tests.exported_model import edit_json, set_params, write_exported
 
@@ -66,7 +67,7 @@ def test_speculation_changes_the_greedy_page_by_one_line_and_says_how_the_drafts
     prepared, tmp_path, capsys, monkeypatch
 ):
     shown = []
-    monkeypatch.setattr(Recorder, "result", lambda self, *arguments: shown.append(arguments))
+    monkeypatch.setattr(Views, "write", lambda self, event: shown.append(event))
     shutil.copytree(prepared, tmp_path / "copy")
     pages = []
     for is_speculative in (False, True):
@@ -78,8 +79,8 @@ def test_speculation_changes_the_greedy_page_by_one_line_and_says_how_the_drafts
     fared = re.fullmatch(r"\| speculation \| (.* drafts accepted .*, \d\.\d\d tokens per forward pass) \|", line)
     assert fared
     assert fared[1] in capsys.readouterr().out
-    ((stage, metrics, step),) = shown  # none without speculation
-    assert (stage, list(metrics), step) == ("sample", ["draft_acceptance", "tokens_per_pass"], 12)
+    (result,) = [event for event in shown if isinstance(event, Result)]  # none without speculation
+    assert (result.stage, list(result.metrics), result.step) == ("sample", ["draft_acceptance", "tokens_per_pass"], 12)
 
 
 def test_speculation_without_prediction_modules_is_refused_in_the_first_second(prepared, tmp_path):

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -146,3 +147,17 @@ def test_a_tokenizer_larger_than_the_models_vocabulary_is_told_in_one_line(tmp_p
     assert done.returncode == 2
     assert "has 273 tokens; must be <= 272" in done.stderr
     assert not (tmp_path / "results").exists()
+
+
+def test_the_log_in_aim_ends_with_the_trainings_last_line(tmp_path, monkeypatch):
+    from aim import Repo
+
+    write_inputs(tmp_path, runtime={"trackers": ["aim"]})
+    monkeypatch.setenv("DVC_STAGE", "train")  # outside of DVC the terminal is not recorded
+    done = run_stage(tmp_path)
+    assert done.returncode == 0, done.stderr
+    # without the index, which only `aim up` fills
+    shutil.copytree(tmp_path / ".aim", tmp_path / "copy" / ".aim", ignore=shutil.ignore_patterns("index", "LOCK"))
+    (run,) = Repo.from_path(str(tmp_path / "copy")).iter_runs()
+    lines = [line.data for line in run.get_terminal_logs().values.values_list()]
+    assert any(line in done.stdout and "nats/char" in line for line in lines[-2:])

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from dsv3.evaluation.mtp_acceptance import MTPAcceptance
 from dsv3.evaluation.sliding_window import PositionLoss, evaluate, score_split, sliding_windows
 from dsv3.params.evaluate import EvaluateParams
-from dsv3.tracking.metrics import METRICS, scores
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 from tests.drafting_model import drafting_model
 
@@ -109,10 +108,3 @@ def test_a_model_without_mtp_modules_has_no_such_numbers_and_computes_nothing_mo
     assert list(evaluate(model, streams, META, settings()).metrics()) == ["validation", "test", "heldout", "router"]
     batches = [-(-len(list(sliding_windows(len(tokens), 16, 6))) // 4) for tokens in streams.values()]
     assert len(calls) == sum(batches)
-
-
-def test_trackers_show_the_first_modules_acceptance_and_the_rate_of_accepted_drafts():
-    row = {"mtp_acceptance": 0.6, "nats_per_token": 2.0, "tokens": 10}
-    assert scores("evaluate", {"mtp": {"depth_1": row}}) == [("heldout", "mtp_acceptance", 0.6)]
-    assert scores("sample", {"tokens_per_pass": 1.5}) == [("sample", "tokens_per_pass", 1.5)]
-    assert {"mtp_acceptance", "draft_acceptance", "tokens_per_pass"} <= set(METRICS)

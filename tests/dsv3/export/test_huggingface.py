@@ -65,6 +65,7 @@ def test_the_folder_holds_all_that_loading_it_needs(exported):
         "modeling_deepseek.py",
         "tokenizer.json",
         "tokenizer_config.json",
+        "validation_deepseek.py",
     }
     config = json.loads((exported / "final_model" / "config.json").read_text())
     assert config["model_type"] == "deepseek_v3"

@@ -1,5 +1,3 @@
-from typing import get_args
-
 import pytest
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -7,8 +5,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from dsv3.errors import UserError
 from dsv3.fp8.recipe import Recipe
 from dsv3.kernels import grouped_mm, registry
-from dsv3.kernels.registry import AUTO, BACKENDS, auto_backend, experts_backend
-from dsv3.params.train import TrainParams
+from dsv3.kernels.registry import auto_backend, experts_backend
+from dsv3.params.expert_backends import AUTO, AUTO_UNSUITED, BACKENDS
 from tests.dsv3.kernels.cases import case
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -44,12 +42,9 @@ def test_auto_takes_the_fastest_backend_that_the_device_runs_natively(
     assert auto_backend(device, dtype, use_fp8) == backend
 
 
-def test_the_parameter_admits_the_backends_that_exist():
-    assert get_args(TrainParams.model_fields["experts"].annotation) == ("auto", *BACKENDS)
-
-
-def test_auto_names_only_backends_that_exist():
-    assert {backend for _, backend in AUTO} <= set(BACKENDS)
+def test_every_backend_has_a_function_and_auto_names_only_backends():
+    assert set(registry.FUNCTIONS) == set(BACKENDS)
+    assert {*AUTO.values(), *AUTO_UNSUITED, *AUTO_UNSUITED.values()} <= set(BACKENDS)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +89,7 @@ def test_grouped_mm_multiplies_the_widths_that_are_let_through_and_no_others():
     for width, works in ((20, True), (18, False)):
         inputs = case("random", hidden_size=24, intermediate_size=width)
         arguments = inputs.hidden, inputs.index, inputs.weight, inputs.gate_up, inputs.down
-        assert (BACKENDS["grouped_mm"].unsuited((24, width), FP32) is None) == works
+        assert (registry.width_refusal(BACKENDS["grouped_mm"], (24, width), FP32) is None) == works
         if works:
             grouped_mm.experts(*arguments)
         else:

@@ -25,10 +25,10 @@ def identity(params, monkeypatch) -> RunIdentity:
 @pytest.fixture(scope="session")
 def empty_repository(tmp_path_factory) -> Path:
     """An Aim repository without runs; making one takes a second, copying one does not."""
-    from dsv3.tracking.aim import initialise
+    from dsv3.tracking.aim import initialize
 
     root = tmp_path_factory.mktemp("aim")
-    initialise(str(root))
+    initialize(str(root))
     return root
 
 

@@ -1,11 +1,16 @@
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from aim.storage.context import Context
 from PIL import Image
 
-from dsv3.tracking.aim import AimSink
-from dsv3.tracking.recorder import open_recorder, reopen_recorder
+from dsv3.artifacts import write_json
+from dsv3.tracking.aim import AimTracker
+from dsv3.tracking.events import Distribution, Figure, Result, Text
+from dsv3.tracking.recorder import add_to_run, open_recorder
 
 SCORES = {"nats_per_token": 4.0, "perplexity": 54.6, "nats_per_char": 1.5, "bits_per_byte": 2.2, "tokens": 7}
 
@@ -16,8 +21,6 @@ def runtime(params):
 
 
 def curve(run, name, context):
-    from aim.storage.context import Context
-
     metric = run.get_metric(name, Context(context))
     assert metric is not None, (name, context)
     steps, (values, *_) = metric.data.numpy()
@@ -34,8 +37,8 @@ def test_a_run_carries_its_identity_and_curves_with_subset_and_layer(project, id
     recorder.close("finished")
     (run,) = indexed(project).iter_runs()
     assert run.hash == recorder.run_hash
-    assert (run.name, run.experiment) == ("union-brig", "config_nano")
-    assert set(run.tags) == set(identity.tags)
+    assert (run.name, run.experiment) == (identity.title, "config_nano")
+    assert set(run.tags) == {*identity.tags, *identity.change_tags}
     assert run["params"] == identity.params
     assert run["architecture", "rope_scaling", "type"] == "yarn"
     assert run["dvc", "exp_name"] == "union-brig"
@@ -66,29 +69,94 @@ def test_a_resumed_training_goes_on_in_its_run_without_doubles(project, identity
     assert run["status"] == "finished"
 
 
-def test_a_run_that_this_clone_never_saw_is_begun_anew_with_all_rows(project, identity, runtime, indexed):
+def test_a_run_that_this_clone_never_saw_is_made_under_its_hash_with_all_rows(project, identity, runtime, indexed):
     recorder = open_recorder(project / "results", runtime, identity, "0123456789abcdef01234567")
     recorder.restore({"history": [{"step": 10, "loss": 4.0}]})
     recorder.close("finished")
     (run,) = indexed(project).iter_runs()
-    assert run.hash == recorder.run_hash != "0123456789abcdef01234567"
-    assert run["source_run"] == "0123456789abcdef01234567"
+    assert run.hash == recorder.run_hash == "0123456789abcdef01234567"
     assert curve(run, "loss", {"subset": "train"}) == {10: 4.0}
 
 
-def test_later_stages_add_their_results_to_the_same_run(project, identity, runtime, indexed, tmp_path):
-    from aim.storage.context import Context
+def test_a_run_that_did_not_finish_carries_the_tag_until_it_does(project, identity, runtime, indexed):
+    first = open_recorder(project / "results", runtime, identity)
+    (run,) = indexed(project).iter_runs()
+    assert run["status"] == "running"
+    first.close("interrupted")
+    (run,) = indexed(project).iter_runs()
+    assert "interrupted" in run.tags
+    assert run["status"] == "interrupted"
+    open_recorder(project / "results", runtime, identity, first.run_hash).close("finished")
+    (run,) = indexed(project).iter_runs()
+    assert not {"interrupted", "failed"} & set(run.tags)
 
-    training = open_recorder(project / "results", runtime, identity)
-    record = training.run_record()
-    training.close("finished")
-    Image.new("RGB", (4, 3), "red").save(tmp_path / "load.png")
-    recorder = reopen_recorder(record, runtime)
-    recorder.result("evaluate", {"test": SCORES, "heldout": {**SCORES, "nats_per_char": 1.6}}, 30)
-    recorder.text("sample", "To be\nor not", 30, prompt="To be")
-    recorder.figure("expert_load", tmp_path / "load.png", 30)
-    recorder.distribution("load", [3, 1, 2], 30, layer=1)
+
+@pytest.fixture
+def trained(project, identity, runtime) -> Path:
+    """The run.json of a training with one row and a scored evaluation."""
+    recorder = open_recorder(project / "results" / "train", runtime, identity)
+    recorder.log("history", {"step": 30, "loss": 4.0})
+    path = project / "results" / "train" / "run.json"
+    write_json(path, recorder.run_record())
     recorder.close("finished")
+    return path
+
+
+def test_an_experiment_that_only_evaluates_and_samples_has_one_run_of_its_own(
+    trained, project, runtime, params, indexed, monkeypatch
+):
+    score = Result("evaluate", {"heldout": SCORES}, 30)
+    add_to_run(trained, params.model_copy(update={"runtime": runtime}), [score])
+    (before,) = indexed(project).iter_runs()
+    monkeypatch.setenv("DVC_EXP_NAME", "evonly")
+    evaluate = params.evaluate.model_copy(update={"stride": 16})
+    other = params.model_copy(update={"runtime": runtime, "evaluate": evaluate})
+    add_to_run(trained, other, [Result("evaluate", {"heldout": {**SCORES, "nats_per_char": 1.6}}, 30)])
+    add_to_run(trained, other, [Text("sample", "To be or", 30, {"prompt": "To be"})])
+    runs = {run["dvc", "exp_name"]: run for run in indexed(project).iter_runs()}
+    assert set(runs) == {"union-brig", "evonly"}
+    first, second = runs["union-brig"], runs["evonly"]
+    context = {"subset": "heldout", "stage": "evaluate"}
+    assert (curve(first, "nats_per_char", context), first["params", "evaluate", "stride"]) == (
+        {30: 1.5},
+        params.evaluate.stride,
+    )
+    assert (curve(second, "nats_per_char", context), second["params", "evaluate", "stride"]) == ({30: 1.6}, 16)
+    assert curve(second, "loss", {"subset": "train"}) == {30: 4.0}
+    assert second.get_text_sequence("sample", Context({"prompt": "To be"})) is not None
+    assert first.duration == before.duration
+    assert second["dvc", "training"] == "union-brig"
+
+
+def test_a_stage_of_the_same_experiment_does_not_stretch_the_trainings_duration(
+    trained, project, runtime, params, indexed
+):
+    (before,) = indexed(project).iter_runs()
+    add_to_run(trained, params.model_copy(update={"runtime": runtime}), [Result("evaluate", {"test": SCORES}, 30)])
+    (after,) = indexed(project).iter_runs()
+    assert after.duration == before.duration
+    assert after["evaluate", "test", "tokens"] == 7
+
+
+def test_name_tags_and_description_say_what_differs_from_the_baseline(project, identity, runtime, indexed):
+    changes = {"train.use_fp8": True, "train.learning_rate": 0.004, "n_routed_experts": 16}
+    changed = replace(identity, changes=changes)
+    open_recorder(project / "results", runtime, changed).close("finished")
+    (run,) = indexed(project).iter_runs()
+    assert run.name == "union-brig · train.use_fp8: true · train.learning_rate: 0.004 · …"
+    assert {"train.use_fp8: true", "n_routed_experts: 16"} <= set(run.tags)
+    assert run.description == "train.use_fp8: true, train.learning_rate: 0.004, n_routed_experts: 16"
+
+
+def test_later_stages_add_their_results_to_the_same_run(trained, project, runtime, params, indexed, tmp_path):
+    Image.new("RGB", (4, 3), "red").save(tmp_path / "load.png")
+    events = [
+        Result("evaluate", {"test": SCORES, "heldout": {**SCORES, "nats_per_char": 1.6}}, 30),
+        Text("sample", "To be\nor not", 30, {"prompt": "To be"}),
+        Figure("expert_load", tmp_path / "load.png", 30),
+        Distribution("load", [3, 1, 2], 30, {"layer": 1}),
+    ]
+    add_to_run(trained, params.model_copy(update={"runtime": runtime}), events)
     (run,) = indexed(project).iter_runs()
     assert run["evaluate", "test", "tokens"] == 7
     assert run["params", "seed"] == 1337
@@ -119,27 +187,27 @@ def test_a_repository_that_cannot_be_made_costs_a_warning(bare_project, identity
     recorder.log("history", {"step": 1, "loss": 1.0})
     recorder.close("finished")
     assert recorder.run_hash is None
-    assert [message.startswith("Aim failed") for message in caplog.messages] == [True]
+    assert [message.startswith("tracker aim failed") for message in caplog.messages] == [True]
     assert (bare_project / "results" / "history.tsv").read_text() == "step\tloss\n1\t1\n"
 
 
 def test_terminal_and_machine_are_recorded_only_for_a_training_under_dvc(project, identity, monkeypatch):
-    out, sink = sys.stdout.write, AimSink(None)
-    run_hash = sink.open(identity, None, True)
+    out, tracker = sys.stdout.write, AimTracker(None)
+    run_hash = tracker.open(identity, None, "train")
     assert sys.stdout.write == out
-    sink.close("finished")
+    tracker.close("finished")
     monkeypatch.setenv("DVC_STAGE", "train")
-    sink.open(identity, run_hash, is_owner=False)
+    tracker.open(identity, run_hash, "add")
     assert sys.stdout.write == out
-    sink.close("finished")
-    sink.open(identity, run_hash, is_owner=True)
+    tracker.close("finished")
+    tracker.open(identity, run_hash, "train")
     assert sys.stdout.write != out
-    sink.close("finished")
+    tracker.close("finished")
     assert sys.stdout.write == out
 
 
-def test_processes_that_start_together_initialise_one_repository(bare_project):
-    script = "import sys; from dsv3.tracking.aim import initialise; initialise(sys.argv[1])"
+def test_processes_that_start_together_initialize_one_repository(bare_project):
+    script = "import sys; from dsv3.tracking.aim import initialize; initialize(sys.argv[1])"
     starts = [subprocess.Popen([sys.executable, "-c", script, str(bare_project)]) for _ in range(3)]
     assert [process.wait(timeout=120) for process in starts] == [0, 0, 0]
     assert (bare_project / ".aim" / "VERSION").is_file()

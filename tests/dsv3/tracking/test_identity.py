@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv3.tracking.identity import git, native, project_root, run_identity
+from dsv3.artifacts import write_json
+from dsv3.params.read import Params
+from dsv3.tracking.identity import changed_params, git, later_identity, native, project_root, run_identity
 
 
 def test_the_experiments_name_of_dvc_is_the_runs_name(identity, params):
@@ -80,3 +82,49 @@ def test_shared_files_lie_in_dvcs_root_else_beside_dot_dvc(monkeypatch, tmp_path
     assert project_root() == tmp_path
     (tmp_path / ".dvc").rmdir()
     assert project_root() == tmp_path / "a" / "b"
+
+
+@pytest.fixture
+def committed(params, tmp_path, monkeypatch) -> Params:
+    """Parameters that are those of the commit in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_EXP_BASELINE_REV", raising=False)
+    write_json(tmp_path / "params.yaml", params.model_dump())
+    write_json(tmp_path / params.model.config, {"n_routed_experts": 8, "topk_group": 1})
+    commands = ["init -q", "add .", "-c user.name=n -c user.email=e@x commit -q -m m"]
+    for command in commands:
+        subprocess.run(["git", *command.split()], check=True)
+    return params
+
+
+def test_changes_are_the_parameters_and_fields_of_the_architecture_that_differ_from_the_commit(committed):
+    values = native(committed.model_dump())
+    values["train"]["use_fp8"] = True
+    values["sample"]["prompts"] = ["To be"]
+    values["runtime"]["logging_steps"] = 1  # shapes nothing
+    architecture = {"n_routed_experts": 16, "topk_group": 1, "not_in_the_commit": 1}
+    expected = {"train.use_fp8": True, "sample.prompts": ["To be"], "n_routed_experts": 16}
+    assert changed_params(values, architecture) == expected
+    values["model"]["config"] = "mini_model/config_tiny.json"
+    assert "n_routed_experts" not in changed_params(values, architecture)
+
+
+def test_nothing_differs_outside_of_a_repository_or_from_a_commit_without_parameters(params, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert changed_params(native(params.model_dump()), {"n_routed_experts": 16}) == {}
+
+
+def test_a_later_stage_of_the_same_parameters_adds_to_the_trainings_run_under_any_commit(identity, params):
+    quiet = params.model_copy(update={"runtime": params.runtime.model_copy(update={"trackers": []})})
+    assert later_identity(identity, quiet, "union-brig") is identity
+    assert later_identity(identity, quiet, None) is identity
+
+
+def test_a_later_stage_of_another_experiment_or_of_other_parameters_has_a_run_of_its_own(identity, params):
+    sample = params.model_copy(update={"sample": params.sample.model_copy(update={"top_k": 5})})
+    own = [later_identity(identity, *case) for case in ((params, "b"), (sample, None), (sample, "union-brig"))]
+    assert len({identity.key, *(run.key for run in own)}) == 4
+    assert [run.name for run in own][::2] == ["b", "union-brig"]
+    assert own[1].params["sample"]["top_k"] == 5
+    assert own[1].dvc["fingerprint"] == identity.dvc["fingerprint"]
+    assert later_identity(identity, sample, "union-brig") == own[2]

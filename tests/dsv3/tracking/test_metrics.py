@@ -1,6 +1,6 @@
 import pytest
 
-from dsv3.tracking.metrics import METRICS, SUBSETS, TABLES, curve_names, place, unknown_names
+from dsv3.tracking.metrics import CHARTS, METRICS, TABLES, charted, curve_names, place, unknown_names
 
 
 def test_every_metric_says_what_it_is_and_names_carry_their_units():
@@ -42,7 +42,17 @@ def test_a_rows_place_is_its_index_without_the_step_and_is_part_of_its_curves_na
 def test_no_two_tables_of_curves_share_subset_and_index():
     keys = [(table.subset, table.index) for table in TABLES.values()]
     assert len(set(keys)) == len(keys)
-    assert TABLES["validation"].subset == SUBSETS["validation"]
+    assert TABLES["validation"].subset == CHARTS["evaluate"]["validation"][0]
+
+
+def test_only_metrics_are_charted_and_what_a_stage_lacks_is_left_out():
+    names = {name for sections in CHARTS.values() for _, names in sections.values() for name in names}
+    assert names <= set(METRICS)
+    row = {"mtp_acceptance": 0.6, "nats_per_token": 2.0, "tokens": 10}
+    assert charted("evaluate", {"mtp": {"depth_1": row}}) == [("heldout", "mtp_acceptance", 0.6)]
+    assert charted("evaluate", {"test": row}) == [("test", "nats_per_token", 2.0)]
+    assert charted("sample", {"tokens_per_pass": 1.5}) == [("sample", "tokens_per_pass", 1.5)]
+    assert charted("train", {"loss": 1.0}) == charted("download", {"loss": 1.0}) == []
 
 
 def test_an_unknown_name_is_found():

@@ -1,12 +1,30 @@
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from dsv3.artifacts import write_json
 from dsv3.errors import UserError
-from dsv3.tracking.rebuild import read_table, rebuild
+from dsv3.params.read import Params, read_yaml
+from dsv3.tracking.aim import AimTracker
+from dsv3.tracking.identity import applied_experiment
+from dsv3.tracking.rebuild import main, rebuild
 from dsv3.tracking.recorder import open_recorder
+from dsv3.tracking.results import read_table
 
+PARAMS = Path(__file__).parents[3] / "params.yaml"
+PAGE = """# Samples
+
+## `To be`
+
+```text
+To be or
+```
+"""
 SCORES = {"nats_per_token": 4.0, "perplexity": 54.6, "nats_per_char": 1.5, "bits_per_byte": 2.2}
 
 
@@ -25,19 +43,18 @@ def results(project, identity, params):
     recorder.close("finished")
     write_json(folder / "evaluate" / "metrics.json", {"heldout": SCORES})
     (folder / "evaluate" / "expert_load.tsv").write_text("layer\texpert\tload\n1\t0\t0.25\n1\t1\t0.75\n")
-    (project / "samples.md").write_text("# Samples\n")
+    (project / "samples.md").write_text(PAGE)
     return folder
 
 
-def test_a_lost_run_is_built_again_from_its_results(project, results, indexed):
+def test_a_lost_run_is_built_again_from_its_results(project, results, params, indexed):
     from aim.storage.context import Context
 
     (before,) = indexed(project).iter_runs()
     shutil.rmtree(project / ".aim")
-    run_hash = rebuild(results, project / "samples.md", str(project))
+    run_hash = rebuild(results, project / "samples.md", params, AimTracker(str(project)))
     (run,) = indexed(project).iter_runs()
-    assert run.hash == run_hash != before.hash
-    assert run["source_run"] == before.hash
+    assert run.hash == run_hash == before.hash
     assert (run.name, run.experiment) == (before.name, before.experiment)
     assert run["params"] == before["params"]
     assert run["train", "loss"] == 3.5
@@ -49,14 +66,61 @@ def test_a_lost_run_is_built_again_from_its_results(project, results, indexed):
     assert run.get_metric("nats_per_char", Context({"subset": "heldout", "stage": "evaluate"})) is not None
     load = run.get_distribution_sequence("load", Context({"subset": "heldout", "layer": 1}))
     assert load.values.sparse_list()[1][0].weights.tolist() == [0.25, 0.75]
-    assert run.get_text_sequence("samples", Context({})) is not None
+    text = run.get_text_sequence("sample", Context({"prompt": "To be"}))
+    assert text.values.sparse_list()[1][0].data == "To be or"
 
 
-def test_a_run_that_aim_still_has_is_completed_not_doubled(project, results, indexed):
+def test_a_run_that_aim_still_has_is_completed_not_doubled(project, results, params, indexed):
     (before,) = indexed(project).iter_runs()
-    assert rebuild(results, project / "samples.md", str(project)) == before.hash
+    assert rebuild(results, project / "samples.md", params, AimTracker(str(project))) == before.hash
     (run,) = indexed(project).iter_runs()
     assert run["evaluate", "heldout", "nats_per_char"] == 1.5
+    assert run.end_time == before.end_time  # nor stretched
+
+
+def test_an_applied_experiment_of_other_evaluation_parameters_is_not_written_over_the_trainings_run(
+    project, results, params, indexed, monkeypatch
+):
+    (before,) = indexed(project).iter_runs()
+    monkeypatch.delenv("DVC_EXP_NAME")
+    monkeypatch.chdir(project)
+    commit = ["git", "-c", "user.name=n", "-c", "user.email=e@x", "commit", "-q", "-a", "-m", "m"]
+    subprocess.run(["git", "init", "-q"], check=True)
+    (project / "dvc.lock").write_text("baseline")
+    subprocess.run(["git", "add", "dvc.lock"], check=True)
+    subprocess.run(commit, check=True)
+    assert applied_experiment() is None
+    (project / "dvc.lock").write_text("experiment")
+    subprocess.run(commit, check=True)
+    subprocess.run(["git", "update-ref", "refs/exps/ab/cdef/wide", "HEAD"], check=True)
+    subprocess.run(["git", "reset", "-q", "--soft", "HEAD~"], check=True)
+    other = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"stride": 16})})
+    run_hash = rebuild(results, project / "samples.md", other, AimTracker(str(project)))
+    runs = {run.hash: run for run in indexed(project).iter_runs()}
+    assert set(runs) == {before.hash, run_hash}
+    assert runs[before.hash].get("evaluate") is None
+    assert runs[run_hash].name.startswith("wide")
+    assert rebuild(results, project / "samples.md", other, AimTracker(str(project))) == run_hash
+
+
+@pytest.mark.parametrize("chosen", [[], ["--tracker", "tensorboard"]])
+def test_the_command_rebuilds_the_trackers_of_the_parameters_or_the_named_ones(project, results, chosen, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr("dsv3.tracking.rebuild.read_params", lambda path: Params.model_validate(read_yaml(PARAMS)))
+    app = typer.Typer()
+    app.command()(main)
+    done = CliRunner().invoke(app, [*chosen, "--results", str(results)])
+    assert done.exit_code == 0, done.output
+    assert (project / "runs").is_dir() == bool(chosen)
+    assert done.output.startswith("tensorboard: " if chosen else "aim: ")
+
+
+def test_a_tracker_that_cannot_be_imported_is_a_mistake_here(project, results, monkeypatch):
+    monkeypatch.setattr("dsv3.tracking.rebuild.read_params", lambda path: Params.model_validate(read_yaml(PARAMS)))
+    monkeypatch.delitem(sys.modules, "dsv3.tracking.wandb", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"tracker wandb can't be imported .*; pip install -c constraints\.txt wandb"):
+        main("wandb", results)
 
 
 def test_empty_cells_are_left_out(results):
@@ -67,6 +131,6 @@ def test_empty_cells_are_left_out(results):
     assert read_table(results / "nothing.tsv") == []
 
 
-def test_without_a_training_there_is_nothing_to_build(tmp_path):
+def test_without_a_training_there_is_nothing_to_build(tmp_path, params):
     with pytest.raises(UserError, match=r"run\.json: no such file; run dvc repro train"):
-        rebuild(tmp_path, tmp_path / "samples.md", str(tmp_path))
+        rebuild(tmp_path, tmp_path / "samples.md", params, AimTracker(str(tmp_path)))

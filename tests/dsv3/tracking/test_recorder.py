@@ -1,42 +1,56 @@
 import csv
-import importlib.util
 import json
 import logging
+import re
+import sys
+import tomllib
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from dsv3.errors import UserError
-from dsv3.tracking.recorder import Recorder, identity_of, open_recorder, reopen_recorder
+from dsv3.params.runtime import TrackerName
+from dsv3.tracking.events import Row, Text
+from dsv3.tracking.recorder import Recorder, identity_of, open_recorder
+from dsv3.tracking.tracker import IsolatedTracker, Views
+
+ROOT = Path(__file__).parents[3]
 
 
 class Memory:
-    """A sink that remembers its calls, and fails in the methods that it is told to."""
+    """A tracker that remembers its calls, and fails in the methods that it is told to."""
 
-    name = "Memory"
-
-    def __init__(self, fails_in=(), gives_hash=None, resumed=False):
-        self.calls, self.fails_in, self.gives_hash, self.resumed = [], fails_in, gives_hash, resumed
+    def __init__(self, fails_in=(), gives_hash=None, has_rows=False):
+        self.calls, self.fails_in, self.gives_hash, self.has_rows = [], fails_in, gives_hash, has_rows
 
     def _call(self, method, *arguments):
         self.calls.append((method, *arguments))
         if method in self.fails_in:
             raise OSError("disk full")
 
-    def open(self, identity, run_hash, is_owner):
-        self._call("open", run_hash, is_owner)
+    def open(self, identity, run_hash, mode):
+        self._call("open", run_hash, mode)
         return self.gives_hash
 
-    def __getattr__(self, method):
-        return lambda *arguments: self._call(method, *arguments)
+    def write(self, event):
+        self._call("write", event)
+
+    def close(self, status):
+        self._call("close", status)
 
     def rows(self):
-        return [call[1:] for call in self.calls if call[0] == "log"]
+        return [call[1] for call in self.calls if call[0] == "write" and isinstance(call[1], Row)]
 
 
-def recorder_of(directory: Path | None, identity, *sinks, run_hash=None) -> Recorder:
-    return Recorder(directory, identity, sinks, run_hash, is_owner=directory is not None, aim_repo=".aim")
+def views_of(identity, *trackers) -> Views:
+    return Views(
+        [IsolatedTracker("aim", lambda tracker=tracker: tracker) for tracker in trackers], identity, None, "train"
+    )
+
+
+def recorder_of(directory: Path, identity, *trackers) -> Recorder:
+    return Recorder(directory, identity, views_of(identity, *trackers))
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -97,22 +111,22 @@ def test_a_resumed_run_rewrites_its_files_up_to_the_checkpoint(tmp_path, identit
 
 
 def test_only_a_tracker_that_lost_the_rows_is_shown_them_again(tmp_path, identity):
-    fresh, resumed = Memory(), Memory(resumed=True)
+    fresh, resumed = Memory(), Memory(has_rows=True)
     recorder_of(tmp_path, identity, fresh, resumed).restore({"history": [{"step": 1, "loss": 3.0}]})
-    assert fresh.rows() == [("history", {"step": 1, "loss": 3.0})]
+    assert fresh.rows() == [Row("history", {"step": 1, "loss": 3.0})]
     assert resumed.rows() == []
 
 
 def test_a_failing_tracker_warns_once_and_stops_nothing(tmp_path, identity, caplog):
-    failing, healthy = Memory(fails_in=("log", "text", "close")), Memory()
+    failing, healthy = Memory(fails_in=("write", "close")), Memory()
     recorder = recorder_of(tmp_path, identity, failing, healthy)
     with caplog.at_level(logging.WARNING):
         for step in range(3):
             recorder.log("history", {"step": step, "loss": 1.0})
-        recorder.text("sample", "To be", 3)
+        recorder.show(Text("sample", "To be", 3))
         recorder.close("finished")
     assert len(caplog.messages) == 1
-    assert "Memory failed (OSError: disk full)" in caplog.messages[0]
+    assert "tracker aim failed (OSError: disk full); the run goes on" in caplog.messages[0]
     assert len(failing.rows()) == len(healthy.rows()) == len(table(tmp_path / "history.tsv")) == 3
 
 
@@ -128,7 +142,7 @@ def test_a_tracker_that_cannot_be_opened_is_left_alone(tmp_path, identity, caplo
 def test_the_hash_of_the_first_tracker_names_the_run_in_the_others(tmp_path, identity):
     aim, other = Memory(gives_hash="abc"), Memory()
     recorder = recorder_of(tmp_path, identity, aim, other)
-    assert other.calls == [("open", "abc", True)]
+    assert other.calls == [("open", "abc", "train")]
     assert recorder.run_record()["aim_run_hash"] == recorder.run_hash == "abc"
 
 
@@ -140,23 +154,26 @@ def test_the_record_is_json_holds_no_machine_path_and_gives_the_identity_back(tm
     assert str(tmp_path) not in json.dumps(record)
 
 
-def test_a_reopened_run_writes_no_tables(tmp_path, identity, params, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    record = recorder_of(None, identity).run_record()
-    recorder = reopen_recorder(record, params.runtime.model_copy(update={"trackers": []}))
-    recorder.result("evaluate", {"test": {"loss": 1.0}}, 10)
-    recorder.close("finished")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_a_tracker_that_is_not_installed_is_told_in_one_line_with_the_remedy(
-    tmp_path, identity, params, monkeypatch, name
+@pytest.mark.parametrize("name", get_args(TrackerName))
+def test_a_tracker_whose_package_is_missing_or_broken_costs_a_line_with_the_remedy(
+    tmp_path, identity, params, monkeypatch, caplog, name
 ):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == name else find_spec(wanted))
-    runtime = params.runtime.model_copy(update={"trackers": [name]})
-    with pytest.raises(
-        UserError, match=rf"runtime.trackers names {name}.*pip install --group {name} -c constraints\.txt"
-    ):
-        open_recorder(tmp_path, runtime, identity)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.delitem(sys.modules, f"dsv3.tracking.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard"}.get(name, name), None)
+    recorder = open_recorder(tmp_path / "results", params.runtime.model_copy(update={"trackers": [name]}), identity)
+    recorder.log("history", {"step": 1, "loss": 3.0})
+    recorder.close("finished")
+    (message,) = caplog.messages
+    assert f"tracker {name} failed (ModuleNotFoundError: " in message
+    assert f"pip install -c constraints.txt {name}" in message
+    assert f"python -m dsv3.tracking.rebuild --tracker {name}" in message
+    assert (tmp_path / "results" / "history.tsv").read_text() == "step\tloss\n1\t3\n"
+
+
+@pytest.mark.parametrize("name", get_args(TrackerName))
+def test_a_tracker_has_one_name_as_parameter_module_and_package(name):
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    requirements = [line for group in groups.values() for line in group if isinstance(line, str)]
+    assert (ROOT / "dsv3" / "tracking" / f"{name}.py").is_file()
+    assert any(re.match(rf"{name}\W", requirement) for requirement in requirements)

@@ -1,7 +1,11 @@
+import shutil
+
 import pytest
 from PIL import Image
 
-from dsv3.tracking.recorder import open_recorder, reopen_recorder
+from dsv3.artifacts import write_json
+from dsv3.tracking.events import Distribution, Figure, Result, Text
+from dsv3.tracking.recorder import add_to_run, open_recorder
 
 pytest.importorskip("tensorboard", reason="a group of its own: pip install --group tensorboard")
 
@@ -48,19 +52,38 @@ def test_a_resumed_training_draws_no_point_twice(bare_project, identity, runtime
     ]
 
 
-def test_later_stages_add_to_the_same_folder(bare_project, identity, runtime, tmp_path):
+def test_later_stages_add_to_the_same_folder(bare_project, identity, runtime, params, tmp_path):
     training = open_recorder(bare_project / "results", runtime, identity)
     training.log("history", {"step": 10, "loss": 4.0})
     training.close("finished")
     Image.new("RGB", (4, 3), "red").save(tmp_path / "load.png")
-    recorder = reopen_recorder(training.run_record(), runtime)
-    recorder.result("evaluate", {"test": SCORES}, 10)
-    recorder.text("sample", "To be", 10, prompt="To")
-    recorder.figure("expert_load", tmp_path / "load.png", 10)
-    recorder.distribution("load", [3, 1], 10, layer=1)
-    recorder.close("finished")
+    write_json(bare_project / "results" / "run.json", training.run_record())
+    shown = [
+        Result("evaluate", {"test": SCORES}, 10),
+        Text("sample", "To be", 10, {"prompt": "To"}),
+        Figure("expert_load", tmp_path / "load.png", 10),
+        Distribution("load", [3, 1], 10, {"layer": 1}),
+    ]
+    add_to_run(bare_project / "results" / "run.json", params.model_copy(update={"runtime": runtime}), shown)
     found = events(bare_project)
     assert [event.value for event in found.Scalars("evaluate/test/nats_per_char")] == [1.5]
     assert [event.value for event in found.Scalars("train/loss")] == [4.0]
     assert found.Images("expert_load")[0].width == 4
     assert list(found.Histograms("load/1")[0].histogram_value.bucket) == [3.0, 1.0]
+
+
+def test_an_evaluation_with_other_parameters_has_a_folder_of_its_own_with_the_trainings_curves(
+    bare_project, identity, runtime, params, monkeypatch
+):
+    monkeypatch.delenv("DVC_EXP_NAME")  # the workspace, whose name stays
+    training = open_recorder(bare_project / "results", runtime, identity)
+    training.log("history", {"step": 10, "loss": 4.0})
+    training.close("finished")
+    write_json(bare_project / "results" / "run.json", training.run_record())
+    evaluate = params.evaluate.model_copy(update={"stride": 16})
+    other = params.model_copy(update={"runtime": runtime, "evaluate": evaluate})
+    for stage in ("evaluate", "sample"):
+        add_to_run(bare_project / "results" / "run.json", other, [Result(stage, {"test": SCORES}, 10)])
+    assert len(list((bare_project / "runs").iterdir())) == 2
+    shutil.rmtree(bare_project / "runs" / f"union-brig-{identity.key[:8]}")
+    assert [event.value for event in events(bare_project).Scalars("train/loss")] == [4.0]

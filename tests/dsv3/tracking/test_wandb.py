@@ -3,12 +3,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from dsv3.tracking import recorder as recorder_module
-from dsv3.tracking.recorder import open_recorder, reopen_recorder
+from dsv3.artifacts import write_json
+from dsv3.tracking.events import Result, Text
+from dsv3.tracking.recorder import add_to_run, open_recorder
 
 
 class FakeRun:
-    """As much of a W&B run as the sink calls."""
+    """As much of a W&B run as the tracker calls."""
 
     def __init__(self, resumed):
         self.resumed, self.rows, self.summary, self.step_metrics, self.exit_code = resumed, [], {}, [], None
@@ -36,7 +37,6 @@ def wandb(monkeypatch):
     package = SimpleNamespace(init=init, Html=lambda text: ("html", text), runs=runs)
     monkeypatch.setitem(sys.modules, "wandb", package)
     monkeypatch.delitem(sys.modules, "dsv3.tracking.wandb", raising=False)
-    monkeypatch.setattr(recorder_module.importlib.util, "find_spec", lambda name: object())
     yield package
     sys.modules.pop("dsv3.tracking.wandb", None)
 
@@ -59,13 +59,15 @@ def test_rows_have_their_own_step_and_names_by_subset_and_layer(bare_project, id
     assert (run.summary["status"], run.exit_code) == ("finished", 0)
 
 
-def test_later_stages_find_the_run_again_by_its_id(bare_project, identity, runtime, wandb):
+def test_later_stages_find_the_run_again_by_its_id(bare_project, identity, runtime, params, wandb):
     training = open_recorder(bare_project / "results", runtime, identity)
     training.close("interrupted")
-    recorder = reopen_recorder(training.run_record(), runtime)
-    recorder.result("evaluate", {"test": {"nats_per_char": 1.5}}, 10)
-    recorder.text("sample", "To <be", 10, prompt="To\n")
-    recorder.close("finished")
+    write_json(bare_project / "results" / "run.json", training.run_record())
+    events = [
+        Result("evaluate", {"test": {"nats_per_char": 1.5}}, 10),
+        Text("sample", "To <be", 10, {"prompt": "To\n"}),
+    ]
+    add_to_run(bare_project / "results" / "run.json", params.model_copy(update={"runtime": runtime}), events)
     (first, interrupted), (second, run) = wandb.runs
     assert first["id"] == second["id"]
     assert interrupted.exit_code == 1

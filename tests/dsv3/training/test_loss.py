@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dsv3.sizing.chunked_loss import is_loss_chunked
 from dsv3.training import loss
-from dsv3.training.loss import chunked_cross_entropy, pays
+from dsv3.training.loss import chunked_cross_entropy
 from mini_model.modeling_deepseek import cross_entropy
 
 # Sums over up to 300 words in another order; fp32 keeps 24 bits.
@@ -105,5 +106,5 @@ def test_no_gradient_is_computed_for_what_does_not_ask_for_one():
 
 
 def test_chunks_pay_for_a_large_vocabulary_and_not_for_nanos():
-    assert pays(num_tokens=4096, vocab_size=129_280)
-    assert not pays(num_tokens=4096, vocab_size=1024)
+    assert is_loss_chunked(num_tokens=4096, vocab_size=129_280)
+    assert not is_loss_chunked(num_tokens=4096, vocab_size=1024)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dsv3.params.optimizers import OPTIMIZERS
 from dsv3.params.train import TrainParams
 from dsv3.training import optimizer as module
 from dsv3.training.optimizer import Matrices, Optimizer, orthogonalized, parameter_groups, same_shape_batches
@@ -91,7 +92,11 @@ def test_bf16_moments_take_half_the_memory_and_train_alike():
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=2e-3)
 
 
-@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_every_optimizer_that_a_parameter_may_name_has_an_update():
+    assert set(module.UPDATES) == {module.NOT_DECAYED, *OPTIMIZERS}
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_saved_and_loaded_state_goes_on_bit_for_bit(optim, dtype):
     whole = micro_model()

@@ -258,7 +258,7 @@ def test_what_only_the_machine_is_concerned_with_is_not_in_the_fingerprint(tmp_p
 
 def test_a_large_vocabulary_gets_the_chunked_loss_and_trains_to_the_same_loss(tmp_path, monkeypatch):
     plain = trained(tmp_path / "plain", train={"max_steps": 3})
-    monkeypatch.setattr("dsv3.training.loss.MIN_LOGITS_BYTES", 1000)
+    monkeypatch.setattr("dsv3.sizing.chunked_loss.MIN_LOGITS_BYTES", 1000)
     chunked = trained(tmp_path / "chunked", train={"max_steps": 3})
     assert (plain["cross_entropy"], chunked["cross_entropy"]) == ("plain", "chunked")
     # The same sums in another order, three steps long.

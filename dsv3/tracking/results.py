@@ -1,0 +1,88 @@
+"""What the stages left in their folders, as the events that trackers are shown: live, and again by `rebuild`."""
+
+import csv
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from dsv3.artifacts import read_json
+from dsv3.params.read import read_yaml
+from dsv3.tracking.events import Distribution, Event, Figure, Result, Row, Text
+from dsv3.tracking.metrics import METRICS, TABLES, Cell
+
+HELDOUT = "heldout"
+SAMPLE = re.compile(
+    r"^## `(?P<prompt>.*)`(?: \((?P<number>\d+) of \d+\))?\n\n(?P<fence>`{3,})text\n(?P<text>(?s:.*?))\n(?P=fence)$",
+    re.MULTILINE,
+)
+"""One continuation on the page that `sample` writes, whose fences are longer than any run of backticks in the text."""
+
+
+def train_events(folder: Path, step: int) -> Iterator[Event]:
+    """Yield the rows and the result of the training in `folder`, which ended at `step`."""
+    for table in TABLES:
+        for cells in read_table(folder / f"{table}.tsv"):
+            yield Row(table, cells)
+    yield from _result("train", folder, step)
+
+
+def evaluate_events(metrics: Path, step: int) -> Iterator[Event]:
+    """Yield the result, figures and expert loads of the evaluation whose metrics.json that is."""
+    folder = metrics.parent
+    yield from _result("evaluate", folder, step)
+    for figure in sorted((folder / "figures").glob("*.png")):
+        yield Figure(figure.stem, figure, step, {"subset": HELDOUT})
+    loads: dict[int, list[float]] = {}
+    for row in read_table(folder / "expert_load.tsv"):
+        loads.setdefault(int(row["layer"]), []).append(float(row["load"]))
+    for layer, heights in loads.items():
+        yield Distribution("load", heights, step, {"subset": HELDOUT, "layer": layer})
+
+
+def sample_events(page: Path, step: int) -> Iterator[Event]:
+    """Yield each text of the page that `sample` wrote."""
+    if page.is_file():
+        for match in SAMPLE.finditer(page.read_text(encoding="utf-8")):
+            number = {"number": int(match["number"])} if match["number"] else {}
+            yield Text("sample", match["text"], step, {"prompt": match["prompt"], **number})
+
+
+def valid_events(lock_file: Path, params: Mapping[str, Any], step: int) -> Iterator[Event]:
+    """Yield what `evaluate` and `sample` left, where dvc.lock says that it was made from this model and `params`."""
+    if not lock_file.is_file():
+        return
+    stages = read_yaml(lock_file)["stages"]
+    model = {out["path"]: out.get("md5") for out in stages.get("train", {}).get("outs", [])}
+    for stage, (name, events) in LATER_STAGES.items():
+        entry = stages.get(stage, {})
+        made_with = entry.get("params", {}).get("params.yaml", {})
+        sources = {dep["path"]: dep.get("md5") for dep in entry.get("deps", []) if dep["path"] in model}
+        places = [Path(out["path"]) for out in entry.get("outs", []) if Path(out["path"]).name == name]
+        is_valid = all(params.get(section) == value for section, value in made_with.items())
+        if is_valid and sources and sources.items() <= model.items():
+            for place in places:
+                yield from events(place, step)
+
+
+def read_table(path: Path) -> list[dict[str, Cell]]:
+    """Return the rows of a table that the recorder wrote, without their empty cells; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t")
+        return [
+            {name: cell if METRICS[name].is_text else float(cell) for name, cell in row.items() if cell} for row in rows
+        ]
+
+
+def _result(stage: str, folder: Path, step: int) -> Iterator[Event]:
+    if (folder / "metrics.json").is_file():
+        yield Result(stage, read_json(folder / "metrics.json"), step)
+
+
+LATER_STAGES = MappingProxyType(
+    {"evaluate": ("metrics.json", evaluate_events), "sample": ("samples.md", sample_events)}
+)
+"""Stages that add to a training's run: the name of the output to start from, and what reads it."""

@@ -1,0 +1,147 @@
+"""What a tracker must be able to do, where each one is found, and how its failures are kept from the training.
+
+A tracker has one name: in `runtime.trackers`, of its module in this folder, and of the package that it needs.
+"""
+
+import importlib
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Literal, Protocol, TypeVar, get_args
+
+from dsv3.params.runtime import RuntimeParams, TrackerName
+from dsv3.tracking.events import Event
+from dsv3.tracking.identity import RunIdentity
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Mode = Literal["train", "add", "rebuild"]
+"""Who opens a run: the training, a later stage that adds to it, or the command that writes all of it again."""
+
+
+class Tracker(Protocol):
+    """A view of the run. Any method may raise; `IsolatedTracker` catches."""
+
+    has_rows: bool
+    """Whether `open` found the run with its rows, which must not be shown again."""
+
+    def open(self, identity: RunIdentity, run_hash: str | None, mode: Mode) -> str | None:
+        """Create the run, or re-open the one of `run_hash`; return its hash if this tracker gives hashes."""
+        ...
+
+    def write(self, event: Event) -> None:
+        """Show one event."""
+        ...
+
+    def close(self, status: str) -> None:
+        """End the run's recording: finished, interrupted or failed."""
+        ...
+
+
+def load_tracker(name: TrackerName, runtime: RuntimeParams) -> Tracker:
+    """Return the tracker of that name, made by `tracker(runtime)` of its module; raise what its package raises."""
+    return importlib.import_module(f"dsv3.tracking.{name}").tracker(runtime)
+
+
+def remedy(name: TrackerName) -> str:
+    """Return how a tracker's package is installed, or done without."""
+    return f"pip install -c constraints.txt {name}, or take {name} from runtime.trackers in params.yaml"
+
+
+class IsolatedTracker:
+    """A tracker whose failures are logged once and never reach the caller; one that can't be opened is left alone."""
+
+    def __init__(self, name: TrackerName, load: Callable[[], Tracker]) -> None:
+        self._name: TrackerName = name
+        self._load = load
+        self._tracker: Tracker | None = None
+        self._has_failed = False
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the run was there already with its rows."""
+        return self._tracker is not None and self._tracker.has_rows
+
+    def open(self, identity: RunIdentity, run_hash: str | None, mode: Mode) -> str | None:
+        """Import the tracker and open it; return its run's hash, or None where it has none or can't be opened."""
+        tracker = self._attempt(self._load)
+        if tracker is None:
+            return None
+        opened = self._attempt(lambda: tracker.open(identity, run_hash, mode))
+        if not self._has_failed:
+            self._tracker = tracker
+        return opened
+
+    def write(self, event: Event) -> None:
+        """Show the event."""
+        if tracker := self._tracker:
+            self._attempt(lambda: tracker.write(event))
+
+    def close(self, status: str) -> None:
+        """Close the tracker."""
+        if tracker := self._tracker:
+            self._attempt(lambda: tracker.close(status))
+        self._tracker = None
+
+    def _attempt(self, action: Callable[[], T]) -> T | None:
+        try:
+            return action()
+        # A tracker is a view: whatever is wrong with it (a full disk, a dead server, a locked database, a broken
+        # installation) must not cost a training.
+        except Exception as error:
+            if not self._has_failed:
+                self._report(error)
+            self._has_failed = True
+            return None
+
+    def _report(self, error: Exception) -> None:
+        """Log one line."""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        hint = f"{remedy(self._name)}; " if isinstance(error, ImportError) else ""
+        logger.warning(
+            "tracker %s failed (%s); %sthe run goes on, results/ are complete, and "
+            "python -m dsv3.tracking.rebuild --tracker %s shows them later",
+            self._name,
+            reason,
+            hint,
+            self._name,
+        )
+
+
+class Views:
+    """The trackers of one run, opened; each is isolated from the failures of the others."""
+
+    def __init__(
+        self, trackers: Sequence[IsolatedTracker], identity: RunIdentity, run_hash: str | None, mode: Mode
+    ) -> None:
+        self._trackers = trackers
+        self.run_hash = run_hash
+        """Hash that the first tracker which gives one gave; those after it file the run under it."""
+        for tracker in trackers:
+            self.run_hash = tracker.open(identity, self.run_hash, mode) or self.run_hash
+
+    def write(self, event: Event) -> None:
+        """Show the event in every tracker."""
+        for tracker in self._trackers:
+            tracker.write(event)
+
+    def write_missing(self, events: Iterable[Event]) -> None:
+        """Show the events in the trackers that don't have the run's rows."""
+        lacking = [tracker for tracker in self._trackers if not tracker.has_rows]
+        for event in events:
+            for tracker in lacking:
+                tracker.write(event)
+
+    def close(self, status: str) -> None:
+        """Close every tracker; `status` is finished, interrupted or failed."""
+        for tracker in self._trackers:
+            tracker.close(status)
+
+
+def open_views(runtime: RuntimeParams, identity: RunIdentity, run_hash: str | None, mode: Mode) -> Views:
+    """Open the trackers named in runtime.trackers, Aim first, for its hash names the run in the others."""
+    names: tuple[TrackerName, ...] = get_args(TrackerName)
+    named = [IsolatedTracker(name, partial(load_tracker, name, runtime)) for name in names if name in runtime.trackers]
+    return Views(named, identity, run_hash, mode)

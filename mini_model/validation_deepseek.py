@@ -1,0 +1,102 @@
+"""What every DeepSeek-V3 architecture must satisfy, checked on any object with the fields of `config.json`.
+
+Plain Python: the configuration class checks itself by these rules when it is loaded, and so can a program that reads
+the file without importing torch.
+"""
+
+import json
+from typing import Any
+
+GROUP_SCORE_TERMS = 2
+"""A group of experts is ranked by the sum of its two best scores, so it must hold at least two."""
+
+MINIMUMS = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "intermediate_size": 1,
+    "moe_intermediate_size": 1,
+    "first_k_dense_replace": 0,
+    "n_routed_experts": 1,
+    "n_shared_experts": 0,
+    "num_experts_per_tok": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 1,
+    "kv_lora_rank": 1,
+    "qk_nope_head_dim": 1,
+    "qk_rope_head_dim": 2,
+    "v_head_dim": 1,
+    "max_position_embeddings": 1,
+    "num_nextn_predict_layers": 0,
+    "attention_dropout": 0,
+    "initializer_range": 0,
+}
+
+VARIANT = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+"""The router of DeepSeek-V3. Other loaders choose their code by these fields; this model has one code."""
+
+ROPE_TYPES = ("default", "yarn")
+
+
+def check_architecture(config: Any) -> None:
+    """Raise `ValueError`, in one line, for an architecture that can't work or that this model does not implement."""
+    check_sizes(config)
+    check_variant(config)
+    check_positions(config)
+    check_routing(config)
+
+
+def check_sizes(config: Any) -> None:
+    """Check each size alone. Every head has its own key and value, whatever `num_key_value_heads` is for."""
+    for name, minimum in MINIMUMS.items():
+        value = getattr(config, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"{name} is {value}; must be >= {minimum}")
+    if config.attention_dropout >= 1:
+        raise ValueError(f"attention_dropout is {config.attention_dropout}; must be < 1")
+    heads = config.num_key_value_heads
+    if heads not in (None, config.num_attention_heads):
+        raise ValueError(
+            f"num_key_value_heads is {heads}; must be num_attention_heads ({config.num_attention_heads}): "
+            "every head has a key and a value of its own"
+        )
+
+
+def check_variant(config: Any) -> None:
+    """Check that the file asks for no router or layer pattern that this model lacks."""
+    for name, implemented in VARIANT.items():
+        value = getattr(config, name, implemented)
+        if value != implemented:
+            raise ValueError(f"{name} is {value!r}; must be {implemented!r}, the router of DeepSeek-V3")
+
+
+def check_positions(config: Any) -> None:
+    """Check that rotary positions come in pairs and are scaled by a method that this model implements."""
+    if config.qk_rope_head_dim % 2:
+        raise ValueError(f"qk_rope_head_dim is {config.qk_rope_head_dim}; must be a multiple of 2")
+    rope = config.rope_parameters or {}
+    rope_type, factor = rope.get("rope_type", "default"), rope.get("factor")
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(f"rope_parameters.rope_type is {rope_type!r}; must be {' or '.join(map(repr, ROPE_TYPES))}")
+    if rope_type == "yarn" and not (isinstance(factor, (int, float)) and factor >= 1):
+        raise ValueError(f"rope_parameters.factor is {json.dumps(factor)}; must be >= 1 for rope_type yarn")
+
+
+def check_routing(config: Any) -> None:
+    """Check that group-limited routing can choose its experts; else it would fail or misroute later."""
+    experts, groups = config.n_routed_experts, config.n_group
+    if experts % groups:
+        raise ValueError(f"n_group is {groups}; must divide n_routed_experts ({experts})")
+    size = experts // groups
+    if groups > 1 and size < GROUP_SCORE_TERMS:
+        raise ValueError(f"n_group is {groups}; leaves {size} experts per group, must leave at least 2")
+    if config.topk_group > groups:
+        raise ValueError(f"topk_group is {config.topk_group}; must be <= n_group ({groups})")
+    reachable = config.topk_group * size
+    if config.num_experts_per_tok > reachable:
+        raise ValueError(
+            f"num_experts_per_tok is {config.num_experts_per_tok}; must be <= {reachable}, "
+            f"the experts of topk_group ({config.topk_group}) groups"
+        )

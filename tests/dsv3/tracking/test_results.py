@@ -1,0 +1,46 @@
+from dsv3.artifacts import write_json
+from dsv3.generation.sampling import Sample, markdown
+from dsv3.tracking.events import Event, Result, Text
+from dsv3.tracking.results import evaluate_events, sample_events, train_events, valid_events
+
+RECORD = {"name": "run", "experiment": "nano", "dvc": {}}
+
+
+def test_the_texts_of_a_page_are_found_whatever_they_contain(tmp_path, params):
+    fenced = "a\n```text\nb\n```\n\n## `no prompt`\n"
+    samples = [Sample("To `be\n", (" or not",), 2), Sample("x", (fenced, "\n"), 9)]
+    (tmp_path / "page.md").write_text(markdown(samples, params.sample, 1, RECORD))
+    assert list(sample_events(tmp_path / "page.md", 7)) == [
+        Text("sample", "To `be\n or not", 7, {"prompt": "To 'be"}),
+        Text("sample", f"x{fenced}".rstrip("\n"), 7, {"prompt": "x", "number": 1}),
+        Text("sample", "x", 7, {"prompt": "x", "number": 2}),
+    ]
+
+
+def test_stages_that_did_not_run_have_no_events(tmp_path):
+    assert not [
+        *train_events(tmp_path, 1),
+        *evaluate_events(tmp_path / "metrics.json", 1),
+        *sample_events(tmp_path / "page.md", 1),
+    ]
+
+
+def test_what_another_stage_left_counts_only_if_made_from_this_model_with_these_parameters(tmp_path):
+    write_json(tmp_path / "metrics.json", {"heldout": {"nats_per_char": 1.5}})
+    params = {"seed": 1, "evaluate": {"stride": 128}}
+    evaluate = {
+        "params": {"params.yaml": {"evaluate": {"stride": 128}}},
+        "deps": [{"path": "code.py", "md5": "1"}, {"path": "model", "md5": "a"}],
+        "outs": [{"path": str(tmp_path / "metrics.json")}, {"path": "table.tsv"}],
+    }
+    train = {"outs": [{"path": "model", "md5": "a"}, {"path": "history.tsv", "md5": "c"}]}
+    lock = tmp_path / "dvc.lock"
+
+    def results(**stages) -> list[Event]:
+        write_json(lock, {"schema": "2.0", "stages": {"train": train, "evaluate": evaluate, **stages}})
+        return list(valid_events(lock, params, 7))
+
+    assert results() == [Result("evaluate", {"heldout": {"nats_per_char": 1.5}}, 7)]
+    assert results(evaluate={**evaluate, "params": {"params.yaml": {"evaluate": {"stride": 64}}}}) == []
+    assert results(train={"outs": [{"path": "model", "md5": "b"}]}) == []
+    assert list(valid_events(tmp_path / "none", params, 7)) == []
