@@ -44,7 +44,7 @@ def captured_layers(params: Path, tokens: Path, num_steps: int) -> dict[str, Lay
     from dsv3.training.interruption import Interruption
     from dsv3.training.loop import train
     from dsv3.training.plan import read_training_plan
-    from dsv3.training.setup import prepared_model, prepared_run, start_accelerator
+    from dsv3.training.setup import prepare_model, prepare_run, start_accelerator
 
     parameters = read_params(params)
     section = {"max_steps": num_steps, "precision": "fp32", "use_fp8": False}
@@ -57,8 +57,8 @@ def captured_layers(params: Path, tokens: Path, num_steps: int) -> dict[str, Lay
     )
     plan = read_training_plan(parameters, tokens)
     accelerator = start_accelerator(plan)
-    model, _ = prepared_model(plan, accelerator.device)
-    run = prepared_run(plan, accelerator, model, Interruption())
+    model, _ = prepare_model(plan, accelerator.device)
+    run = prepare_run(plan, accelerator, model, Interruption())
     train(run, [], lambda run: None)
     convert(model, DEEPSEEK_RECIPE, accelerator.device)
     tokens_BS = plan.batches.sequences(plan.total_steps * plan.sequences_per_step, plan.sequences_per_step)

@@ -23,6 +23,7 @@ VIEWS = {
     "dsv3/cli.py": "reads options and prints mistakes; a change can refuse a command, never alter a number",
     "dsv3/dependencies.py": "only lists files; a change of the list shows in dvc.yaml",
     "dsv3/params/read.py": "checks all of params.yaml and alters no value (no parameter has a default)",
+    "dsv3/progress.py": "what a terminal shows",
     "dsv3/params/runtime.py": "what differs between machines and changes no result",
     "dsv3/tracking/": "takes numbers and returns none; trackers can be rebuilt (`dsv3.tracking.rebuild`), and tables "
     "keep the layout in which they were written until the next run",
@@ -42,7 +43,6 @@ TRAIN_VIEWS = {
     "dsv3/training/interruption.py": "when a training stops; it goes on to the same weights",
     "dsv3/training/launch.py": "starts processes; their number is `runtime`'s and changes at most the rounding",
     "dsv3/training/lock.py": "who may write checkpoints, not what is in them",
-    "dsv3/training/progress.py": "the progress bar",
 }
 """Further views of `train`. The sizing is a file each, so that what a training really shares with it counts."""
 

@@ -18,12 +18,14 @@ from tqdm import tqdm
 LINE_S = 15.0
 """Shortest time between two plain lines."""
 
-Values = Mapping[str, float]
-"""What stands beside the count: name -> number."""
+Values = Mapping[str, float | str]
+"""What stands beside the count: name -> number, or a word."""
 
 
-def text_of(value: float) -> str:
+def text_of(value: float | str) -> str:
     """Return a number as a person reads it: four digits, or all of a large one."""
+    if isinstance(value, str):
+        return value
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -152,3 +154,15 @@ def shown_progress(mode: ProgressMode, name: str, total: int, unit: str, done: i
         yield JsonLines(name, total, unit)
     else:
         yield NoProgress()
+
+
+def counted(progress: Progress) -> Callable[[int], None]:
+    """Return a function that is told of further units and shows how many there are so far."""
+    done = 0
+
+    def add(units: int) -> None:
+        nonlocal done
+        done += units
+        progress.update(done, {})
+
+    return add

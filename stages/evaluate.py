@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from dsv3.cli import DryRunOption, ParamsOption, command
+from dsv3.progress import ProgressMode, ProgressOption, QuietOption, counted, shown_progress
 
 
 def main(
@@ -18,14 +19,14 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder for metrics, tables and figures.")],
     params: ParamsOption = Path("params.yaml"),
     dry_run: DryRunOption = False,
+    progress: ProgressOption = ProgressMode.auto,
+    quiet: QuietOption = False,
 ) -> None:
     """Score the exported model on the whole validation and test text."""
     from dsv3.params.read import read_params
 
     parameters = read_params(params)
     settings = parameters.evaluate
-
-    from tqdm import tqdm
 
     from dsv3.artifacts import read_json
     from dsv3.data.shards import TokenStream
@@ -51,8 +52,8 @@ def main(
 
     loaded = load_model(model, device)
     check_fits(loaded, meta, settings)
-    with tqdm(total=num_tokens, unit="token", desc="evaluate") as bar:
-        evaluation = evaluate(loaded, streams, meta, settings, bar.update)
+    with shown_progress(ProgressMode.none if quiet else progress, "evaluate", num_tokens, "token") as shown:
+        evaluation = evaluate(loaded, streams, meta, settings, counted(shown))
     write_evaluation(evaluation, output)
     add_to_run(run, parameters, evaluate_events(output / "metrics.json", record["step"]))
     print(summary(evaluation))

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dsv3.cli import DryRunOption, ParamsOption, command
+from dsv3.progress import ProgressMode, ProgressOption, QuietOption, counted, shown_progress
 
 
 def main(
@@ -14,6 +15,8 @@ def main(
     output: Annotated[Path, typer.Option(help="The Markdown file to write.")],
     params: ParamsOption = Path("params.yaml"),
     dry_run: DryRunOption = False,
+    progress: ProgressOption = ProgressMode.auto,
+    quiet: QuietOption = False,
 ) -> None:
     """Continue the prompts of params.yaml with the exported model."""
     from dsv3.params.read import read_params
@@ -22,12 +25,10 @@ def main(
     settings = parameters.sample
     import time
 
-    from tqdm import tqdm
-
     from dsv3.artifacts import write_text
     from dsv3.devices import device_name, torch_device
     from dsv3.export.loading import check_model, load_model, load_tokenizer
-    from dsv3.generation.sampling import check_fits, markdown, sample, total_drafts
+    from dsv3.generation.sampling import check_fits, markdown, sample_all, total_drafts
     from dsv3.tracking.events import Result
     from dsv3.tracking.recorder import add_to_run, read_record
     from dsv3.tracking.results import sample_events
@@ -45,11 +46,8 @@ def main(
     loaded, tokenizer = load_model(model, device), load_tokenizer(model)
     check_fits(loaded, tokenizer, settings)
     start = time.perf_counter()
-    samples = [
-        # a seed per prompt: another prompt in the list does not change what follows this one
-        sample(loaded, tokenizer, prompt, settings, parameters.seed + index)
-        for index, prompt in enumerate(tqdm(settings.prompts, unit="prompt", desc="sample"))
-    ]
+    with shown_progress(ProgressMode.none if quiet else progress, "sample", len(settings.prompts), "prompt") as shown:
+        samples = sample_all(loaded, tokenizer, settings, parameters.seed, counted(shown))
     seconds = time.perf_counter() - start
     write_text(output, markdown(samples, settings, parameters.seed, record))
 

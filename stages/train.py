@@ -10,9 +10,10 @@ from typing import Annotated
 import typer
 
 from dsv3.cli import DryRunOption, ParamsOption, command
+from dsv3.progress import ProgressMode, ProgressOption, QuietOption
 
 
-def main(  # noqa: PLR0913 (one option per file that dvc.yaml names)
+def main(
     tokens: Annotated[Path, typer.Option(help="Folder of the token shards.")],
     corpus: Annotated[Path, typer.Option(help="Folder of the corpus, for its manifest.")],
     sizes: Annotated[
@@ -22,6 +23,8 @@ def main(  # noqa: PLR0913 (one option per file that dvc.yaml names)
     results: Annotated[Path, typer.Option(help="Folder for metrics, tables and run.json.")],
     params: ParamsOption = Path("params.yaml"),
     dry_run: DryRunOption = False,
+    progress: ProgressOption = ProgressMode.auto,
+    quiet: QuietOption = False,
 ) -> None:
     """Train the model and export it."""
     from dsv3.params.read import read_params
@@ -44,7 +47,8 @@ def main(  # noqa: PLR0913 (one option per file that dvc.yaml names)
 
     from dsv3.training.session import Outputs, run_training
 
-    run_training(plan, Outputs(tokens, model, results, manifest))
+    mode = ProgressMode.none if quiet else progress
+    run_training(plan, Outputs(tokens, model, results, manifest), mode)
 
 
 if __name__ == "__main__":

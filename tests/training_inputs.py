@@ -183,13 +183,13 @@ def started_run(folder: Path, **sections: dict) -> Any:
     from accelerate.state import AcceleratorState
 
     from dsv3.training.interruption import Interruption
-    from dsv3.training.setup import prepared_model, prepared_run, start_accelerator
+    from dsv3.training.setup import prepare_model, prepare_run, start_accelerator
 
     AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision, unless told to forget it
     plan = plan_of(folder, **sections)
     accelerator = start_accelerator(plan)
-    model, _ = prepared_model(plan, accelerator.device)
-    return prepared_run(plan, accelerator, model, Interruption())
+    model, _ = prepare_model(plan, accelerator.device)
+    return prepare_run(plan, accelerator, model, Interruption())
 
 
 def no_save(run: Any) -> None:
@@ -204,7 +204,7 @@ def history(run: Any) -> list[dict[str, Any]]:
     seen = {"loss": 0.0, "grad_norm": 0.0}
 
     def remember(run: Any) -> None:
-        sums = run.state.window.sums
+        sums = run.state.step_sums.sums
         rows.append({name: sums[name] - seen[name] for name in seen})
         seen.update({name: sums[name] for name in seen})
 

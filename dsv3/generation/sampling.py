@@ -65,6 +65,24 @@ def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, param
         )
 
 
+def sample_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    params: SampleParams,
+    seed: int,
+    progress: Callable[[int], object] = lambda num_prompts: None,
+) -> list[Sample]:
+    """Return the samples of every prompt; `progress` is told of each.
+
+    Prompt number n has the seed `seed` + n: another prompt in the list does not change what follows this one.
+    """
+    samples = []
+    for number, prompt in enumerate(params.prompts):
+        samples.append(sample(model, tokenizer, prompt, params, seed + number))
+        progress(1)
+    return samples
+
+
 def sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, params: SampleParams, seed: int
 ) -> Sample:

@@ -10,53 +10,77 @@ from pathlib import Path
 
 import torch
 
+from dsv3.errors import UserError
 from dsv3.kernels.weight_cache import cached_weights
+from dsv3.progress import Progress
 from dsv3.tracking.recorder import Recorder
 from dsv3.training.balancing import router_rows
 from dsv3.training.checkpoint import prune, save_best, save_checkpoint
 from dsv3.training.loop import Run
 from dsv3.training.schedule import bias_update_rate, learning_rate, mtp_loss_weight
-from dsv3.training.state import Window
+from dsv3.training.state import StepSums
 from dsv3.training.validation import block_batches, summed_loss
 
 Row = dict[str, int | float]
 
+NON_FINITE_REMEDY = (
+    "the last checkpoint stays, and would meet it again; lower train.learning_rate, or raise train.adam_epsilon or "
+    "train.warmup_ratio"
+)
+
 
 def log_curves(run: Run, recorder: Recorder | None) -> None:
     """Write the history's and the routers' rows of the steps since the last ones."""
-    window, run.state.window = run.state.window, Window()
+    sums, run.state.step_sums = run.state.step_sums, StepSums()
     if recorder is None:
         return
-    recorder.log("history", history_row(run, window))
-    if window.load_LE:
-        load_LE, batch_max_vio_L = torch.tensor(window.load_LE), [vio / window.num_steps for vio in window.max_vio_L]
+    recorder.log("history", history_row(run, sums))
+    if sums.load_LE:
+        load_LE, batch_max_vio_L = torch.tensor(sums.load_LE), [vio / sums.num_steps for vio in sums.max_vio_L]
         for row in router_rows(run.model.routers(), load_LE, batch_max_vio_L, run.state.step):
             recorder.log("router", row)
 
 
-def history_row(run: Run, window: Window) -> Row:
-    """Return one row of the history: means over the window, and the schedules of its last step."""
+def history_row(run: Run, sums: StepSums) -> Row:
+    """Return one row of the history: means over the steps of `sums`, and the schedules of the last one."""
     plan, params, step = run.plan, run.plan.params.train, run.state.step
     row: Row = {
         "step": step,
         "epoch": plan.epochs_before(step),
         "tokens_seen": plan.tokens_before(step),
-        "loss": window.mean("loss"),
-        "total_loss": window.mean("total_loss"),
-        "grad_norm": window.mean("grad_norm"),
+        "loss": sums.mean("loss"),
+        "total_loss": sums.mean("total_loss"),
+        "grad_norm": sums.mean("grad_norm"),
         "learning_rate": learning_rate(step - 1, params, plan.budget),
         "bias_update_rate": bias_update_rate(step - 1, params, plan.budget),
-        "step_s": window.elapsed_s / window.num_steps,
-        "tokens_per_s": (plan.tokens_before(step) - plan.tokens_before(step - window.num_steps)) / window.elapsed_s,
+        "step_s": sums.elapsed_s / sums.num_steps,
+        "tokens_per_s": tokens_per_s(run, sums),
         "peak_memory_bytes": peak_memory_bytes(run.accelerator.device),
     }
     row["model_flops_per_s"] = row["tokens_per_s"] * plan.flops_per_token
     if params.sequence_loss_weight:
-        row["sequence_loss"] = window.mean("sequence_loss")
+        row["sequence_loss"] = sums.mean("sequence_loss")
     if run.model.config.num_nextn_predict_layers:
-        row["mtp_loss"] = window.mean("mtp_loss")
+        row["mtp_loss"] = sums.mean("mtp_loss")
         row["mtp_loss_weight"] = mtp_loss_weight(step - 1, params, plan.budget)
     return row
+
+
+def tokens_per_s(run: Run, sums: StepSums) -> float:
+    """Return the training tokens per second of the steps in `sums`, the latest ones."""
+    plan, step = run.plan, run.state.step
+    return (plan.tokens_before(step) - plan.tokens_before(step - sums.num_steps)) / sums.elapsed_s
+
+
+def show_progress(run: Run, progress: Progress) -> None:
+    """Show the step with the mean loss since the last row of the history, the rate and the speed."""
+    state, params = run.state, run.plan.params.train
+    sums = state.step_sums
+    values = {"loss": sums.mean("loss")}
+    if state.validation_loss is not None:
+        values["val"] = state.validation_loss
+    values["lr"] = learning_rate(state.step - 1, params, run.plan.budget)
+    progress.update(state.step, values | {"tok/s": tokens_per_s(run, sums)})
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -67,8 +91,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def validate(run: Run, recorder: Recorder | None, directory: Path) -> None:
-    """Write a row of the validation loss; keep the weights if they are the best and are wanted."""
+def validate(run: Run, recorder: Recorder | None, directory: Path, progress: Progress) -> None:
+    """Write a row of the validation loss; keep the weights if they are the best and are wanted.
+
+    Raises `UserError` where the loss is not finite: nothing is saved or exported then, and earlier checkpoints stay.
+    """
     stream, params, layout = run.plan.validation, run.plan.params.train, run.layout
     batches = block_batches(len(stream), params.block_size, params.per_device_eval_batch_size)
     run.model.eval()
@@ -76,14 +103,20 @@ def validate(run: Run, recorder: Recorder | None, directory: Path) -> None:
     with cached_weights(run.model):
         own = summed_loss(run.forward, stream, own_batches, device, run.position_ids)
     run.model.train()
-    nats = run.summed(torch.tensor(own, dtype=torch.float64, device=device)).item()
-    loss = nats / (len(stream) - 1)
+    nats = run.all_reduce(torch.tensor(own, dtype=torch.float64, device=device)).item()
+    loss = run.state.validation_loss = nats / (len(stream) - 1)
+    if not math.isfinite(loss):
+        raise UserError(f"step {run.state.step}: validation loss is {loss}; must be finite; {NON_FINITE_REMEDY}")
     if run.state.best_loss is None or loss < run.state.best_loss:
         run.state.best_loss, run.state.best_step = loss, run.state.step
         if params.load_best_model_at_end and run.accelerator.is_main_process:
             save_best(directory, run.model, run.state.step)
     if recorder is not None:
-        recorder.log("validation", validation_row(run, nats, loss))
+        row = validation_row(run, nats, loss)
+        recorder.log("validation", row)
+        best = ", the lowest so far" if run.state.best_step == run.state.step else ""
+        line = f"step {row['step']:,}: validation {loss:.4f} nats/token, {row['nats_per_char']:.4f} nats/char{best}"
+        progress.note(line, row)
 
 
 def validation_row(run: Run, nats: float, loss: float) -> Row:
@@ -99,8 +132,22 @@ def validation_row(run: Run, nats: float, loss: float) -> Row:
     }
 
 
+def check_weights_are_finite(run: Run) -> None:
+    """Raise `UserError` where a weight is not a finite number; gradients can be finite and their update not."""
+    for name, weight in run.model.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(
+                f"step {run.state.step}: {name} holds a number that is not finite; nothing is saved or exported; "
+                f"{NON_FINITE_REMEDY}"
+            )
+
+
 def save(run: Run, recorder: Recorder | None, directory: Path) -> None:
-    """Write a checkpoint, then remove the ones it replaces. Every process waits for it."""
+    """Write a checkpoint, then remove the ones it replaces. Every process waits for it.
+
+    Raises `UserError` where a weight is not finite; the checkpoints that are there stay.
+    """
+    check_weights_are_finite(run)
     if recorder is not None:
         state = {
             **run.state.to_json(),

@@ -63,7 +63,7 @@ class Run:
         assert norm is not None, "Accelerate returns None for DeepSpeed only"
         return norm
 
-    def summed(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """Return the sum of `tensor` over all processes."""
         return self.accelerator.reduce(tensor, reduction="sum")  # pyright: ignore[reportReturnType]
 
@@ -95,7 +95,7 @@ def train(run: Run, hooks: Sequence[Hook], save: Callable[[Run], None]) -> None:
         with cached_weights(run.model):
             losses = accumulate_gradients(run, batches, mtp_loss_weight(step, params, budget))
         grad_norm = run.clip_grad_norm(params.max_grad_norm)
-        measured = agreed(run, losses, grad_norm)
+        measured = reduce_metrics(run, losses, grad_norm)
         if not measured.is_finite:
             save(run)
             raise UserError(non_finite_message(run, measured))
@@ -152,16 +152,16 @@ def micro_batch_output(
     )
 
 
-def agreed(run: Run, loss_sums: Tensor, grad_norm: Tensor) -> Measured:
-    """Return what all processes measured together. The one place in a step where the host waits for the device."""
+def reduce_metrics(run: Run, loss_sums: Tensor, grad_norm: Tensor) -> Measured:
+    """Return what all processes measured together. The host waits for the device here, and for `load_LE` in a hook."""
     was_stopped, accumulation = float(run.interruption.signal_number), run.layout.accumulation(run.state.step)
     own = torch.cat([loss_sums, loss_sums.new_tensor([was_stopped])])
-    *sums, stopped = run.summed(own).tolist()
+    *sums, stopped = run.all_reduce(own).tolist()
     return Measured(
         losses={name: value / accumulation for name, value in zip(LOSS_PARTS, sums, strict=True)},
         grad_norm=grad_norm.item(),
         is_interrupted=stopped > 0,
-        load_LE=pop_expert_load(run.model.routers(), run.summed),
+        load_LE=pop_expert_load(run.model.routers(), run.all_reduce),
     )
 
 

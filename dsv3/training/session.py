@@ -14,6 +14,7 @@ from dsv3.artifacts import read_json, write_json
 from dsv3.errors import Interrupted, UserError
 from dsv3.export.huggingface import export_huggingface
 from dsv3.export.model_card import model_card
+from dsv3.progress import Progress, ProgressMode, shown_progress
 from dsv3.tracking.events import Result
 from dsv3.tracking.identity import experiment_name, project_root, run_identity
 from dsv3.tracking.recorder import Recorder, open_recorder
@@ -24,8 +25,7 @@ from dsv3.training.interruption import caught_signals
 from dsv3.training.lock import hold_lock
 from dsv3.training.loop import Hook, Run, train
 from dsv3.training.plan import TrainingPlan
-from dsv3.training.progress import progress_bar
-from dsv3.training.setup import Choices, prepared_model, prepared_run, run_fingerprint, start_accelerator
+from dsv3.training.setup import Choices, prepare_model, prepare_run, run_fingerprint, start_accelerator
 from dsv3.training.state import TrainState
 
 
@@ -40,7 +40,9 @@ class Outputs:
     """The corpus's manifest."""
 
 
-def run_training(plan: TrainingPlan, outputs: Outputs) -> dict[str, Any] | None:
+def run_training(
+    plan: TrainingPlan, outputs: Outputs, progress_mode: ProgressMode = ProgressMode.none
+) -> dict[str, Any] | None:
     """Train, from the newest checkpoint where there is one, and write `outputs`; return the metrics.
 
     Only the main process writes, and returns metrics. Raises `Interrupted` after SIGINT or SIGTERM, when everything is
@@ -48,31 +50,41 @@ def run_training(plan: TrainingPlan, outputs: Outputs) -> dict[str, Any] | None:
     """
     with caught_signals() as interruption:
         accelerator = start_accelerator(plan)
-        model, chosen = prepared_model(plan, accelerator.device)
+        model, chosen = prepare_model(plan, accelerator.device)
         fingerprint = run_fingerprint(plan, chosen)
         with hold_checkpoints(plan, fingerprint, accelerator.is_main_process) as directory:
             accelerator.wait_for_everyone()
-            run = prepared_run(plan, accelerator, model, interruption)
+            run = prepare_run(plan, accelerator, model, interruption)
             saved = resume_or_start(run, directory, fingerprint)
             recorder = None
             if accelerator.is_main_process:
                 recorder = start_recorder(plan, chosen, fingerprint, outputs, saved)
-            status = "failed"
-            try:
-                with progress_bar(run, chosen) as bar:
-                    train(run, training_hooks(run, recorder, directory, bar), checkpoint_writer(recorder, directory))
+            with closing_as_it_ends(recorder):
+                mode = progress_mode if accelerator.is_main_process else ProgressMode.none
+                with shown_progress(mode, "train", plan.total_steps, "step", run.state.step) as progress:
+                    progress.note(chosen.summary(), chosen.metrics())
+                    hooks_of_run = training_hooks(run, recorder, directory, progress)
+                    train(run, hooks_of_run, checkpoint_writer(recorder, directory))
                 metrics = export_and_record(run, recorder, chosen, directory, outputs)
-                status = "finished"
-            except Interrupted:
-                status = "interrupted"
-                raise
-            finally:
-                if recorder is not None:
-                    recorder.close(status)
             if accelerator.is_main_process:
                 delete_checkpoints(directory)
             accelerator.wait_for_everyone()
     return metrics
+
+
+@contextmanager
+def closing_as_it_ends(recorder: Recorder | None) -> Iterator[None]:
+    """Close the recorder at the end of the block, as finished, interrupted or failed."""
+    status = "failed"
+    try:
+        yield
+        status = "finished"
+    except Interrupted:
+        status = "interrupted"
+        raise
+    finally:
+        if recorder is not None:
+            recorder.close(status)
 
 
 @contextmanager
@@ -152,14 +164,14 @@ def start_recorder(
     return recorder
 
 
-def training_hooks(run: Run, recorder: Recorder | None, directory: Path, bar: tqdm) -> list[Hook]:
+def training_hooks(run: Run, recorder: Recorder | None, directory: Path, progress: Progress) -> list[Hook]:
     """Return what happens between steps. Checkpoints come last, so that they hold what the others recorded."""
     train, runtime = run.plan.params.train, run.plan.params.runtime
     fp8 = [Hook(train.eval_steps, lambda run: fp8_hooks.log_fp8(run, recorder))] if train.use_fp8 else []
     return [
-        Hook(1, lambda run: bar.update(run.state.step - bar.n)),
+        Hook(1, lambda run: hooks.show_progress(run, progress)),
         Hook(runtime.logging_steps, lambda run: hooks.log_curves(run, recorder)),
-        Hook(train.eval_steps, lambda run: hooks.validate(run, recorder, directory)),
+        Hook(train.eval_steps, lambda run: hooks.validate(run, recorder, directory, progress)),
         *fp8,
         Hook(runtime.save_steps, checkpoint_writer(recorder, directory)),
     ]
@@ -174,6 +186,7 @@ def export_and_record(
     run: Run, recorder: Recorder | None, chosen: Choices, directory: Path, outputs: Outputs
 ) -> dict[str, Any] | None:
     """Write the model, run.json and metrics.json; return the metrics. Only the main process does anything."""
+    hooks.check_weights_are_finite(run)
     if recorder is None:
         return None
     if run.plan.params.train.load_best_model_at_end:

@@ -95,7 +95,7 @@ def fp8_recipe(train: TrainParams) -> Recipe:
     return Recipe(**{field.name: getattr(train, f"fp8_{field.name}") for field in fields(Recipe)})
 
 
-def prepared_model(plan: TrainingPlan, device: torch.device) -> tuple[DeepseekV3ForCausalLM, Choices]:
+def prepare_model(plan: TrainingPlan, device: torch.device) -> tuple[DeepseekV3ForCausalLM, Choices]:
     """Return the initialised model, made to compute on `device` as the parameters ask, and what that came to.
 
     Raises `UserError` for what can't run there.
@@ -149,7 +149,7 @@ def run_fingerprint(plan: TrainingPlan, chosen: Choices) -> Fingerprint:
     )
 
 
-def prepared_run(
+def prepare_run(
     plan: TrainingPlan, accelerator: Accelerator, model: DeepseekV3ForCausalLM, interruption: Interruption
 ) -> Run:
     """Return a training at step 0: the model wrapped for its processes, the optimizer empty."""

@@ -44,7 +44,7 @@ class Measured:
 
 
 @dataclass
-class Window:
+class StepSums:
     """Sums over the steps since the last row of the history."""
 
     num_steps: int = 0
@@ -85,13 +85,16 @@ class TrainState:
     """Lowest validation loss so far, in nats per token."""
 
     best_step: int = 0
-    window: Window = field(default_factory=Window)
+    validation_loss: float | None = None
+    """Latest validation loss, in nats per token."""
+
+    step_sums: StepSums = field(default_factory=StepSums)
 
     def advance(self, measured: Measured, elapsed_s: float) -> None:
         """Count a step that is done."""
         self.step += 1
         self.train_s += elapsed_s
-        self.window.add(measured, elapsed_s)
+        self.step_sums.add(measured, elapsed_s)
 
     def to_json(self) -> dict[str, Any]:
         """Return the state as JSON values; floats survive exactly."""
@@ -101,4 +104,4 @@ class TrainState:
     def from_json(cls, values: dict[str, Any]) -> "TrainState":
         """Return the state that `to_json` gave; other keys are left alone."""
         own = {name: values[name] for name in cls.__dataclass_fields__}
-        return cls(**{**own, "window": Window(**own["window"])})
+        return cls(**{**own, "step_sums": StepSums(**own["step_sums"])})

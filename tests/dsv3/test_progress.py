@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from dsv3 import progress
-from dsv3.progress import LINE_S, Lines, ProgressMode, shown_progress, text_of
+from dsv3.progress import LINE_S, Lines, ProgressMode, counted, shown_progress, text_of
 
 VALUES = {"loss": 3.91234, "tok/s": 6842.3}
 
@@ -71,3 +71,11 @@ def test_the_bars_line_fits_eighty_columns(capsys, monkeypatch):
     last = capsys.readouterr().err.split("\r")[-1].rstrip()
     assert last.endswith("loss 3.912, val 4.021, lr 0.0076, tok/s 6,842")
     assert len(last) < 80
+
+
+def test_units_are_added_up(capsys):
+    with shown_progress(ProgressMode.json, "evaluate", 10, "token") as shown:
+        add = counted(shown)
+        add(3)
+        add(7)
+    assert [json.loads(line)["done"] for line in capsys.readouterr().out.splitlines()] == [3, 10]

@@ -33,7 +33,7 @@ def curve(folder: Path, experts: str = "cpu") -> np.ndarray:
     sums: list[list[float]] = []
 
     def remember(run: Run) -> None:
-        sums.append([run.state.window.sums[name] for name in ("loss", "mtp_loss", "grad_norm")])
+        sums.append([run.state.step_sums.sums[name] for name in ("loss", "mtp_loss", "grad_norm")])
 
     train(run, [Hook(1, remember)], lambda run: None)
     torch.set_num_threads(threads)

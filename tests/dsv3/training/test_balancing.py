@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsv3.training.balancing import pop_expert_load, router_rows, update_router_bias
-from dsv3.training.state import Measured, Window
+from dsv3.training.state import Measured, StepSums
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM, DeepseekV3TopkRouter
 from tests.training_inputs import MICRO
@@ -99,7 +99,7 @@ def test_each_token_is_counted_once_with_and_without_activation_checkpointing(ch
 
 def test_a_window_averages_the_violations_of_its_batches_apart_from_those_of_its_sum():
     """Two batches that favour opposite experts violate balance each, and not together."""
-    window = Window()
+    window = StepSums()
     for load in ([3, 1], [1, 3]):
         window.add(Measured({"total_loss": 0.0}, 0.0, False, torch.tensor([load])), elapsed_s=1.0)
     assert window.load_LE == [[4, 4]]

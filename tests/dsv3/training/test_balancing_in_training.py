@@ -32,8 +32,8 @@ def loads_of(run: Run) -> list[torch.Tensor]:
     loads: list[torch.Tensor] = []
 
     def remember(run: Run) -> None:
-        loads.append(torch.tensor(run.state.window.load_LE))
-        run.state.window.load_LE = []
+        loads.append(torch.tensor(run.state.step_sums.load_LE))
+        run.state.step_sums.load_LE = []
 
     train(run, [Hook(1, remember)], lambda run: None)
     return loads

@@ -28,21 +28,21 @@ def test_how_the_batch_is_cut_into_forward_passes_changes_no_more_than_rounding(
     losses = [[row["loss"] for row in history(run)] for run in (whole, other)]
     # Twelve steps carry fp32 rounding on.
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert whole.state.window.load_LE == other.state.window.load_LE
+    assert whole.state.step_sums.load_LE == other.state.step_sums.load_LE
 
 
 def test_recomputing_activations_changes_nothing(tmp_path):
     kept = started_run(tmp_path / "a")
     recomputed = started_run(tmp_path / "b", train={"gradient_checkpointing": True})
     assert history(kept) == history(recomputed)
-    assert kept.state.window.load_LE == recomputed.state.window.load_LE
+    assert kept.state.step_sums.load_LE == recomputed.state.step_sums.load_LE
 
 
 def test_every_token_is_counted_by_every_router(tmp_path):
     run = started_run(tmp_path)
     history(run)
     tokens, experts_per_token = 12 * 2 * 2 * 32, 2
-    trunk, ahead = [sum(load) for load in run.state.window.load_LE]
+    trunk, ahead = [sum(load) for load in run.state.step_sums.load_LE]
     assert trunk == tokens * experts_per_token
     assert ahead == tokens * experts_per_token * 31 // 32  # a prediction module has no target for the last position
 
@@ -115,8 +115,8 @@ def test_loss_free_balancing_is_what_brings_a_lopsided_router_to_balance(tmp_pat
     loads: list[torch.Tensor] = []
 
     def remember(run: Run) -> None:
-        loads.append(torch.tensor(run.state.window.load_LE))
-        run.state.window.load_LE = []
+        loads.append(torch.tensor(run.state.step_sums.load_LE))
+        run.state.step_sums.load_LE = []
 
     train(run, [Hook(1, remember)], no_save)
     assert max_vio(loads[0]).item() > 0.6
@@ -163,5 +163,5 @@ def test_a_ramped_batch_takes_the_same_sequences_in_more_steps(tmp_path):
     history(ramped)
     assert ramped.plan.total_steps > plain.plan.total_steps
     assert ramped.plan.tokens_before(ramped.state.step) >= plain.plan.tokens_before(plain.state.step)
-    counted = [sum(run.state.window.load_LE[0]) for run in (plain, ramped)]
+    counted = [sum(run.state.step_sums.load_LE[0]) for run in (plain, ramped)]
     assert counted == [2 * run.plan.tokens_before(run.state.step) for run in (plain, ramped)]

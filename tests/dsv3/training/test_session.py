@@ -12,7 +12,7 @@ from dsv3.errors import Interrupted, UserError
 from dsv3.training import hooks, session
 from dsv3.training.loop import Run
 from dsv3.training.session import Outputs, run_training
-from dsv3.training.setup import prepared_model, run_fingerprint, start_accelerator
+from dsv3.training.setup import prepare_model, run_fingerprint, start_accelerator
 from tests.training_inputs import plan_of
 
 
@@ -45,7 +45,7 @@ def interrupted_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 def fingerprint_of(folder: Path, **sections: dict) -> str:
     AcceleratorState._reset_state(reset_partial_state=True)
     plan = plan_of(folder, **sections)
-    _, chosen = prepared_model(plan, start_accelerator(plan).device)
+    _, chosen = prepare_model(plan, start_accelerator(plan).device)
     return run_fingerprint(plan, chosen).digest
 
 

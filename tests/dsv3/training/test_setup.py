@@ -2,14 +2,14 @@ import pytest
 import torch
 
 from dsv3.fp8.recipe import Recipe
-from dsv3.training.setup import fp8_recipe, prepared_model
+from dsv3.training.setup import fp8_recipe, prepare_model
 from tests.training_inputs import WIDE, plan_of
 
 CPU = torch.device("cpu")
 
 
 def chosen(folder, **train):
-    _, choices = prepared_model(plan_of(folder, architecture=WIDE, train={"use_fp8": True, **train}), CPU)
+    _, choices = prepare_model(plan_of(folder, architecture=WIDE, train={"use_fp8": True, **train}), CPU)
     return choices.precision, choices.experts
 
 
@@ -41,7 +41,7 @@ def test_a_deviation_changes_the_gradients_of_linear_layers_and_of_experts(tmp_p
     gradients = []
     for change in ({}, train):
         plan = plan_of(tmp_path, architecture=WIDE, train={"use_fp8": True, **change})
-        model, _ = prepared_model(plan, CPU)
+        model, _ = prepare_model(plan, CPU)
         tokens = torch.randint(0, 257, (2, 33), generator=torch.Generator().manual_seed(0))
         model.train()(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:]).loss.backward()
         gradients.append({name: weight.grad for name, weight in model.named_parameters()})
