@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -19,16 +18,12 @@ from typing import Any
 
 import numpy as np
 from pydantic import BaseModel
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+
+from dsv3.tracking.revision import changed_params, git, has_changed_code, shaping
 
 RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "dvc", "aim")
 SHOWN_CHANGES = 2
 """Most changes in a run's title; its description has all."""
-
-NO_CODE = ("results", "dvc.lock", "params.yaml", "mini_model/config*.json")
-"""What may differ from the commit without leaving a run in doubt: results, and what the run records whole (`dvc exp
-run -S` changes these files). In Git's patterns."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +122,10 @@ def later_identity(training: RunIdentity, params: BaseModel, experiment: str | N
     """
     values = native(params.model_dump())
     is_same_experiment = experiment in (None, training.dvc.get("exp_name"))
-    if is_same_experiment and _shaping(values) == _shaping(training.params):
+    if is_same_experiment and shaping(values) == shaping(training.params):
         return training
     name = run_name(experiment)
-    text = json.dumps([training.key, name, _shaping(values)], sort_keys=True)
+    text = json.dumps([training.key, name, shaping(values)], sort_keys=True)
     return replace(
         training,
         name=name,
@@ -159,56 +154,6 @@ def experiment_facts(experiment: str | None) -> dict[str, str | None]:
     }
 
 
-def applied_experiment() -> str | None:
-    """Return the name of the newest DVC experiment whose dvc.lock lies in the workspace; None for the commit's own."""
-    lock = git("hash-object", "dvc.lock")
-    if lock is None or lock == git("rev-parse", "HEAD:./dvc.lock"):
-        return None
-    refs = git("for-each-ref", "--sort=-committerdate", "--format=%(refname)", "refs/exps") or ""
-    names = [ref for ref in refs.splitlines() if ref.split("/")[2] not in ("exec", "celery", "temp")]
-    return next((ref.rsplit("/", 1)[1] for ref in names if git("rev-parse", f"{ref}:./dvc.lock") == lock), None)
-
-
-def changed_params(values: Mapping[str, Any], architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters, and fields of the architecture, whose values differ from the baseline commit's.
-
-    The baseline is the commit that DVC names, or else HEAD. Nothing is compared outside of a Git repository.
-    """
-    before = _committed("params.yaml")
-    changes = _different(_flat(_shaping(values)), _flat(_shaping(before)))
-    if "model.config" not in changes:
-        changes |= _different(dict(architecture), _committed(values["model"]["config"]))
-    return changes
-
-
-def _different(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in now.items() if name in before and before[name] != value}
-
-
-def _committed(path: str) -> dict[str, Any]:
-    """Return what the baseline commit's file (YAML, or JSON, which is YAML) holds; nothing where it has none."""
-    text = git("show", f"{os.environ.get('DVC_EXP_BASELINE_REV') or 'HEAD'}:./{path}")
-    try:
-        values = YAML(typ="safe").load(text) if text else {}
-    except YAMLError:
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values by `section.key`."""
-    flat: dict[str, Any] = {}
-    for section, values in sections.items():
-        inner = {f"{section}.{key}": value for key, value in values.items()} if isinstance(values, dict) else None
-        flat |= {section: values} if inner is None else inner
-    return flat
-
-
-def _shaping(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters that shape results: all but `runtime`."""
-    return {name: section for name, section in values.items() if name != "runtime"}
-
-
 def _plain(value: Any) -> str:
     """Return a value as params.yaml writes it, on one line."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -218,12 +163,6 @@ def _tags(values: Mapping[str, Any], source: str | None, precision: str | None) 
     """Return what many runs share: configuration, source, optimizer, precision."""
     tags = (Path(values["model"]["config"]).stem, source, values["train"]["optim"], precision)
     return tuple(dict.fromkeys(tag for tag in tags if tag))
-
-
-def has_changed_code() -> bool:
-    """Return whether the workspace's code differs from HEAD's."""
-    code = ["--untracked-files=no", "--", ".", *(f":(exclude){name}" for name in NO_CODE)]
-    return bool(git("status", "--porcelain", *code))
 
 
 def software() -> dict[str, str | None]:
@@ -238,15 +177,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def git(*arguments: str) -> str | None:
-    """Return what `git` prints for `arguments`, stripped; None outside a repository or without git."""
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def project_root() -> Path:

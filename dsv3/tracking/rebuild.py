@@ -17,9 +17,9 @@ from dsv3.errors import UserError
 from dsv3.params.read import Params, read_params
 from dsv3.params.runtime import TrackerName
 from dsv3.tracking.events import Event, Row
-from dsv3.tracking.identity import applied_experiment
 from dsv3.tracking.recorder import later_run, read_record
 from dsv3.tracking.results import evaluate_events, sample_events, train_events
+from dsv3.tracking.revision import applied_experiment
 from dsv3.tracking.tracker import Tracker, load_tracker, remedy
 
 

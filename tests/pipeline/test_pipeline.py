@@ -112,6 +112,22 @@ def test_an_experiment_is_a_run_of_its_own_beside_the_first(laboratory, tmp_path
     laboratory.restore()
 
 
+def test_an_experiment_that_does_not_train_leaves_the_trainings_run_alone(laboratory, tmp_path):
+    before = laboratory.aim_runs(tmp_path / "before")
+    changes = ["-S", "evaluate.stride=48", "-S", "sample.max_new_tokens=6"]
+    laboratory.run("dvc", "exp", "run", "--temp", "--name", "evonly", *changes)
+    after = laboratory.aim_runs(tmp_path / "after")
+    assert set(after) == {*before, "evonly"}
+    for name, run in before.items():
+        assert after[name]["evaluate"] == run["evaluate"]
+        assert after[name].duration == run.duration
+    own = after["evonly"]
+    assert own["params"]["evaluate"]["stride"] == 48
+    assert own["evaluate"]["heldout"] != before[own["dvc"]["training"]]["evaluate"]["heldout"]
+    assert own["train"] == before[own["dvc"]["training"]]["train"]
+    assert own.description == "evaluate.stride: 48, sample.max_new_tokens: 6"
+
+
 def test_a_temporary_experiment_reports_into_the_same_aim_repository(laboratory, tmp_path):
     changes = ["-S", "train.optim=adamw", "-S", "mini_model/config_nano.json:kv_lora_rank=24"]
     laboratory.run("dvc", "exp", "run", "--temp", "--name", "aside", *changes)

@@ -8,7 +8,8 @@ import pytest
 
 from dsv3.artifacts import write_json
 from dsv3.params.read import Params
-from dsv3.tracking.identity import changed_params, git, later_identity, native, project_root, run_identity
+from dsv3.tracking.identity import later_identity, native, project_root, run_identity
+from dsv3.tracking.revision import changed_params, git
 
 
 def test_the_experiments_name_of_dvc_is_the_runs_name(identity, params):

@@ -11,10 +11,10 @@ from dsv3.artifacts import write_json
 from dsv3.errors import UserError
 from dsv3.params.read import Params, read_yaml
 from dsv3.tracking.aim import AimTracker
-from dsv3.tracking.identity import applied_experiment
 from dsv3.tracking.rebuild import main, rebuild
 from dsv3.tracking.recorder import open_recorder
 from dsv3.tracking.results import read_table
+from dsv3.tracking.revision import applied_experiment
 
 PARAMS = Path(__file__).parents[3] / "params.yaml"
 PAGE = """# Samples
