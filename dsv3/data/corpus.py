@@ -20,6 +20,8 @@ from dsv3.errors import UserError
 TEXT_FILE = "text.txt"
 DOCUMENTS_FILE = "documents.jsonl"
 MANIFEST_FILE = "manifest.json"
+CORPUS_FILES = (TEXT_FILE, DOCUMENTS_FILE, MANIFEST_FILE)
+"""All that a corpus folder may hold."""
 CHUNK_CHARACTERS = 1 << 20
 
 

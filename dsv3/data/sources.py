@@ -6,7 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from dsv3.artifacts import replacing_directory
-from dsv3.data.corpus import Measure, Origin, write_manifest, write_single_text
+from dsv3.data.corpus import CORPUS_FILES, Measure, Origin, write_manifest, write_single_text
 from dsv3.data.files import corpus_files, write_files
 from dsv3.data.hub import write_hub
 from dsv3.data.plays import fetch_plays
@@ -34,7 +34,7 @@ def write_corpus(params: DataParams, output: Path, note: Note) -> tuple[Measure,
 
     `note` is called with what source `auto` chose, and why.
     """
-    with replacing_directory(output) as directory:
+    with replacing_directory(output, CORPUS_FILES) as directory:
         measure, origin = SOURCES[params.source].write(params, directory, note)
         write_manifest(directory, params.source, origin, measure)
     return measure, origin

@@ -29,6 +29,9 @@ from dsv3.errors import UserError
 from dsv3.params.tokenize import TokenizeParams
 
 TRAINED = "byte_level_bpe"
+TOKEN_FILES = ("tokenizer", "meta.json", "train_*.bin", "validation_*.bin", "test_*.bin")
+"""All that a token folder may hold, as glob patterns."""
+
 ONE_PROCESS_CHARACTERS = 64_000_000
 """Up to here one process with threads is faster than starting others."""
 PROGRESS_DELAY_S = 1.0
@@ -79,7 +82,7 @@ def write_tokens(corpus: Path, output: Path, params: TokenizeParams, vocabulary_
     """
     source, measure = read_measure(corpus)
     selectors = split_selectors(measure, params)
-    with replacing_directory(output) as directory:
+    with replacing_directory(output, TOKEN_FILES) as directory:
         folder = directory / "tokenizer"
         _write_tokenizer(folder, params, _chunks(corpus, measure, selectors["train"], "training the tokenizer"))
         tokenizer = read_tokenizer(folder)

@@ -9,10 +9,9 @@ import torch
 from transformers import GenerationConfig
 
 from dsv3.artifacts import read_json, replacing_directory, write_json
+from dsv3.export.model_folder import CODE_FILES, model_folder_contents
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
-
-CODE_FILES = ("configuration_deepseek.py", "modeling_deepseek.py", "validation_deepseek.py")
 
 
 def export_huggingface(
@@ -28,7 +27,7 @@ def export_huggingface(
     for name, token_id in special.items():
         setattr(model.config, name, token_id)
     model.generation_config = GenerationConfig(**special, pad_token_id=special["eos_token_id"])
-    with replacing_directory(output) as folder:
+    with replacing_directory(output, model_folder_contents(tokens)) as folder:
         model.save_pretrained(folder, state_dict=add_tied_head(model.config, state))
         config = folder / "config.json"
         write_json(config, {**read_json(config), **transformers_4_rope_fields(model.config)})
