@@ -13,6 +13,7 @@ from dsv3.export.fp8 import export_fp8
 from dsv3.fp8.quantize import rounded_weight
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
+from tests.committed import PROJECT
 
 SIZES = {
     "vocab_size": 64,
@@ -39,7 +40,7 @@ def folders(tmp_path_factory) -> tuple[DeepseekV3ForCausalLM, Path, Path]:
     """Return a model, the folder it was saved to, and its FP8 export."""
     torch.manual_seed(0)
     model = DeepseekV3ForCausalLM(
-        DeepseekV3Config(**{**read_json(Path("mini_model/config_nano.json")), **SIZES})
+        DeepseekV3Config(**{**read_json(PROJECT / "mini_model/config_nano.json"), **SIZES})
     ).eval()
     root = tmp_path_factory.mktemp("export")
     model.save_pretrained(root / "model")

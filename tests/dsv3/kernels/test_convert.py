@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,6 +9,7 @@ from dsv3.kernels.convert import convert, emulate_bf16
 from dsv3.kernels.registry import experts_backend
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
+from tests.committed import PROJECT
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -32,7 +31,7 @@ SIZES = {
 
 @pytest.fixture
 def model() -> DeepseekV3ForCausalLM:
-    config = DeepseekV3Config(**{**read_json(Path("mini_model/config_nano.json")), **SIZES})
+    config = DeepseekV3Config(**{**read_json(PROJECT / "mini_model/config_nano.json"), **SIZES})
     torch.manual_seed(0)
     return DeepseekV3ForCausalLM(config).train()
 

@@ -1,5 +1,4 @@
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from dsv3.kernels.registry import experts_backend
 from dsv3.kernels.weight_cache import cached_weights, weight_operands
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3Experts, DeepseekV3ForCausalLM
+from tests.committed import PROJECT
 from tests.training_inputs import MICRO, WIDE
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ TOKENS = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(
 
 
 def fp8_model() -> DeepseekV3ForCausalLM:
-    config = {**read_json(Path("mini_model/config_nano.json")), **MICRO, **WIDE}
+    config = {**read_json(PROJECT / "mini_model/config_nano.json"), **MICRO, **WIDE}
     torch.manual_seed(0)
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**config)).train()
     model.set_experts_implementation(experts_backend("auto", CPU, torch.float32, use_fp8=True))
