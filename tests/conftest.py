@@ -3,6 +3,7 @@ nothing of what a run or an experiment left in the working tree.
 """
 
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -36,6 +37,10 @@ for name in [name for name in os.environ if name.startswith("GIT_")]:
 SETTINGS = Path(HOME.name) / "gitconfig"
 SETTINGS.write_text("[safe]\n\tdirectory = *\n", encoding="utf-8")
 os.environ |= {"GIT_CONFIG_GLOBAL": str(SETTINGS), "GIT_CONFIG_NOSYSTEM": "1"}
+
+# A shell that starts pytest in the background lets it, and all that it starts, ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same commit gets the same verdict, whatever the machine's speed.
 settings.register_profile("same verdict", deadline=None, derandomize=True)

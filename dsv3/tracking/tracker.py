@@ -5,6 +5,7 @@ A tracker has one name: in `runtime.trackers`, of its module in this folder, and
 
 import importlib
 import logging
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Literal, Protocol, TypeVar, get_args
@@ -47,6 +48,8 @@ def load_tracker(name: TrackerName, runtime: RuntimeParams) -> Tracker:
 
 def remedy(name: TrackerName) -> str:
     """Return how a tracker's package is installed, or done without."""
+    if name == "aim" and sys.version_info >= (3, 13):
+        return "it has no wheels for Python 3.13 and later: set runtime.trackers to [tensorboard], or use Python 3.12"
     return f"pip install -c constraints.txt {name}, or take {name} from runtime.trackers in params.yaml"
 
 

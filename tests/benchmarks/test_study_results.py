@@ -16,6 +16,7 @@ NAMES = {"study-base-1": ("base", 1), "study-other-1": ("other", 1)}
 
 def record(root, name: str, experiment: str = "study", score: float = 1.5, status: str = "finished") -> None:
     """Leave a run in Aim as train and evaluate do."""
+    pytest.importorskip("aim", reason="Aim has no wheels for this Python")
     from dsv3.tracking.aim import AimTracker
 
     identity = RunIdentity(

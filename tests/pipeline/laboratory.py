@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ruamel.yaml import YAML
 
 from tests.committed import MODELS, PROJECT, git, is_written
@@ -139,8 +140,7 @@ class Laboratory:
 
     def aim_runs(self, scratch: Path) -> dict[str, Any]:
         """Its Aim runs by experiment, else by name, read from a copy without the index, which only `aim up` fills."""
-        from aim import Repo
-
+        Repo = pytest.importorskip("aim", reason="Aim has no wheels for this Python").Repo
         copy = scratch / "aim_copy"
         shutil.copytree(self.root / ".aim", copy / ".aim", ignore=shutil.ignore_patterns("index", "LOCK"))
         return {run["dvc"].get("exp_name") or run.name: run for run in Repo.from_path(str(copy)).iter_runs()}

@@ -13,7 +13,7 @@ import pytest
 from dsv3.params.runtime import TrackerName
 from dsv3.tracking.events import Row, Text
 from dsv3.tracking.recorder import Recorder, identity_of, open_recorder
-from dsv3.tracking.tracker import IsolatedTracker, Views
+from dsv3.tracking.tracker import IsolatedTracker, Views, remedy
 
 ROOT = Path(__file__).parents[3]
 
@@ -158,6 +158,7 @@ def test_the_record_is_json_holds_no_machine_path_and_gives_the_identity_back(tm
 def test_a_tracker_whose_package_is_missing_or_broken_costs_a_line_with_the_remedy(
     tmp_path, identity, params, monkeypatch, caplog, name
 ):
+    monkeypatch.setattr(sys, "version_info", (3, 12, 0))
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.delitem(sys.modules, f"dsv3.tracking.{name}", raising=False)
     monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard"}.get(name, name), None)
@@ -177,3 +178,9 @@ def test_a_tracker_has_one_name_as_parameter_module_and_package(name):
     requirements = [line for group in groups.values() for line in group if isinstance(line, str)]
     assert (ROOT / "dsv3" / "tracking" / f"{name}.py").is_file()
     assert any(re.match(rf"{name}\W", requirement) for requirement in requirements)
+
+
+def test_where_aim_has_no_wheels_other_ways_are_told(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
+    assert remedy("aim").endswith("set runtime.trackers to [tensorboard], or use Python 3.12")
+    assert remedy("wandb").startswith("pip install")
