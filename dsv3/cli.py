@@ -32,6 +32,8 @@ def command(main: Callable[..., None]) -> None:
     # Read when torch loads OpenMP, which is later. Its threads spin while they wait for each other: with one other
     # busy program on two cores, small matrix products become many times slower. This bound costs nothing (docs/log.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Read when transformers is imported: it would draw a bar for each file of weights that it writes or reads.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(without_eof(main))
     run_app(app)

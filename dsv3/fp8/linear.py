@@ -18,12 +18,12 @@ Operands = list[Tensor]
 
 @dataclass(frozen=True)
 class Product:
-    """How a linear layer multiplies."""
+    """How linear layers that read one x multiply."""
 
-    weight_operands: Callable[[Tensor], Operands]
-    """From the master weight (O, I) to its operands."""
-    multiply: Callable[[Tensor, Tensor, Operands], Tensor]
-    """From x (R, I), the master weight and its operands to x @ weight.T (R, O), with gradients by the first two."""
+    weight_operands: Callable[[list[Tensor]], Operands]
+    """From master weights (O, I) to the operands of all of them."""
+    multiply: Callable[[Tensor, list[Tensor], Operands], list[Tensor]]
+    """From x (R, I), master weights and their operands to each x @ weight.T (R, O), with gradients by x and weights."""
 
 
 class LowPrecisionLinear(nn.Linear):
@@ -38,15 +38,46 @@ class LowPrecisionLinear(nn.Linear):
 
     def new_weight_operands(self) -> Operands:
         """Return the operands of the weight as it is now."""
-        return self.product.weight_operands(self.weight)
+        return self.product.weight_operands([self.weight])
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return x @ weight.T + bias in the dtype that autocast asks for, or that of `input`."""
+    def current_weight_operands(self) -> Operands:
+        """Return the cached operands, or new ones."""
+        return self.new_weight_operands() if self.weight_operands is None else self.weight_operands
+
+    def forward(self, input: Tensor, product: Tensor | None = None) -> Tensor:
+        """Return x @ weight.T + bias in the dtype that autocast asks for, or that of `input`.
+
+        `product` is x @ weight.T where it was computed together with others.
+        """
         device = input.device.type
         is_autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if is_autocast else input.dtype
+        (product,) = products(input, [self]) if product is None else (product,)
         with torch.autocast(device, enabled=False):
-            operands = self.new_weight_operands() if self.weight_operands is None else self.weight_operands
-            output = self.product.multiply(input.reshape(-1, self.in_features), self.weight, operands).to(dtype)
+            output = product.to(dtype)
             output = output if self.bias is None else output + self.bias.to(dtype)
         return output.view(*input.shape[:-1], self.out_features)
+
+
+class LowPrecisionMLP(nn.Module):
+    """A SwiGLU whose gate and up round their common input once, in the forward and in the backward pass."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj: LowPrecisionLinear = original.gate_proj  # pyright: ignore[reportAttributeAccessIssue]
+        self.up_proj: LowPrecisionLinear = original.up_proj  # pyright: ignore[reportAttributeAccessIssue]
+        self.down_proj: nn.Linear = original.down_proj  # pyright: ignore[reportAttributeAccessIssue]
+        self.act_fn: nn.Module = original.act_fn  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the network's output, of `x`'s shape."""
+        gate, up = products(x, [self.gate_proj, self.up_proj])
+        return self.down_proj(self.act_fn(self.gate_proj(x, gate)) * self.up_proj(x, up))
+
+
+def products(x: Tensor, layers: list[LowPrecisionLinear]) -> list[Tensor]:
+    """Return x @ weight.T (R, O) for each of `layers`, which multiply in the same way."""
+    operands = [operand for layer in layers for operand in layer.current_weight_operands()]
+    with torch.autocast(x.device.type, enabled=False):
+        flat_RI = x.reshape(-1, x.shape[-1])
+        return layers[0].product.multiply(flat_RI, [layer.weight for layer in layers], operands)

@@ -13,10 +13,11 @@ from torch import nn
 
 from dsv3.devices import multiplies_fp8
 from dsv3.fp8.definition import BLOCK
-from dsv3.fp8.linear import LowPrecisionLinear, Product
+from dsv3.fp8.linear import LowPrecisionLinear, LowPrecisionMLP, Product
 from dsv3.fp8.recipe import Recipe
 from dsv3.fp8.rounding import BF16, fp8_rounding
 from dsv3.kernels import emulated_linear
+from mini_model.modeling_deepseek import DeepseekV3MLP
 
 HIGH_PRECISION = frozenset({"lm_head", "shared_head", "gate", "router"})
 """Last parts of module names that stay in high precision wherever they stand."""
@@ -73,6 +74,9 @@ def _replace(model: nn.Module, product: Product, precision: str, smallest: int =
         if linear.in_features % BLOCK or linear.out_features % BLOCK:
             conversion.partial_blocks.append(name)
         model.set_submodule(name, LowPrecisionLinear(linear, product))
+    for name, mlp in [(name, module) for name, module in model.named_modules() if isinstance(module, DeepseekV3MLP)]:
+        if isinstance(mlp.gate_proj, LowPrecisionLinear) and isinstance(mlp.up_proj, LowPrecisionLinear):
+            model.set_submodule(name, LowPrecisionMLP(mlp))
     return conversion
 
 

@@ -8,16 +8,16 @@ from torch import Tensor
 
 from dsv3.fp8.linear import Operands, Product
 from dsv3.fp8.rounding import ROUNDINGS, Rounding
-from dsv3.kernels.op import linear_op, op
+from dsv3.kernels.op import linear_op, op, sum_in_place
 
 
 def product(rounding: Rounding) -> Product:
     """Return the product whose operands are rounded by `rounding`; the gradients' operands likewise."""
 
-    def multiply(x_RI: Tensor, weight_OI: Tensor, operands: Operands) -> Tensor:
-        return emulated_linear(x_RI.float(), weight_OI, operands, rounding.name)
+    def multiply(x_RI: Tensor, weights: list[Tensor], operands: Operands) -> list[Tensor]:
+        return emulated_linear(x_RI.float(), weights, operands, rounding.name)
 
-    return Product(lambda weight: weight_operands([weight], rounding), multiply)
+    return Product(lambda weights: weight_operands(weights, rounding), multiply)
 
 
 def weight_operands(weights: list[Tensor], rounding: Rounding) -> Operands:
@@ -34,15 +34,19 @@ def _empty_weight(weight_OI: Tensor, rounding: str) -> Tensor:
     return weight_OI.new_empty(weight_OI.shape, dtype=torch.float32)
 
 
-def _forward(x_RI: Tensor, weight_OI: Tensor, operands: list[Tensor], rounding: str) -> Tensor:
-    """Return the product of the rounded operands."""
-    return ROUNDINGS[rounding].of_rows(x_RI) @ operands[0].t()
+def _forward(x_RI: Tensor, weights: list[Tensor], operands: list[Tensor], rounding: str) -> list[Tensor]:
+    """Return the product of the rounded x with each rounded weight."""
+    rows_RI = ROUNDINGS[rounding].of_rows(x_RI)
+    return [rows_RI @ weight_OI.t() for weight_OI in operands]
 
 
-def _backward(grad_RO: Tensor, x_RI: Tensor, operands: list[Tensor], rounding: str) -> tuple[Tensor, Tensor]:
-    """Return the gradients by x and weight."""
+def _backward(grads: list[Tensor], x_RI: Tensor, operands: list[Tensor], rounding: str) -> tuple[Tensor, list[Tensor]]:
+    """Return the gradients by x and by each weight."""
     to = ROUNDINGS[rounding]
-    return to.of_rows(grad_RO) @ operands[0], to.of_columns(grad_RO).t() @ to.of_columns(x_RI)
+    columns_RI = to.of_columns(x_RI)
+    grad_weights = [to.of_columns(grad_RO).t() @ columns_RI for grad_RO in grads]
+    grad_xs = [to.of_rows(grad_RO) @ weight_OI for grad_RO, weight_OI in zip(grads, operands, strict=True)]
+    return sum_in_place(grad_xs), grad_weights
 
 
 rounded_weight = op("rounded_weight", _rounded_weight, _empty_weight)

@@ -20,10 +20,11 @@ from torch.library import CustomOpDef
 from dsv3.fp8.recipe import RECIPES
 from dsv3.fp8.swiglu_cache import empty_packed
 
-LinearForward = Callable[[Tensor, Tensor, list[Tensor], str], Tensor]
-"""From x (R, I), the master weight (O, I), its operands and the name of a rounding or recipe to the product (R, O)."""
-LinearBackward = Callable[[Tensor, Tensor, list[Tensor], str], tuple[Tensor, Tensor]]
-"""From the gradient (R, O), x, the operands and the name to the gradients by x and, in fp32, by the weight."""
+LinearForward = Callable[[Tensor, list[Tensor], list[Tensor], str], list[Tensor]]
+"""From x (R, I), master weights (O, I) that may differ in O, the operands of all and the name of a rounding or recipe
+to the product (R, O) with each weight. Layers that read one x share its rounding so."""
+LinearBackward = Callable[[list[Tensor], Tensor, list[Tensor], str], tuple[Tensor, list[Tensor]]]
+"""From the gradients (R, O), x, the operands and the name to the gradients by x and, in fp32, by each weight."""
 Experts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 ExpertsForward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], str], Experts]
 """From hidden (T, D), index and weight (T, K), gate_up (E, 2F, D), down (E, D, F), their operands and the name to the
@@ -43,22 +44,24 @@ def op(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Cus
 
 
 def linear_op(name: str, forward: LinearForward, backward: LinearBackward) -> CustomOpDef:
-    """Register the operators `name` and `name`_backward of a linear product; return the first."""
+    """Register the operators `name` and `name`_backward of linear products of one x; return the first."""
 
-    def fake(x_RI: Tensor, weight_OI: Tensor, operands: list[Tensor], recipe: str) -> Tensor:
-        return x_RI.new_empty(x_RI.shape[0], weight_OI.shape[0])
+    def fake(x_RI: Tensor, weights: list[Tensor], operands: list[Tensor], recipe: str) -> list[Tensor]:
+        return [x_RI.new_empty(x_RI.shape[0], weight_OI.shape[0]) for weight_OI in weights]
 
-    def fake_backward(grad_RO: Tensor, x_RI: Tensor, operands: list[Tensor], recipe: str) -> tuple[Tensor, Tensor]:
-        grad_weight_OI = x_RI.new_empty(grad_RO.shape[1], x_RI.shape[1], dtype=torch.float32)
-        return x_RI.new_empty(x_RI.shape), grad_weight_OI
+    def fake_backward(
+        grads: list[Tensor], x_RI: Tensor, operands: list[Tensor], recipe: str
+    ) -> tuple[Tensor, list[Tensor]]:
+        shapes = [(grad_RO.shape[1], x_RI.shape[1]) for grad_RO in grads]
+        return x_RI.new_empty(x_RI.shape), [x_RI.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         x_RI, _, operands, ctx.recipe = inputs
         ctx.save_for_backward(x_RI, *operands)
 
-    def gradients(ctx: Any, grad_RO: Tensor) -> tuple[Any, ...]:
+    def gradients(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
         x_RI, *operands = ctx.saved_tensors
-        return *backward_op(grad_RO, x_RI, operands, ctx.recipe), [None] * len(operands), None
+        return *backward_op(grads, x_RI, operands, ctx.recipe), [None] * len(operands), None
 
     forward_op, backward_op = op(name, forward, fake), op(f"{name}_backward", backward, fake_backward)
     forward_op.register_autograd(gradients, setup_context=save)
@@ -136,3 +139,11 @@ def _save_experts(ctx: Any, inputs: tuple[Any, ...], output: Experts) -> None:
 def expert_shapes(operands: list[Tensor]) -> tuple[torch.Size, torch.Size]:
     """Return the shapes of gate_up (E, 2F, D) and down (E, D, F); the first half of `operands` is of gate_up."""
     return operands[0].shape, operands[len(operands) // 2].shape
+
+
+def sum_in_place(parts: list[Tensor]) -> Tensor:
+    """Return the sum of `parts`, added to the first of them."""
+    total, *others = parts
+    for part in others:
+        total += part
+    return total

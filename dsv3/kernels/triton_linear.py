@@ -11,7 +11,7 @@ from dsv3.fp8.definition import BLOCK
 from dsv3.fp8.linear import Operands, Product
 from dsv3.fp8.quantize import Quantized
 from dsv3.fp8.recipe import RECIPES, Recipe
-from dsv3.kernels.op import linear_op, op
+from dsv3.kernels.op import linear_op, op, sum_in_place
 from dsv3.kernels.triton_launch import (
     Schedule,
     grouped_gemm,
@@ -26,10 +26,10 @@ from dsv3.kernels.triton_launch import (
 def product(recipe: Recipe) -> Product:
     """Return the product by `recipe`, in the dtype of x; dimensions are padded to multiples of 128."""
 
-    def multiply(x_RI: Tensor, weight_OI: Tensor, operands: Operands) -> Tensor:
-        return linear_triton(x_RI, weight_OI, operands, recipe.name)
+    def multiply(x_RI: Tensor, weights: list[Tensor], operands: Operands) -> list[Tensor]:
+        return linear_triton(x_RI, weights, operands, recipe.name)
 
-    return Product(lambda weight: weight_operands([weight], recipe), multiply)
+    return Product(lambda weights: weight_operands(weights, recipe), multiply)
 
 
 def weight_operands(weights: list[Tensor], recipe: Recipe) -> Operands:
@@ -37,12 +37,12 @@ def weight_operands(weights: list[Tensor], recipe: Recipe) -> Operands:
     return [part for weight in weights for part in quantized_weight(weight.detach(), recipe.power_of_two_scales)]
 
 
-def forward_operand(operands: Operands, number: int = 0) -> Quantized:
+def forward_operand(operands: Operands, number: int) -> Quantized:
     """Return the quantized weight of that number, as forward takes it."""
     return _quantized(*operands[4 * number : 4 * number + 2])
 
 
-def dgrad_operand(operands: Operands, number: int = 0) -> Quantized:
+def dgrad_operand(operands: Operands, number: int) -> Quantized:
     """Return the quantized weight of that number, transposed, as dgrad takes it."""
     return _quantized(*operands[4 * number + 2 : 4 * number + 4])
 
@@ -80,24 +80,33 @@ def _empty_weight(weight_OI: Tensor, power_of_two_scales: bool) -> tuple[Tensor,
     return *empty(output_blocks, input_blocks), *empty(input_blocks, output_blocks)
 
 
-def _forward(x_RI: Tensor, weight_OI: Tensor, operands: list[Tensor], recipe: str) -> Tensor:
-    """Return the product of the quantized operands."""
-    rows = quantize_rows(padded(x_RI, 1), RECIPES[recipe].power_of_two_scales)
-    y_RO = grouped_gemm(rows, None, forward_operand(operands), whole_schedule(x_RI), len(x_RI), x_RI.dtype)
-    return y_RO[:, : len(weight_OI)].contiguous()
+def _forward(x_RI: Tensor, weights: list[Tensor], operands: list[Tensor], recipe: str) -> list[Tensor]:
+    """Return the product of the quantized x with each quantized weight."""
+    rows, tiles = quantize_rows(padded(x_RI, 1), RECIPES[recipe].power_of_two_scales), whole_schedule(x_RI)
+    products = []
+    for number, weight_OI in enumerate(weights):
+        y_RO = grouped_gemm(rows, None, forward_operand(operands, number), tiles, len(x_RI), x_RI.dtype)
+        products.append(y_RO[:, : len(weight_OI)].contiguous())
+    return products
 
 
-def _backward(grad_RO: Tensor, x_RI: Tensor, operands: list[Tensor], recipe: str) -> tuple[Tensor, Tensor]:
-    """Return the gradients by x, in its dtype, and by the master weight, in fp32."""
-    choice, num_outputs, num_inputs = RECIPES[recipe], grad_RO.shape[1], x_RI.shape[1]
-    tiles, grad, x = whole_schedule(x_RI), padded(grad_RO, 1), padded(x_RI, 1)
-    rows = quantize_rows(grad, choice.power_of_two_scales)
-    grad_x_RI = grouped_gemm(rows, None, dgrad_operand(operands), tiles, len(x), x.dtype)[:, :num_inputs]
-    if not choice.wgrad_quant:
-        return grad_x_RI.contiguous(), (grad_RO.bfloat16().t() @ x_RI.bfloat16()).float()
-    grad_OR, x_IR = (quantize_columns(side, tiles, None, choice.power_of_two_scales) for side in (grad, x))
-    grad_weight_OI = grouped_wgrad(grad_OR, x_IR, tiles, torch.float32)[0, :num_outputs, :num_inputs]
-    return grad_x_RI.contiguous(), grad_weight_OI.contiguous()
+def _backward(grads: list[Tensor], x_RI: Tensor, operands: list[Tensor], recipe: str) -> tuple[Tensor, list[Tensor]]:
+    """Return the gradients by x, in its dtype, and by each master weight, in fp32."""
+    choice, tiles, num_inputs = RECIPES[recipe], whole_schedule(x_RI), x_RI.shape[1]
+    scales = choice.power_of_two_scales
+    x_IR = quantize_columns(padded(x_RI, 1), tiles, None, scales) if choice.wgrad_quant else None
+    grad_xs, grad_weights = [], []
+    for number, grad_RO in enumerate(grads):
+        grad = padded(grad_RO, 1)
+        rows = quantize_rows(grad, scales)
+        grad_x_RI = grouped_gemm(rows, None, dgrad_operand(operands, number), tiles, len(x_RI), x_RI.dtype)
+        grad_xs.append(grad_x_RI[:, :num_inputs].contiguous())
+        if x_IR is None:
+            grad_weights.append((grad_RO.bfloat16().t() @ x_RI.bfloat16()).float())
+            continue
+        grad_OI = grouped_wgrad(quantize_columns(grad, tiles, None, scales), x_IR, tiles, torch.float32)[0]
+        grad_weights.append(grad_OI[: grad_RO.shape[1], :num_inputs].contiguous())
+    return sum_in_place(grad_xs), grad_weights
 
 
 quantized_weight = op("quantized_weight", _quantized_weight, _empty_weight)

@@ -41,7 +41,7 @@ class Outputs:
 
 
 def run_training(
-    plan: TrainingPlan, outputs: Outputs, progress_mode: ProgressMode = ProgressMode.none
+    plan: TrainingPlan, outputs: Outputs, progress_mode: ProgressMode = ProgressMode.auto
 ) -> dict[str, Any] | None:
     """Train, from the newest checkpoint where there is one, and write `outputs`; return the metrics.
 

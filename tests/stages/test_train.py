@@ -160,3 +160,40 @@ def test_the_log_in_aim_ends_with_the_trainings_last_line(tmp_path, monkeypatch)
     (run,) = Repo.from_path(str(tmp_path / "copy")).iter_runs()
     lines = [line.data for line in run.get_terminal_logs().values.values_list()]
     assert any(line in done.stdout and "nats/char" in line for line in lines[-2:])
+
+
+def test_a_folder_with_others_files_is_refused_before_the_training(tmp_path):
+    write_inputs(tmp_path)
+    (tmp_path / "final_model").mkdir()
+    (tmp_path / "final_model" / "thesis.txt").write_text("precious")
+    done = run_stage(tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.endswith(
+        "final_model: holds thesis.txt, which is not written here and would be lost; name another folder\n"
+    )
+    assert (tmp_path / "final_model" / "thesis.txt").read_text() == "precious"
+
+
+def test_an_earlier_model_is_replaced(tmp_path, uninterrupted):
+    write_inputs(tmp_path)
+    shutil.copytree(uninterrupted / "final_model", tmp_path / "final_model")
+    done = run_stage(tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(tmp_path):
+    write_inputs(tmp_path, train={"adam_epsilon": 1.0e-46, "learning_rate": 1.0e30}, runtime={"save_steps": 1})
+    done = run_stage(tmp_path)
+    assert done.returncode == 2
+    assert "finite" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "final_model").exists()
+    for saved in tmp_path.glob(".checkpoints/*/step_*/model.safetensors"):
+        assert all(weight.isfinite().all() for weight in load_file(saved).values()), saved
+
+
+def test_outside_a_terminal_a_training_prints_a_line_per_validation_and_no_bar(uninterrupted, tmp_path):
+    write_inputs(tmp_path)
+    done = run_stage(tmp_path)
+    assert "step 5: validation " in done.stderr
+    assert "train: step 12 of 12, 00:00 left, loss " in done.stderr
+    assert "\r" not in done.stderr

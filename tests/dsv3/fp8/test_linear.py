@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from dsv3.fp8.linear import LowPrecisionLinear
 from dsv3.fp8.recipe import Recipe
-from dsv3.fp8.rounding import BF16, fp8_rounding
+from dsv3.fp8.rounding import BF16, ROUNDINGS, fp8_rounding
 from dsv3.kernels import emulated_linear
 from tests.dsv3.kernels.cases import relative_error
 
@@ -21,7 +22,7 @@ def low_precision(original: nn.Linear, rounding=FP8) -> LowPrecisionLinear:
 
 def rounded_product(x: Tensor, weight: Tensor, rounding=FP8) -> Tensor:
     product = emulated_linear.product(rounding)
-    return product.multiply(x, weight, product.weight_operands(weight))
+    return product.multiply(x, [weight], product.weight_operands([weight]))[0]
 
 
 def inputs(num_rows: int, num_inputs: int, num_outputs: int):
@@ -157,8 +158,10 @@ def test_generated_code_that_reuses_its_buffers_gives_what_eager_gives():
 def test_the_operators_pass_opcheck_and_compile_without_a_break():
     x, weight, _ = inputs(5, 128, 256)
     layer = low_precision(nn.Linear(128, 256))
-    arguments = (x.requires_grad_(), weight.requires_grad_(), layer.new_weight_operands(), FP8.name)
-    torch.library.opcheck(torch.ops.dsv3.emulated_linear, arguments)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    for weights in ([weight], [weight, weight.detach()[:64].requires_grad_()]):
+        operands = layer.product.weight_operands(weights)
+        torch.library.opcheck(torch.ops.dsv3.emulated_linear, (x, weights, operands, FP8.name))
     torch.library.opcheck(torch.ops.dsv3.rounded_weight, (weight.detach(), FP8.name))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), layer(x))
@@ -172,3 +175,30 @@ def test_inference_mode_computes_the_same():
         twice = layer(torch.randn(4, 128) + x)
     assert torch.equal(inside, layer(x))
     assert twice.shape == inside.shape
+
+
+def test_two_products_of_one_input_give_the_bits_of_two_layers_and_round_the_input_once(monkeypatch):
+    x, weight, grad = inputs(300, 256, 128)
+    weights, grads = [weight, weight[:64].flip(0)], [grad, grad[:, :64] * 2]
+    calls = []
+
+    def counted(kind):
+        function = getattr(FP8, kind)
+        return lambda x: calls.append((kind, x.shape)) or function(x)
+
+    counting = replace(FP8, name="counting", rows=counted("rows"), columns=counted("columns"))
+    monkeypatch.setitem(ROUNDINGS, "counting", counting)
+
+    def run(groups, rounding):
+        leaf, leaves = x.clone().requires_grad_(), [w.clone().requires_grad_() for w in weights]
+        product, outputs = emulated_linear.product(rounding), []
+        for group in groups:
+            chosen = [leaves[number] for number in group]
+            outputs += product.multiply(leaf, chosen, product.weight_operands(chosen))
+        torch.autograd.backward(outputs, grads)
+        return [*outputs, leaf.grad, *(w.grad for w in leaves)]
+
+    together, apart = run([[0, 1]], counting), run([[0], [1]], FP8)
+    assert all(torch.equal(*pair) for pair in zip(together, apart, strict=True))
+    assert sorted(calls).count(("rows", x.shape)) == 1
+    assert sorted(calls).count(("columns", x.shape)) == 1

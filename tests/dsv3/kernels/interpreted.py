@@ -83,7 +83,7 @@ def check_operators() -> list[str]:
         "weight": (torch.ops.dsv3.quantized_weight, (weight.detach(), False)),
         "experts": (torch.ops.dsv3.experts_triton, (*leaves, experts, "fp8")),
         "experts, SwiGLU in FP8": (torch.ops.dsv3.experts_triton, (*leaves, experts, "fp8_swiglu_cache")),
-        "linear": (torch.ops.dsv3.linear_triton, (torch.randn(3, 160).requires_grad_(), weight, linear, "fp8")),
+        "linear": (torch.ops.dsv3.linear_triton, (torch.randn(3, 160).requires_grad_(), [weight], linear, "fp8")),
     }
     for operator, arguments in operators.values():
         torch.library.opcheck(operator, arguments)

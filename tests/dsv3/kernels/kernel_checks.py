@@ -238,7 +238,7 @@ def linear_errors(sizes: tuple[int, int, int], recipe: Recipe, device: torch.dev
 
     def run(product: Product, device: torch.device) -> dict[str, Tensor]:
         x, weight = (tensors[name].to(device, copy=True).requires_grad_() for name in ("x", "weight"))
-        output = product.multiply(x, weight, product.weight_operands(weight))
+        output = product.multiply(x, [weight], product.weight_operands([weight]))[0]
         output.backward(tensors["grad"].to(device))
         return {"output": output.detach().cpu(), "x": x.grad.cpu(), "weight": weight.grad.cpu()}
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dsv3.artifacts import read_json
-from dsv3.fp8.linear import LowPrecisionLinear
+from dsv3.fp8.linear import LowPrecisionLinear, LowPrecisionMLP
 from dsv3.fp8.recipe import Recipe
 from dsv3.kernels import registry
 from dsv3.kernels.convert import convert, emulate_bf16
@@ -55,6 +55,17 @@ def test_everything_that_multiplies_is_converted_but_the_head_and_the_router(mod
     assert conversion.partial_blocks == partial  # 192 and 160 outputs
     assert all(isinstance(model.get_submodule(name), LowPrecisionLinear) for name in conversion.converted)
     assert not any("gate" in name.split(".")[-1:] for name in conversion.converted)
+
+
+def test_a_swiglu_rounds_its_input_once_and_its_layers_are_called_as_before(model):
+    convert(model, Recipe(), CPU)
+    mlps = [module for module in model.modules() if isinstance(module, LowPrecisionMLP)]
+    assert len(mlps) == 2  # the dense layer's and the shared expert
+    called = []
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        mlps[0].get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+    mlps[0](torch.randn(4, 128))
+    assert called == ["gate_proj", "up_proj", "down_proj"]
 
 
 def test_a_layer_smaller_than_a_block_stays_and_is_listed(model):

@@ -72,7 +72,8 @@ def passed_precision(precision, experts):
 
 
 def everything(model):
-    return [*model.parameters(), *model.buffers()]
+    operands = [getattr(module, "weight_operands", None) or [] for module in model.modules()]
+    return [*model.parameters(), *model.buffers(), *(tensor for tensors in operands for tensor in tensors)]
 
 
 def passed(model, tokens, precision):
@@ -119,7 +120,7 @@ CASES = [
 
 @pytest.mark.parametrize(("experts", "precision", "caches_swiglu"), [*CASES, ("fp8_emulated", "fp32", True)])
 def test_an_moe_layer_keeps_what_the_estimate_says_with_every_backend_to_two_percent(experts, precision, caches_swiglu):
-    model = model_of(NANO, precision, experts, Recipe(caches_swiglu=caches_swiglu))
+    model = model_of(NANO, precision, experts, Recipe(swiglu_cache=caches_swiglu))
     moe = next(module for module in model.modules() if isinstance(module, DeepseekV3MoE))
     hidden = torch.randn(2, 64, NANO["hidden_size"], requires_grad=True)
 
@@ -129,7 +130,8 @@ def test_an_moe_layer_keeps_what_the_estimate_says_with_every_backend_to_two_per
             return output, (logits.sigmoid() * 2).exp()  # the sequence-wise loss keeps the scores once more
 
     # The input is the norm's output, which belongs to the layer.
-    measured = saved_bytes(run, everything(model))
+    with cached_weights(model):
+        measured = saved_bytes(run, everything(model))
     w = Workload(2, 64, "cpu", passed_precision(precision, experts), experts, caches_swiglu=caches_swiglu)
     assert moe_layer_bytes(Architecture(**NANO), w) == pytest.approx(measured, rel=0.02)
 

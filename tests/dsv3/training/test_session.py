@@ -83,7 +83,7 @@ def test_layers_that_are_left_out_of_fp8_are_listed_with_the_run(tmp_path, capsy
     listed = json.loads((tmp_path / "results" / "run.json").read_text())["env"]["high_precision_linears"]
     assert "lm_head" in listed
     assert "high_precision_linears" not in metrics  # DVC's metrics are numbers and words
-    assert f"in high precision: {listed[0].removeprefix('model.')}" in capsys.readouterr().out
+    assert f"in high precision: {listed[0].removeprefix('model.')}" in capsys.readouterr().err
 
 
 def test_a_model_without_experts_trains(tmp_path):
