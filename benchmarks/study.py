@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Run a study's trainings as DVC experiments, and write its page from what they came to.",
+    help="Run a study's trainings as DVC experiments, and write its page from their results.",
 )
 StudyArgument = Annotated[str, typer.Argument(help="A name that this command prints without arguments.")]
 
@@ -79,8 +79,8 @@ def report(
     picture = page.parent / "figures" / f"{name}.png"
     if results:
         save_figure(figure(study, results), picture)
-    told = {message for message in messages.values() if not message.startswith("dvc: ")}  # DVC's own words
-    conditions = how or "; ".join(sorted(told)) or "on a machine that was not recorded"
+    recorded = {message for message in messages.values() if not message.startswith("dvc: ")}  # DVC's own words
+    conditions = how or "; ".join(sorted(recorded)) or "on a machine that was not recorded"
     text = section(name, study, results, conditions, picture.relative_to(page.parent).as_posix())
     replace_section(page, name, text)
     typer.echo(f"{page}: {len(results)} of {len(run_names(name, study))} runs, {len(messages)} compared with DVC")

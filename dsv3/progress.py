@@ -157,7 +157,7 @@ def shown_progress(mode: ProgressMode, name: str, total: int, unit: str, done: i
 
 
 def counted(progress: Progress) -> Callable[[int], None]:
-    """Return a function that is told of further units and shows how many there are so far."""
+    """Return a function of further units that shows how many there are so far."""
     done = 0
 
     def add(units: int) -> None:

@@ -38,7 +38,7 @@ def main(
     for name, value in values.items():
         print(f"  {name:40} {value:>25,}")
 
-    # Told here rather than by train: the pipeline stops before a weight is made.
+    # Refused here rather than by train: the pipeline stops before a weight is made.
     accepted = output / "accepted.txt"
     accepted.unlink(missing_ok=True)
     device = parameters.runtime.device_type(has_nvidia_driver())

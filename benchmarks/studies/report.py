@@ -49,11 +49,11 @@ def conditions(name: str, study: Study, results: Sequence[Result], how: str) -> 
     """Return what the numbers depend on, how many runs there are of how many, and how to read the table."""
     total = len(study.seeds) * len(study.variants)
     steps, tokens = _range(results, lambda r: r.num_steps), _range(results, lambda r: r.num_tokens)
-    told = "; ".join(sorted({result.conditions for result in results}))
+    conditions = "; ".join(sorted({result.conditions for result in results}))
     missing = "" if len(results) == total else " **The study is not complete.**"
     return (
         f"{len(results)} of {total} runs have finished.{missing} Each trained for {steps} steps on {tokens} tokens: "
-        f"{told}; {how}.\n\n"
+        f"{conditions}; {how}.\n\n"
         f"± is the standard deviation over the seeds. Differences and speeds are taken seed by seed against "
         f"`{study.baseline}`. Speeds are indicative only: the trainings ran beside each other. MaxVio is the worst "
         f"layer's. A run is named `{name}-<variant>-<seed>`, in `dvc exp show` and in Aim."

@@ -1,4 +1,4 @@
-"""What a study's runs came to: read from Aim, and compared with DVC, which is the truth.
+"""The results of a study's runs: read from Aim, and compared with DVC's.
 
 Aim knows the runs of a study and keeps their curves. It is read from a copy without its index, for only `aim up` fills
 that, and a training may be writing. DVC holds the metrics of each experiment in a commit; where the two disagree the

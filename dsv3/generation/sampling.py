@@ -72,7 +72,7 @@ def sample_all(
     seed: int,
     progress: Callable[[int], object] = lambda num_prompts: None,
 ) -> list[Sample]:
-    """Return the samples of every prompt; `progress` is told of each.
+    """Return the samples of every prompt; `progress` is called with 1 after each.
 
     Prompt number n has the seed `seed` + n: another prompt in the list does not change what follows this one.
     """

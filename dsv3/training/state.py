@@ -32,7 +32,7 @@ class Measured:
     """Norm of all gradients before clipping."""
 
     is_interrupted: bool
-    """Whether any process was told to stop."""
+    """Whether any process has received a signal to stop."""
 
     load_LE: Tensor
     """Tokens per router and expert of the step's batch."""
