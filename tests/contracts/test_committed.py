@@ -41,7 +41,7 @@ def test_values_are_a_commits_and_the_code_the_working_trees():
 
 
 def test_a_baseline_of_yours_does_not_change_what_tests_start_from(tmp_path: Path):
-    """In a clone on another branch, with values of its own that are committed, staged and neither."""
+    """In a clone on no branch, with values of its own that are committed, staged and neither."""
     copy = tmp_path / "copy"
 
     def run(*command: str) -> str:
@@ -58,7 +58,7 @@ def test_a_baseline_of_yours_does_not_change_what_tests_start_from(tmp_path: Pat
         "from tests.committed import *; print(BASELINE, DEFAULTS, *[(PROJECT / name).read_text() for name in MODELS])"
     )
     subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(copy)], check=True)
-    run("git", "switch", "--quiet", "--create", "trunk")
+    run("git", "switch", "--quiet", "--detach")
     shutil.copy(ROOT / "tests/committed.py", copy / "tests")
     first = run(sys.executable, "-c", values)
     change_values()
