@@ -197,7 +197,6 @@ def test_a_file_that_is_missing_or_no_yaml_is_one_line():
         ({"topk_method": "greedy"}, "topk_method is 'greedy'; must be 'noaux_tc', the router of DeepSeek-V3"),
         ({"moe_layer_freq": 2}, "moe_layer_freq is 2; must be 1, the router of DeepSeek-V3"),
         ({"n_routed_expert": 4}, "n_routed_expert is no field of this architecture; did you mean n_routed_experts?"),
-        ({"num_local_experts": 4}, "num_local_experts is no field of this architecture"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; must be one of 'silu'"),
         ({"model_type": "llama"}, "model_type is 'llama'; must be one of 'deepseek_v3'"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; input should be a valid boolean"),
