@@ -32,13 +32,16 @@ def main(
     parameters = read_params(params)
 
     from dsv3.export.model_folder import check_model_folder
-    from dsv3.training.launch import is_worker, run_workers
-    from dsv3.training.plan import check_output, read_manifest, read_training_plan
+    from dsv3.training.launch import check_environment, is_worker, run_workers
+    from dsv3.training.plan import check_output, check_unlinked, read_manifest, read_training_plan
 
+    check_environment(parameters.runtime)
     plan = read_training_plan(parameters, tokens)
     check_output(sizes, "estimate_size")
     manifest = read_manifest(corpus)
     check_model_folder(model, tokens)
+    for folder in (model, results):
+        check_unlinked(folder)
     if not is_worker():
         print(plan.summary())
     if dry_run:

@@ -99,7 +99,9 @@ def write_inputs(folder: Path, seed: int = 0, **sections: dict) -> Path:
     params["tokenize"]["vocab_size"] = 257
     params["evaluate"].update(block_size=32, stride=16)
     params["sample"].update(max_new_tokens=12)
-    for section, values in {"train": TRAIN, "runtime": RUNTIME}.items():
+    max_steps = sections.get("train", {}).get("max_steps", TRAIN["max_steps"])
+    shortened = {"eval_steps": min(TRAIN["eval_steps"], max_steps)} if max_steps > 0 else {}
+    for section, values in {"train": TRAIN | shortened, "runtime": RUNTIME}.items():
         params[section].update({**values, **sections.pop(section, {})})
     for section, values in sections.items():
         params[section].update(values)

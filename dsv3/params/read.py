@@ -109,6 +109,11 @@ def _check_relations(params: Params, architecture: Architecture, path: Path) -> 
             f"train.block_size is {train.block_size}; must be <= {limit}, the max_position_embeddings of {config}",
         ),
         (
+            architecture.num_nextn_predict_layers >= train.block_size,
+            f"train.block_size is {train.block_size}; must be > {architecture.num_nextn_predict_layers}, the "
+            f"num_nextn_predict_layers of {config}, each of which looks a token further on",
+        ),
+        (
             evaluate.block_size > limit,
             f"evaluate.block_size is {evaluate.block_size}; must be <= {limit}, "
             f"the max_position_embeddings of {config}",

@@ -13,6 +13,7 @@ from dsv3.params.architecture import Architecture, read_architecture
 from dsv3.params.read import Params
 from dsv3.sizing.flops import training_flops_per_token
 from dsv3.sizing.report import training_size
+from dsv3.tracking.identity import project_root
 from dsv3.training.budget import Budget, budget_of
 
 
@@ -102,7 +103,24 @@ def read_training_plan(params: Params, tokens: Path) -> TrainingPlan:
     if len(validation) < 2:
         raise UserError(f"{tokens}: {len(validation)} tokens for validation; must be >= 2; raise validation_fraction")
     budget = budget_of(params.train, batches.num_blocks_per_epoch)
-    return TrainingPlan(params, meta, architecture, batches, validation, budget)
+    plan = TrainingPlan(params, meta, architecture, batches, validation, budget)
+    check_steps(plan)
+    return plan
+
+
+def check_steps(plan: TrainingPlan) -> None:
+    """Raise `UserError` for a batch or a rhythm that the data and the length of the training do not allow."""
+    train, available, sequences = plan.params.train, plan.batches.num_blocks_per_epoch, plan.sequences_per_step
+    if sequences > available:
+        raise UserError(
+            f"params.yaml: train.per_device_train_batch_size * train.gradient_accumulation_steps is {sequences}; must "
+            f"be <= {available}, the sequences of {train.block_size} tokens in the text, or a step sees one twice"
+        )
+    if train.eval_steps > plan.total_steps:
+        raise UserError(
+            f"params.yaml: train.eval_steps is {train.eval_steps}; must be <= {plan.total_steps}, the steps of the "
+            "training, or it is validated at its end only"
+        )
 
 
 def read_manifest(corpus: Path) -> dict[str, Any]:
@@ -113,6 +131,18 @@ def read_manifest(corpus: Path) -> dict[str, Any]:
 def _read(path: Path, stage: str) -> Any:
     check_output(path, stage)
     return read_json(path)
+
+
+def check_unlinked(path: Path) -> None:
+    """Raise `UserError` where a link leads `path` out of the project: DVC would refuse the finished output."""
+    root = project_root().absolute()
+    if not path.absolute().is_relative_to(root) or path.parent.resolve().is_relative_to(root.resolve()):
+        return
+    link = next(parent for parent in path.absolute().parents if parent.is_symlink())
+    raise UserError(
+        f"{path}: the link {link} leads out of the project, where DVC takes no outputs; remove it, and run: dvc "
+        "cache dir --local FOLDER && dvc config --local cache.type symlink, to keep large files on another disk"
+    )
 
 
 def check_output(path: Path, stage: str) -> None:
