@@ -179,7 +179,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     except (SafetensorError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: does not fit this training ({reason}); name another checkpoint") from None
-    return read_state(folder).model_dump()
+    return read_state(folder).model_dump(exclude_unset=True)
 
 
 def check_checkpoint(folder: Path, config: Mapping[str, Any], total_steps: int) -> None:
