@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from dsv3.artifacts import sha256_file
 from dsv3.data import encoding, tokens
 from dsv3.data.corpus import Origin, write_documents, write_manifest, write_single_text
 from dsv3.data.meta import open_stream, read_meta
@@ -76,7 +77,7 @@ def test_meta_and_metrics_say_what_was_written(text_corpus, tmp_path):
     assert sizes["tokens"] == metrics["train"]["tokens"] == len(train)
     assert sizes["characters"] == int(len(TEXT) * 0.9)
     assert sizes["bytes"] == len(TEXT[: sizes["characters"]].encode()) > sizes["characters"]
-    assert sizes["shards"] == [path.name for path in train.paths]
+    assert sizes["shards"] == {path.name: sha256_file(path) for path in train.paths}
     assert metrics["vocabulary_used"] == len(set(train[:].tolist())) / 280
     assert metrics["train"]["characters_per_token"] == sizes["characters"] / sizes["tokens"]
     assert metrics["round_trip_exact"] is True
@@ -142,7 +143,7 @@ def test_a_damaged_corpus_and_an_empty_deal_leave_the_last_result_as_it_was(text
     write_tokens(text_corpus, tmp_path / "tokens", params(), vocabulary_limit=280)
     before = (tmp_path / "tokens" / "meta.json").read_text()
     (text_corpus / "text.txt").write_text(TEXT[:-100], encoding="utf-8")
-    with pytest.raises(UserError, match="its manifest says"):
+    with pytest.raises(UserError, match="is not the file that its manifest describes"):
         write_tokens(text_corpus, tmp_path / "tokens", params(), vocabulary_limit=280)
     (tmp_path / "few").mkdir()
     few = write_documents(tmp_path / "few", ["one", "two", "three"], "few")
