@@ -60,11 +60,11 @@ def check_sums(folder: Path) -> None:
         return
     remedy = f"{REMEDY}; remove {SUMS} if the change is yours"
     try:
-        lines = [line.split("  ", 1) for line in sums.read_text(encoding="ascii").splitlines()]
-        expected = {name: digest for digest, name in lines}
+        text = sums.read_text(encoding="utf-8")
+        expected = {name: digest for digest, name in (line.split("  ", 1) for line in text.splitlines())}
     except ValueError:
         raise UserError(f"{sums}: damaged; {remedy}") from None
-    if not expected or any(Path(name).name != name for name in expected):
+    if not text.endswith("\n") or any(Path(name).name != name for name in expected):
         raise UserError(f"{sums}: damaged; {remedy}")
     for name, digest in expected.items():
         if not (folder / name).is_file():
@@ -187,7 +187,9 @@ def check_tied(folder: Path, files: Iterable[Path]) -> None:
             names = {"lm_head.weight", "model.embed_tokens.weight"} & set(stored.keys())
             found |= {name: stored.get_tensor(name) for name in names}
     if not torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"]):
-        raise UserError(f"{folder}: tie_word_embeddings is true, but head and embedding differ; {REMEDY}")
+        raise UserError(
+            f"{folder / 'config.json'}: tie_word_embeddings is true, but head and embedding differ; {REMEDY}"
+        )
 
 
 def non_finite_weight(file: Path) -> str:

@@ -113,7 +113,7 @@ def save_checkpoint(
 def _mark_complete(folder: Path, fingerprint: str, step: int) -> None:
     files = {path.name: file_content(path) for path in sorted(folder.iterdir())}
     completion = Completion(fingerprint=fingerprint, step=step, files=files)
-    (folder / COMPLETE).write_text(completion.model_dump_json() + "\n", encoding="utf-8")
+    (folder / COMPLETE).write_text(completion.model_dump_json(), encoding="utf-8")
 
 
 def damage_of(folder: Path, fingerprint: str | None = None) -> str:

@@ -45,7 +45,7 @@ def test_whole_shards_are_counted_in_a_line(tokens):
 
 
 @pytest.mark.parametrize("file", ["train_00000.bin", "validation_00000.bin", "test_00000.bin", "meta.json"])
-@pytest.mark.parametrize("damage", [name for name in DAMAGES])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_any_damage_is_told_in_one_line(tokens, file, damage):
     DAMAGES[damage](tokens / file)
     assert_refused(tokens, r"run (the tokenize stage|dvc repro tokenize)")
@@ -57,11 +57,9 @@ def test_swapped_splits_are_refused(tokens):
     assert_refused(tokens, "train has .* tokens where meta.json says")
 
 
-def test_swapped_shards_of_one_length_are_refused(tokens):
-    data = bytearray((tokens / "test_00000.bin").read_bytes())
-    data[-2:], data[-4:-2] = data[-4:-2], data[-2:]
-    data[-1] ^= 0
-    (tokens / "test_00000.bin").write_bytes(bytes(reversed(data[24:])).join([bytes(data[:24]), b""]))
+def test_the_same_tokens_in_another_order_are_refused(tokens):
+    data = (tokens / "test_00000.bin").read_bytes()
+    (tokens / "test_00000.bin").write_bytes(data[:24] + data[-2:] + data[24:-2])
     assert_refused(tokens, "is not the shard that was written")
 
 

@@ -37,7 +37,7 @@ def model(exported, tmp_path):
     return shutil.copytree(exported, tmp_path / "final_model")
 
 
-def assert_refused(folder, match=""):
+def assert_refused(folder, match="."):
     for read in (lambda: (load_model(folder, CPU), load_tokenizer(folder)), lambda: check_source(folder)):
         with pytest.raises(UserError, match=match) as told:
             read()
