@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dsv3.artifacts import sha256_file, sha256_lines
 from dsv3.data.shards import write_shards
 from tests.committed import PROJECT
 
@@ -134,14 +135,15 @@ def write_tokens(folder: Path, seed: int) -> None:
             "characters": len(text),
             "bytes": len(text),
             "documents": 1,
-            "shards": [path.name for path in paths],
+            "shards": {path.name: sha256_file(path) for path in paths},
         }
     meta = {
         "vocab_size": len(vocabulary),
         "bos_token_id": 0,
         "eos_token_id": 0,
         "dtype": "uint16",
-        "sha256": f"{seed:064d}",
+        "tokenizer_sha256": sha256_file(folder / "tokenizer" / "tokenizer.json"),
+        "sha256": sha256_lines({name: digest for split in splits.values() for name, digest in split["shards"].items()}),
         "corpus": {"source": "made up", "sha256": "0" * 64},
         "splits": splits,
     }

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from dsv3.artifacts import read_json, replacing_directory, write_json
 from dsv3.export.model_folder import CODE_FILES, model_folder_contents
+from dsv3.export.weights import write_sums
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 
@@ -35,6 +36,7 @@ def export_huggingface(
         (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
         missing = [name for name in CODE_FILES if not (folder / name).is_file()]
         assert not missing, f"save_pretrained left out {missing}"
+        write_sums(folder)
 
 
 def add_tied_head(config: DeepseekV3Config, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3.artifacts import read_json
+from pydantic import BaseModel, ConfigDict
+
+from dsv3.artifacts import read_model
 from dsv3.data.batches import Batches
+from dsv3.data.meta import check_shards, open_stream, read_meta
 from dsv3.data.shards import TokenStream
 from dsv3.errors import UserError
 from dsv3.params.architecture import Architecture, read_architecture
@@ -88,49 +91,54 @@ class TrainingPlan:
         )
 
 
+class Described(BaseModel):
+    """What a training takes from the corpus's manifest; the rest is recorded as it is."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    source: str
+    sha256: str
+
+
+def check_tokens(tokens: Path) -> str:
+    """Return a line on the shards of a training; raise `UserError` where one is not as it was written."""
+    return check_shards(tokens, read_meta(tokens), ("train", "validation"))
+
+
 def read_training_plan(params: Params, tokens: Path) -> TrainingPlan:
     """Return the plan; raise `UserError` for an input that is missing, or that does not fit the parameters."""
-    meta = _read(tokens / "meta.json", "tokenize")
+    meta = read_meta(tokens)
     architecture = read_architecture(Path(params.model.config))
     vocab_size = architecture.vocab_size
-    if meta["vocab_size"] > vocab_size:
+    if meta.vocab_size > vocab_size:
         raise UserError(
-            f"{tokens}: its tokenizer has {meta['vocab_size']} tokens; must be <= {vocab_size}, "
+            f"{tokens}: its tokenizer has {meta.vocab_size} tokens; must be <= {vocab_size}, "
             f"the vocab_size of {params.model.config}; lower tokenize.vocab_size"
         )
-    batches = Batches(TokenStream.open(tokens, "train"), params.train.block_size, params.seed)
-    validation = TokenStream.open(tokens, "validation")
+    batches = Batches(open_stream(tokens, meta, "train"), params.train.block_size, params.seed)
+    validation = open_stream(tokens, meta, "validation")
     if len(validation) < 2:
         raise UserError(f"{tokens}: {len(validation)} tokens for validation; must be >= 2; raise validation_fraction")
     budget = budget_of(params.train, batches.num_blocks_per_epoch)
-    plan = TrainingPlan(params, meta, architecture, batches, validation, budget)
+    plan = TrainingPlan(params, meta.model_dump(), architecture, batches, validation, budget)
     check_steps(plan)
     return plan
 
 
 def check_steps(plan: TrainingPlan) -> None:
-    """Raise `UserError` for a batch or a rhythm that the data and the length of the training do not allow."""
+    """Raise `UserError` for a batch that the data does not allow."""
     train, available, sequences = plan.params.train, plan.batches.num_blocks_per_epoch, plan.sequences_per_step
     if sequences > available:
         raise UserError(
             f"params.yaml: train.per_device_train_batch_size * train.gradient_accumulation_steps is {sequences}; must "
             f"be <= {available}, the sequences of {train.block_size} tokens in the text, or a step sees one twice"
         )
-    if train.eval_steps > plan.total_steps:
-        raise UserError(
-            f"params.yaml: train.eval_steps is {train.eval_steps}; must be <= {plan.total_steps}, the steps of the "
-            "training, or it is validated at its end only"
-        )
 
 
 def read_manifest(corpus: Path) -> dict[str, Any]:
     """Return the corpus's manifest."""
-    return _read(corpus / "manifest.json", "download")
-
-
-def _read(path: Path, stage: str) -> Any:
-    check_output(path, stage)
-    return read_json(path)
+    check_output(corpus / "manifest.json", "download")
+    return read_model(corpus / "manifest.json", Described, "run the download stage again").model_dump()
 
 
 def check_unlinked(path: Path) -> None:
