@@ -71,6 +71,13 @@ class TrainingPlan:
         """Return the estimates of parameters, memory and arithmetic."""
         return training_size(self.architecture, self.params.train)
 
+    def notes(self) -> list[str]:
+        """Return lines on what is allowed and rarely meant."""
+        every = self.params.train.eval_steps
+        if every <= self.total_steps:
+            return []
+        return [f"note     train.eval_steps is {every}, more than all steps: validated once, at the end"]
+
     def summary(self) -> str:
         """Return the plan in a few lines."""
         train, size = self.params.train, self.size
@@ -85,6 +92,7 @@ class TrainingPlan:
                 f"{total_tokens:,} tokens, {self.epochs_before(self.total_steps):.2f} epochs",
                 f"cost     {self.flops_per_token:.3g} FLOPs per token, "
                 f"{self.flops_per_token * total_tokens:.3g} in all",
+                *self.notes(),
                 f"memory   {size['training_cpu_peak_gib']} GiB estimated on a CPU, "
                 f"{size['training_cuda_peak_gib']} GiB on a GPU",
             )

@@ -28,12 +28,10 @@ def test_a_training_has_at_least_one_step(tmp_path):
     assert plan.total_steps == 1
 
 
-def test_a_training_without_a_validation_before_its_end_is_refused(tmp_path):
-    with pytest.raises(
-        UserError, match=r"^params.yaml: train.eval_steps is 8; must be <= 7, the steps of the training"
-    ):
-        plan_of(tmp_path, train={"max_steps": 7, "eval_steps": 8})
-    assert plan_of(tmp_path, train={"max_steps": 7, "eval_steps": 7}).total_steps == 7
+def test_a_training_that_is_validated_at_its_end_only_says_so(tmp_path):
+    late = plan_of(tmp_path, train={"max_steps": 7, "eval_steps": 8})
+    assert "train.eval_steps is 8, more than all steps: validated once, at the end" in late.summary()
+    assert "note" not in plan_of(tmp_path, train={"max_steps": 7, "eval_steps": 7}).summary()
 
 
 def test_a_batch_of_many_epochs_is_refused(tmp_path):
