@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, StrictBool, ValidationError, model_v
 
 from dsv3.errors import UserError
 from dsv3.params.section import error_line
+from dsv3.params.text import read_small_text
 from mini_model.validation_deepseek import check_architecture
 
 
@@ -77,7 +78,7 @@ class Architecture(BaseModel):
 def read_architecture(path: Path) -> Architecture:
     """Return the architecture stored at `path`; raise `UserError` in one line for a file that is missing or wrong."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small_text(path)
     except OSError as error:
         raise UserError(
             f"model.config: {path} can't be read ({error.strerror}); name one of mini_model/config*.json"
@@ -88,3 +89,7 @@ def read_architecture(path: Path) -> Architecture:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
     except ValidationError as error:
         raise UserError(f"{path}: {error_line(error.errors()[0])}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not JSON that can be read (it is nested too deeply)") from None
+    except ValueError as error:  # an integer of more digits than Python reads
+        raise UserError(f"{path}: not JSON that can be read ({str(error).split(';')[0]})") from None

@@ -25,8 +25,12 @@ from dsv3.params.model import ModelParams
 from dsv3.params.runtime import RuntimeParams
 from dsv3.params.sample import SampleParams
 from dsv3.params.section import Section, error_line
+from dsv3.params.text import read_small_text
 from dsv3.params.tokenize import TokenizeParams
 from dsv3.params.train import TrainParams
+
+MAX_VALUES = 100_000
+"""A thousand times what params.yaml holds."""
 
 
 class Params(Section):
@@ -53,12 +57,39 @@ def read_params(path: Path) -> Params:
 def read_yaml(path: Path) -> Any:
     """Return the values in `path` as DVC reads them; raise `UserError` in one line for a file that is none."""
     try:
-        return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        values = YAML(typ="safe").load(read_small_text(path))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror})") from None
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: not YAML ({error.problem})") from None
+        raise UserError(f"{path}:{line}: not YAML ({one_line(error.problem)})") from None
+    except RecursionError:
+        raise UserError(f"{path}: not YAML that can be read (it is nested too deeply)") from None
+    except Exception as error:  # what the types of YAML raise for a wrong date, number or tag
+        raise UserError(f"{path}: not YAML that can be read ({one_line(error)})") from None
+    _check_size(values, path)
+    return values
+
+
+def _check_size(values: Any, path: Path) -> None:
+    """Raise `UserError` where aliases make a small file stand for too many values, or for itself."""
+    left, number = [values], 0
+    while left:
+        value = left.pop()
+        number += 1
+        if number > MAX_VALUES:
+            raise UserError(f"{path}: stands for more than {MAX_VALUES:,} values; write values, not aliases of aliases")
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+
+
+def one_line(message: object) -> str:
+    """Return a message of a library, or a text of the user's, as one line."""
+    return " ".join(str(message).split())
 
 
 def validated(values: Any, path: Path) -> Params:
@@ -66,7 +97,7 @@ def validated(values: Any, path: Path) -> Params:
     try:
         params = Params.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {_line_with_suggestion(_first_cause(error.errors()))}") from None
+        raise UserError(f"{path}: {one_line(_line_with_suggestion(_first_cause(error.errors())))}") from None
     _check_relations(params, read_architecture(Path(params.model.config)), path)
     return params
 
