@@ -17,6 +17,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -95,12 +96,7 @@ def corpus_files(path: str) -> Found:
     those about the data never.
     """
     place = local_path(path)
-    if place.is_dir():
-        found = _inside(place)
-    else:
-        # Path.glob takes no absolute pattern
-        names = [str(place)] if place.exists() else glob.glob(str(place), recursive=True)  # noqa: PTH207
-        found = _named([Path(name) for name in sorted(names)], path)
+    found = _inside(place) if place.is_dir() else _named(_matching(place), path)
     if not found.files:
         skipped = f" ({found.summary()[1]})" if found.skipped else ""
         raise UserError(f"data.path is {path}; no such file, or no text, jsonl, json, parquet or csv in it{skipped}")
@@ -115,16 +111,47 @@ def local_path(path: str) -> Path:
     """
     place = Path(os.path.expanduser(path))  # noqa: PTH111 -- leaves an unknown user's as it is
     workspace = Path(os.environ.get("DVC_ROOT", "."))
-    return workspace / place if not _matches(place) and _matches(workspace / place) else place
+    return workspace / place if not _matching(place) and _matching(workspace / place) else place
 
 
-def _matches(place: Path) -> bool:
-    return place.exists() or any(True for _ in glob.iglob(str(place), recursive=True))  # noqa: PTH207
+def _matching(place: Path) -> list[Path]:
+    """Return what a path or a glob names. `**` follows links as `_walk` does, where glob would follow circles."""
+    if place.exists():
+        return [place]
+    if "**" not in place.parts:
+        return [Path(name) for name in sorted(glob.glob(str(place)))]  # noqa: PTH207 -- Path.glob takes no absolute one
+    depth = place.parts.index("**")
+    roots, pattern = _matching(Path(*place.parts[:depth])), place.parts[depth:]
+    return sorted(file for root in roots for file in _walk(root, {}) if _fits(file.relative_to(root).parts, pattern))
+
+
+def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Return whether the names of a path fit a pattern in which `**` stands for any number of folders."""
+    if not pattern or not parts:
+        return not parts and set(pattern) <= {"**"}
+    if pattern[0] == "**":
+        return _fits(parts, pattern[1:]) or _fits(parts[1:], pattern)
+    is_hidden = parts[0].startswith(".") and not pattern[0].startswith(".")
+    return not is_hidden and fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
 
 
 def _inside(root: Path) -> Found:
-    """Return the files of a folder. A folder that two links lead to is read once, so links in a circle end."""
-    files, skipped, seen = [], {}, {root.resolve()}
+    """Return the files of a folder."""
+    files, skipped = [], {}
+    for file in _walk(root, skipped):
+        if reason := _reason_to_skip(file):
+            skipped[file] = reason
+        else:
+            files.append(file)
+    return Found(sorted(files), skipped)
+
+
+def _walk(root: Path, skipped: dict[Path, str]) -> Iterator[Path]:
+    """Yield what is in a folder and its subfolders; note in `skipped` which of these are left out, and why.
+
+    A folder that two links lead to is read once, so links in a circle end.
+    """
+    seen = {root.resolve()}
     for folder, subfolders, names in os.walk(root, followlinks=True):
         for name in sorted(subfolders):
             target = (Path(folder) / name).resolve()
@@ -133,12 +160,7 @@ def _inside(root: Path) -> Found:
                 skipped[Path(folder) / name] = "hidden" if name.startswith(".") else "a link to a folder that is read"
             seen.add(target)
         subfolders.sort()
-        for file in (Path(folder) / name for name in names):
-            if reason := _reason_to_skip(file):
-                skipped[file] = reason
-            else:
-                files.append(file)
-    return Found(sorted(files), skipped)
+        yield from (Path(folder) / name for name in names)
 
 
 def _reason_to_skip(file: Path) -> str | None:
@@ -360,9 +382,9 @@ def _parquet_rows(file: Path, text_field: str) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     try:
+        field_text(dict.fromkeys(pq.read_schema(file).names, ""), text_field, str(file))
         # As a dictionary, equal texts are held once, however many rows have them.
         with pq.ParquetFile(file, read_dictionary=[text_field]) as table:
-            field_text(dict.fromkeys(table.schema_arrow.names, ""), text_field, str(file))
             size, rows = file.stat().st_size, table.metadata.num_rows
             if rows > max(ROWS_OF_ANY_FILE, 8 * size):
                 raise UserError(f"{file}: claims {rows:,} rows in {size:,} bytes; must be at most a row a bit")
