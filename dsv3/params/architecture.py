@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from dsv3.errors import UserError
 from dsv3.params.section import error_line, suggestion, value_text
+from dsv3.params.text import read_small_text
 from mini_model.validation_deepseek import ROPE_MINIMUMS, check_architecture
 
 HARMLESS = frozenset(
@@ -146,15 +147,17 @@ def read_architecture(path: Path) -> Architecture:
 def _read_fields(path: Path) -> dict[str, Any]:
     """Return the object that the JSON file at `path` holds."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
+        fields = json.loads(read_small_text(path), object_pairs_hook=_without_repetition)
     except OSError as error:
         raise UserError(
             f"model.config: {path} can't be read ({error.strerror}); name one of mini_model/config*.json"
         ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
-    except (ValueError, RecursionError) as error:  # no UTF-8, a repeated field, too many digits, nested too deeply
-        raise UserError(f"{path}: not JSON ({error})") from None
+    except RecursionError:
+        raise UserError(f"{path}: not JSON that can be read (it is nested too deeply)") from None
+    except ValueError as error:  # a repeated field, an integer of more digits than Python reads
+        raise UserError(f"{path}: not JSON that can be read ({str(error).split(';')[0]})") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: holds {value_text(fields)}; must hold an object, as config.json does")
     return fields

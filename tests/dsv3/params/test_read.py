@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Literal
@@ -233,17 +234,12 @@ def test_an_architecture_that_cannot_route_is_refused_when_the_parameters_are_re
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        (b"{\n  oops\n}", ":2: not JSON"),
         (b"[1]", ": holds [1]; must hold an object, as config.json does"),
-        (b'{"hidden_size": 1, "hidden_size": 2}', ": not JSON (hidden_size is stated twice)"),
-        (b'{"hidden_size": ' + b"9" * 5000 + b"}", ": not JSON (Exceeds the limit"),
-        (b"[" * 100_000, ": not JSON"),
-        (b"\xff\xfe{}", ": not JSON ('utf-8' codec"),
-        (b"\xef\xbb\xbf{}", ":1: not JSON (Unexpected UTF-8 BOM"),
+        (b'{"hidden_size": 1, "hidden_size": 2}', ": not JSON that can be read (hidden_size is stated twice)"),
     ],
-    ids=["oops", "list", "twice", "digits", "nested", "utf16", "bom"],
+    ids=["list", "twice"],
 )
-def test_an_architecture_that_is_no_json_is_one_line(text, line):
+def test_an_architecture_of_another_form_is_one_line(text, line):
     Path("mini_model/config_nano.json").write_bytes(text)
     assert mistake(VALUES).startswith(f"mini_model/config_nano.json{line}")
 
@@ -307,6 +303,86 @@ def test_what_transformers_exports_is_read(config_class):
     path = Path("mini_model/config_nano.json")
     path.write_text(json.dumps(fields), encoding="utf-8")
     assert read_architecture(path).n_routed_experts == 8
+
+
+BOMB = "a: &a [x, x, x, x]\n" + "".join(
+    f"{chr(98 + n)}: &{chr(98 + n)} [{f'*{chr(97 + n)}, ' * 9}]\n" for n in range(12)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("seed: é".encode("latin-1"), "params.yaml:1: is not UTF-8 (byte 0xe9); save it as UTF-8"),
+        ("seed: 1".encode("utf-16"), "params.yaml:1: is not UTF-8 (byte 0xff)"),
+        (b"seed: 1\nmodel: \0", "params.yaml:2: holds a NUL character"),
+        (b"seed: \x07", "params.yaml: not YAML that can be read (unacceptable character"),
+        (BOMB.encode(), "params.yaml: stands for more than 100,000 values; write values, not aliases of aliases"),
+        (b"seed: &a [*a, *a]", "params.yaml: stands for more than 100,000 values"),
+        (b"[" * 100_000, "params.yaml: opens 51 brackets; must be nested <= 50 deep"),
+        (b"- " * 30_000, "params.yaml: not YAML that can be read (it is nested too deeply)"),
+        (b"a: [" + b"1," * 100_000 + b"]", "params.yaml: has 100,000 lines and commas; must have <= 5,000"),
+        (b"seed: " + b"9" * 5000, "params.yaml: not YAML that can be read (Exceeds the limit"),
+        (b"seed: 2024-99-99", "params.yaml: not YAML that can be read (month must be in 1..12)"),
+        (b"seed: !!int x", "params.yaml: not YAML that can be read (invalid literal"),
+        (b"seed: !!python/object/apply:os.system [x]", "params.yaml:1: not YAML (could not determine a constructor"),
+        (b'"a\\nb": 1', "params.yaml: a b is no parameter"),
+        (b"#" * 300_000, "params.yaml: has more than 262,144 bytes"),
+    ],
+)
+def test_a_file_that_no_one_should_parse_is_one_line(content, line):
+    Path("params.yaml").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_params(Path("params.yaml"))
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["params.yaml", "mini_model/config_nano.json"])
+def test_what_could_be_read_for_ever_is_not_opened(name):
+    write(VALUES)
+    Path(name).unlink()
+    os.mkfifo(name)
+    with pytest.raises(UserError, match=f"^{name}: is no regular file"):
+        read_params(Path("params.yaml"))
+    Path(name).unlink()
+    Path(name).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=f"^{name}: is no regular file"):
+        read_params(Path("params.yaml"))
+
+
+@pytest.mark.parametrize("name", ["params.yaml", "mini_model/config_nano.json"])
+def test_a_byte_order_mark_is_no_part_of_the_file(name):
+    write(VALUES)
+    Path(name).write_bytes(b"\xef\xbb\xbf" + Path(name).read_bytes())
+    assert read_params(Path("params.yaml")).seed == VALUES["seed"]
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('{"a": "é"}'.encode("latin-1"), ":1: is not UTF-8 (byte 0xe9); save it as UTF-8"),
+        (b'{\n"a": "\0"}', ":2: holds a NUL character"),
+        (b"[" * 100_000, ": not JSON that can be read (it is nested too deeply)"),
+        (b'{"vocab_size": ' + b"9" * 5000 + b"}", ": not JSON that can be read (Exceeds the limit"),
+    ],
+)
+def test_an_architecture_that_no_one_should_parse_is_one_line(content, line):
+    Path("mini_model/config_nano.json").write_bytes(content)
+    assert mistake(VALUES).startswith(f"mini_model/config_nano.json{line}")
+
+
+def test_a_path_with_a_nul_is_one_line():
+    write(changed({"model.config": "mini_model/a"}))
+    text = Path("params.yaml").read_text(encoding="utf-8")
+    Path("params.yaml").write_text(text.replace("mini_model/a", '"mini_model/a\\0"'), encoding="utf-8")
+    with pytest.raises(UserError, match="is no path"):
+        read_params(Path("params.yaml"))
+
+
+def test_an_architecture_that_is_no_json_is_one_line():
+    Path("mini_model/config_nano.json").write_text("{\n  oops\n}", encoding="utf-8")
+    assert mistake(VALUES).startswith("mini_model/config_nano.json:2: not JSON")
 
 
 LEAVES = [(section, key) for section in SECTIONS for key in VALUES[section]]
