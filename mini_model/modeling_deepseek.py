@@ -34,11 +34,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, maybe_autocast
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_deepseek import DeepseekV3Config
 from .validation_deepseek import GROUP_SCORE_TERMS
+
+logger = logging.get_logger(__name__)
 
 IGNORED_LABEL = -100  # positions without a target, by Hugging Face's convention
 
@@ -331,7 +334,7 @@ class DeepseekV3TopkRouter(Float32Buffers):
 def multi_hot(index_TK: Tensor, width: int) -> Tensor:
     """Return a boolean matrix (T, width), true in row t at the columns `index[t]`."""
     zeros = torch.zeros(index_TK.shape[0], width, dtype=torch.bool, device=index_TK.device)
-    return zeros.scatter_(1, index_TK, True)
+    return zeros.scatter_(1, index_TK, 1)  # not True, which torch.jit.trace can't record
 
 
 @use_experts_implementation
@@ -501,6 +504,32 @@ class DeepseekV3PreTrainedModel(PreTrainedModel):
         first, depth = config.num_hidden_layers, max(1, config.num_nextn_predict_layers)
         self._keys_to_ignore_on_load_unexpected = {rf"model\.layers\.{first + k}\." for k in range(depth)}
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load a model, without the MTP modules whose weights the folder lacks: stock transformers saves none."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model.drop_missing_mtp_modules(info["missing_keys"])
+        return (model, info) if output_loading_info else model
+
+    def drop_missing_mtp_modules(self, missing: set[str]) -> None:
+        """Remove the last MTP modules while all of a module's weights are `missing`, and their names from `missing`."""
+        layers = self.base_model.layers
+        prefix = next(name for name, module in self.named_modules() if module is layers)
+        stated = self.config.num_nextn_predict_layers
+        while self.config.num_nextn_predict_layers:
+            name = f"{prefix}.{len(layers) - 1}."
+            weights = {name + key for key, _ in layers[-1].named_parameters()}
+            if not weights <= set(missing):
+                break
+            del layers[-1]
+            self.config.num_nextn_predict_layers -= 1
+            missing -= {key for key in missing if key.startswith(name)}
+        if self.config.num_nextn_predict_layers < stated:
+            logger.warning(
+                f"num_nextn_predict_layers is {stated}; the folder holds the weights of "
+                f"{self.config.num_nextn_predict_layers}, so the model has as many MTP modules"
+            )
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Fill `module`: weights from a normal distribution of `initializer_range` (§4.2), norms one, buffers anew."""
@@ -663,6 +692,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
     """The trunk with its head. `cross_entropy` may be replaced by any function of the same signature and value."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__(config)
@@ -714,6 +744,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=False if has_targets and use_cache is None else use_cache,
             sequence_losses=sequence_losses,
+            return_dict=True,
             **kwargs,
         )
         hidden_BSD = trunk.last_hidden_state
