@@ -9,6 +9,7 @@ from transformers.utils.hub import HF_MODULES_CACHE
 
 from dsv3.artifacts import check_weights, read_json
 from dsv3.errors import UserError
+from dsv3.export.source import check_config_model_type
 
 LOCK_S = 120
 """Longest wait for another process that loads a model."""
@@ -19,6 +20,7 @@ def check_model(folder: Path) -> None:
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(f"{folder}: holds no config.json; run dvc repro train")
+    check_config_model_type(config)
     if "AutoModelForCausalLM" not in read_json(config).get("auto_map", {}):
         raise UserError(f"{config}: names no code of its own (auto_map); export it with stages.train")
 
