@@ -54,6 +54,9 @@ MAXIMUMS = dict.fromkeys(MINIMUMS, MAX_SIZE) | {
 VARIANT = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 """The router of DeepSeek-V3. Other loaders choose their code by these fields; this model has one code."""
 
+MODEL_TYPE = "deepseek_v3"
+"""The one `model_type` whose weights this model computes with; `kimi_k2` and later DeepSeeks differ in parts."""
+
 ROPE_TYPES = ("default", "yarn")
 
 ROPE_MINIMUMS = {
@@ -75,6 +78,12 @@ def check_architecture(config: Any) -> None:
     check_variant(config)
     check_positions(config)
     check_routing(config)
+
+
+def check_model_type(model_type: Any) -> None:
+    """Raise `ValueError`, in one line, for the configuration of another architecture."""
+    if model_type != MODEL_TYPE:
+        raise ValueError(f"model_type is {model_type!r}; must be {MODEL_TYPE!r}: the weights of another don't fit")
 
 
 def check_sizes(config: Any) -> None:

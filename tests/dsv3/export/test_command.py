@@ -7,6 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from dsv3.artifacts import read_json, write_json
 from dsv3.data.tokenizer import save_trained, train_tokenizer
+from dsv3.errors import UserError
+from dsv3.export.loading import check_model
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 from tests.training_inputs import MICRO, ROOT
@@ -81,6 +83,16 @@ def test_an_fp8_model_becomes_no_gguf(model, tmp_path):
 def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path, form):
     assert_refused(run(form, tmp_path, tmp_path / "out"), "holds no config.json; name a folder")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["gguf", "fp8"])
+def test_a_model_of_another_type_is_refused_in_one_line_and_not_loaded(model, tmp_path, form):
+    write_json(model / "config.json", {**read_json(model / "config.json"), "model_type": "kimi_k2"})
+    line = "config.json: model_type is 'kimi_k2'; must be 'deepseek_v3'"
+    assert_refused(run(form, model, tmp_path / "out"), line)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=line):
+        check_model(model)
 
 
 @pytest.mark.parametrize("form", ["gguf", "fp8"])
