@@ -114,19 +114,20 @@ def number_rows(groups: Sequence[Group]) -> list[Row]:
             own = group.by_seed(name)
             cell = [with_interval(Sample(tuple(own.values())), headline.format)] if own else ["–"]
             if own and first and group is not groups[0]:
-                cell += difference(own, first, headline.format)
+                cell += [change] if (change := difference(own, first, headline.format)) else []
             cells.append(cell)
         if any(cell != ["–"] for cell in cells):
             rows.append((headline.label, cells))
     return rows
 
 
-def difference(own: Mapping[Any, float], first: Mapping[Any, float], spec: str) -> list[str]:
-    """Return how far the values of some seeds lie from the first group's: the difference, and it in percent."""
+def difference(own: Mapping[Any, float], first: Mapping[Any, float], spec: str) -> str:
+    """Return how far the values of some seeds lie from the first group's, and in percent; nothing where they don't."""
     base, mean = (Sample(tuple(values.values())).mean for values in (first, own))
     pairs = tuple(own[seed] - first[seed] for seed in own if seed in first)
     found = Sample(pairs if len(pairs) > 1 else (mean - base,))  # one pair would throw the other seeds away
-    return [with_interval(found, f"+{spec}"), *([f"{100 * found.mean / base:+.2f} %"] if base else [])]
+    percent = f" ({100 * found.mean / base:+.2f} %)" if base else ""
+    return "" if set(found.values) == {0} else f"{with_interval(found, f'+{spec}')}{percent}"
 
 
 def with_interval(sample: Sample, spec: str) -> str:
@@ -172,5 +173,6 @@ def comparison(runs: Sequence[Run], markdown: bool = False) -> str:
     groups = grouped(runs)
     if not number_rows(groups):
         raise UserError(f"{', '.join(run.name for run in runs)}: no headline numbers; run dvc repro, or name a run")
-    table = markdown_table(groups) if markdown else terminal_table(groups)
-    return table if all(len(group.runs) == 1 for group in groups) else f"{table}\n\n{LEGEND}"
+    notes = [] if choice_rows(groups) else ["No parameter differs."]
+    notes += [LEGEND] if any(len(group.runs) > 1 for group in groups) else []
+    return "\n\n".join([markdown_table(groups) if markdown else terminal_table(groups), *notes])

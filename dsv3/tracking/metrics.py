@@ -126,7 +126,7 @@ HEADLINE: Mapping[str, Headline] = MappingProxyType(
         "val_loss": Headline("validation nats/token", ".4f"),
         "tokens_s": Headline("tokens/s", ",.0f"),
         "minutes": Headline("minutes of training", ".1f"),
-        "max_vio": Headline("MaxVio, held-out", ".2f"),
+        "max_vio": Headline("MaxVio, held-out", ".3f"),
         "dead_experts": Headline("dead experts", ".4g"),
         "parameters": Headline("parameters", ",.0f"),
     }

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -139,6 +140,41 @@ def test_a_temporary_experiment_reports_into_the_same_aim_repository(laboratory,
     assert {"train.optim", "kv_lora_rank"} <= set(header)
     assert "n_routed_experts" not in header
     assert laboratory.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_the_experiments_stand_in_one_table_that_fits_a_terminal(laboratory):
+    command = re.search(r"\$\(BIN\)/(dvc exp show .*)", (laboratory.root / "Makefile").read_text())
+    assert command
+    shown = laboratory.run("env", "COLUMNS=120", *shlex.split(command[1]), "--no-pager").stdout
+    assert "…" not in shown
+    header = next(line for line in shown.splitlines() if "Experiment" in line).split()
+    numbers, choices = ["val_loss", "tokens_s", "minutes", "heldout"], ["train.optim", "train.learning_rate"]
+    assert [name for name in [*numbers, *choices, "kv_lora_rank"] if name not in header] == []
+    assert not {"Created", "outputs/final_model", "results/train/run.json"} & set(header)
+    assert all(name in shown for name in ("slower", "aside"))
+    for table in (shown, laboratory.run("env", "COLUMNS=120", "dvc", "metrics", "show").stdout):
+        assert max(map(len, table.splitlines())) <= 120
+
+
+def test_experiments_are_held_against_the_last_commit_or_against_each_other(laboratory):
+    def compare(*arguments: str) -> str:
+        return laboratory.run(sys.executable, "-m", "dsv3.report", "compare", *arguments).stdout
+
+    heldout = laboratory.json("results/evaluate/headline.json")["heldout"]
+    shown = compare("HEAD", "slower", "aside")
+    rows = {line[:22].strip(): line[22:].split() for line in shown.splitlines()}
+    assert rows[""] == ["HEAD", "slower", "aside"]
+    assert rows["train.learning_rate"] == ["0.01", "0.001", "0.01"]
+    assert rows["train.optim"] == ["muon", "muon", "adamw"]
+    assert rows["kv_lora_rank"][2] == "24"
+    assert rows["held-out nats/char"][0] == f"{heldout:.4f}"
+    assert "sample.max_new_tokens" not in rows and "runtime.device" not in rows
+    assert max(map(len, shown.splitlines())) <= 80
+    assert compare("slower").splitlines()[0].split() == ["HEAD", "slower"]
+    assert compare().splitlines()[0].split() == ["HEAD", "workspace"]
+    assert compare("HEAD", "slower", "--markdown").startswith("|  | HEAD | slower |\n| --- |")
+    unknown = laboratory.run(sys.executable, "-m", "dsv3.report", "compare", "faster", status=2).stderr
+    assert unknown.startswith("faster can't be read") and unknown.count("\n") == 1
 
 
 @pytest.mark.parametrize(
