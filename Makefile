@@ -25,10 +25,10 @@ repro: setup ## run the pipeline, from the text to the samples; then print the r
 	$(BIN)/dvc repro
 	$(BIN)/python -m dsv3.report
 
-# Not shown: when, settings of the machine, and what has a slash in its name: hashes of files, and the architectures of
-# experiments of several models, whose name says it.
+# Not shown: when and where it ran, settings of the machine, and what has a slash in its name: hashes of files, and
+# architectures where there are several model.config.
 compare: setup ## all experiments in one table: what differs in parameters and architecture, and the headline numbers
-	@$(BIN)/dvc exp show --only-changed --drop 'Created|runtime|.*/'
+	@$(BIN)/dvc exp show --only-changed --drop 'Created|Executor|runtime|.*/'
 
 test: .venv/.dev ## run all tests, a real pipeline among them (those marked gpu need a GPU: pytest -m gpu)
 	$(BIN)/python -m pytest --numprocesses auto

@@ -17,7 +17,10 @@ WORKSPACE = "workspace"
 """DVC's name for what is checked out, with its changes."""
 WIDTH = 80
 """Of a terminal."""
-LEGEND = "±: 95 % interval of the mean over the seeds; differences are taken seed by seed, where both have the same."
+LEGEND = (
+    "×: runs that differ in their seed only. ±: 95 % interval of their mean.\n"
+    "Differences are taken between runs of the same seed, where there are such."
+)
 
 
 @dataclass(frozen=True)
@@ -123,45 +126,54 @@ def number_rows(groups: Sequence[Group]) -> list[Row]:
 
 def difference(own: Mapping[Any, float], first: Mapping[Any, float], spec: str) -> str:
     """Return how far the values of some seeds lie from the first group's, and in percent; nothing where they don't."""
-    base, mean = (Sample(tuple(values.values())).mean for values in (first, own))
-    pairs = tuple(own[seed] - first[seed] for seed in own if seed in first)
-    found = Sample(pairs if len(pairs) > 1 else (mean - base,))  # one pair would throw the other seeds away
+    shared = [seed for seed in own if seed in first]
+    if shared:
+        base = Sample(tuple(first[seed] for seed in shared)).mean
+        found = Sample(tuple(own[seed] - first[seed] for seed in shared))
+    else:
+        base, mean = (Sample(tuple(values.values())).mean for values in (first, own))
+        found = Sample((mean - base,))
     percent = f" ({100 * found.mean / base:+.2f} %)" if base else ""
     return "" if set(found.values) == {0} else f"{with_interval(found, f'+{spec}')}{percent}"
 
 
 def with_interval(sample: Sample, spec: str) -> str:
-    """Return the mean, and its 95 % interval where there is one."""
-    half = "" if sample.half_interval is None else f" ± {sample.half_interval:{spec.removeprefix('+')}}"
+    """Return the mean, and its 95 % interval where the values differ."""
+    half = f" ± {sample.half_interval:{spec.removeprefix('+')}}" if sample.half_interval else ""
     return f"{sample.mean:{spec}}{half}"
 
 
 def terminal_table(groups: Sequence[Group], width: int = WIDTH) -> str:
     """Return the comparison as text of at most `width` columns: below each other the parts that don't fit abreast."""
-    rows: list[Row] = [("", [[group.name] for group in groups]), *choice_rows(groups), *number_rows(groups)]
+    rows = table_rows(groups)
     label = max(len(name) for name, _ in rows)
     widest = max(len(line) for _, cells in rows for cell in cells for line in cell)
     column = max(1, min(widest, (width - label) // min(len(groups), 2) - 2))
     abreast = max(1, (width - label) // (column + 2) - 1)
-    others = range(1, len(groups))
-    parts = [[0, *others[start : start + abreast]] for start in range(0, len(others), abreast)] or [[0]]
-    return "\n\n".join("\n".join(_lines(rows, part, label, column)) for part in parts)
+    first, *others = groups
+    parts = [[first, *others[at : at + abreast]] for at in range(0, len(others), abreast)] or [[first]]
+    return "\n\n".join("\n".join(_lines(table_rows(part), label, column)) for part in parts)
 
 
-def _lines(rows: Sequence[Row], part: Sequence[int], label: int, column: int) -> Iterable[str]:
-    """Yield the lines of the columns that `part` numbers."""
+def table_rows(groups: Sequence[Group]) -> list[Row]:
+    """Return all rows, the names of the groups first."""
+    return [("", [[group.name] for group in groups]), *choice_rows(groups), *number_rows(groups)]
+
+
+def _lines(rows: Sequence[Row], label: int, column: int) -> Iterable[str]:
+    """Yield the lines of a table whose columns have the given widths; longer texts go on in the next line."""
     for name, cells in rows:
-        chosen = [[piece for line in cells[at] for piece in textwrap.wrap(line, column) or [""]] for at in part]
-        for at in range(max(map(len, chosen))):
-            texts = [cell[at] if at < len(cell) else "" for cell in chosen]
+        wrapped = [[piece for line in cell for piece in textwrap.wrap(line, column) or [""]] for cell in cells]
+        for at in range(max(map(len, wrapped))):
+            texts = [cell[at] if at < len(cell) else "" for cell in wrapped]
             yield "  ".join([f"{'' if at else name:<{label}}", *(f"{text:>{column}}" for text in texts)]).rstrip()
 
 
 def markdown_table(groups: Sequence[Group]) -> str:
     """Return the comparison as a Markdown table."""
-    rows: list[Row] = [*choice_rows(groups), *number_rows(groups)]
-    lines = [["", *(group.name for group in groups)], ["---", *["---:" for _ in groups]]]
-    lines += [[name, *("<br>".join(cell).replace("|", "\\|") for cell in cells)] for name, cells in rows]
+    rows = table_rows(groups)
+    lines = [[name, *("<br>".join(cell).replace("|", "\\|") for cell in cells)] for name, cells in rows]
+    lines.insert(1, ["---", *["---:" for _ in groups]])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

@@ -63,18 +63,19 @@ def test_a_run_of_the_same_seed_and_parameters_is_a_column_of_its_own():
     [
         ({1: 2.0}, {1: 1.0}, "+1.00 (+100.00 %)"),
         ({2: 2.0}, {1: 1.0}, "+1.00 (+100.00 %)"),
-        ({1: 2.0, 2: 4.0}, {1: 1.0}, "+2.00 (+200.00 %)"),  # one pair is no sample: the means
+        ({1: 2.0, 2: 4.0}, {1: 1.0}, "+1.00 (+100.00 %)"),  # of the seed that both have
+        ({2: 2.0, 3: 4.0}, {1: 1.0}, "+2.00 (+200.00 %)"),  # of the means
         ({1: 2.0}, {1: 0.0}, "+2.00"),
         ({1: 2.0}, {1: 2.0}, ""),
     ],
 )
-def test_a_difference_is_that_of_the_means_where_fewer_than_two_seeds_are_shared(own, first, told):
+def test_a_difference_is_that_of_runs_of_the_same_seed_or_else_of_the_means(own, first, told):
     assert difference(own, first, ".2f") == told
 
 
-def test_an_interval_is_told_where_there_is_one():
+def test_an_interval_is_told_where_values_differ():
     assert with_interval(Sample((1000.0,)), ",.0f") == "1,000"
-    assert with_interval(Sample((-1.0, -1.0)), "+.1f") == "-1.0 ± 0.0"
+    assert with_interval(Sample((-1.0, -1.0)), "+.1f") == "-1.0"
 
 
 def test_a_number_or_parameter_that_a_run_lacks_is_a_dash():
@@ -94,6 +95,8 @@ def test_many_runs_and_long_values_stay_within_the_terminal():
     assert max(map(len, text.splitlines())) <= 80
     assert text.count("main") > 1  # again at the left of each part
     assert all(f"experiment-{at}" in text for at in range(7))
+    for part in text.split("\n\n"):
+        assert part.count("\ntrain.optim") == 1
 
 
 def test_runs_without_results_are_a_users_mistake():
