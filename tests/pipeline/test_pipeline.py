@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import pytest
 
 from dsv3.dependencies import TRAIN_VIEWS, VIEWS, dependencies
+from dsv3.tracking.metrics import HEADLINE
 from tests.pipeline.laboratory import Laboratory
 
 pytestmark = pytest.mark.pipeline
@@ -47,6 +48,13 @@ def test_the_pipeline_runs_from_nothing_to_a_model_that_was_scored(laboratory):
     metrics = laboratory.json("results/evaluate/metrics.json")
     assert 0 < metrics["heldout"]["nats_per_char"] < math.log(256)
     assert metrics["heldout"]["characters"] == metrics["validation"]["characters"] + metrics["test"]["characters"]
+    stages = ("estimate_size", "train", "evaluate")
+    headline = {
+        key: value for stage in stages for key, value in laboratory.json(f"results/{stage}/headline.json").items()
+    }
+    assert set(headline) == set(HEADLINE)
+    assert headline["heldout"] == metrics["heldout"]["nats_per_char"]
+    assert headline["val_loss"] == laboratory.json("results/train/metrics.json")["validation"]["loss"]
     history = laboratory.rows("results/train/history.tsv")
     loss = history[0].index("loss")
     assert float(history[-1][loss]) < float(history[1][loss])
@@ -113,6 +121,19 @@ def test_an_experiment_is_a_run_of_its_own_beside_the_first(laboratory, tmp_path
     laboratory.restore()
 
 
+def test_an_experiment_stands_beside_its_baseline_on_one_screen(laboratory):
+    made = re.search(r"\$\(BIN\)/(dvc exp show .*)", (laboratory.root / "Makefile").read_text())
+    assert made
+    for command in (made[1], "dvc exp show --only-changed"):
+        shown = laboratory.run("env", "COLUMNS=120", *shlex.split(command), "--no-pager").stdout
+        header = next(line for line in shown.splitlines() if "Experiment" in line).split()
+        columns = ["val_loss", "tokens_s", "minutes", "heldout", "train.learning_rate"]
+        assert [name for name in columns if name not in header] == []
+        assert "[slower]" in shown and max(map(len, shown.splitlines())) <= 120
+        assert command != made[1] or set(header) <= {"Experiment", *columns, "max_vio", "dead_experts"}
+    assert max(map(len, laboratory.run("env", "COLUMNS=120", "dvc", "metrics", "show").stdout.splitlines())) <= 120
+
+
 def test_an_experiment_that_does_not_train_leaves_the_trainings_run_alone(laboratory, tmp_path):
     before = laboratory.aim_runs(tmp_path / "before")
     changes = ["-S", "evaluate.stride=48", "-S", "sample.max_new_tokens=6"]
@@ -140,20 +161,6 @@ def test_a_temporary_experiment_reports_into_the_same_aim_repository(laboratory,
     assert {"train.optim", "kv_lora_rank"} <= set(header)
     assert "n_routed_experts" not in header
     assert laboratory.run("git", "status", "--porcelain").stdout == ""
-
-
-def test_the_experiments_stand_in_one_table_that_fits_a_terminal(laboratory):
-    command = re.search(r"\$\(BIN\)/(dvc exp show .*)", (laboratory.root / "Makefile").read_text())
-    assert command
-    shown = laboratory.run("env", "COLUMNS=120", *shlex.split(command[1]), "--no-pager").stdout
-    assert "…" not in shown
-    header = next(line for line in shown.splitlines() if "Experiment" in line).split()
-    numbers, choices = ["val_loss", "tokens_s", "minutes", "heldout"], ["train.optim", "train.learning_rate"]
-    assert [name for name in [*numbers, *choices, "kv_lora_rank"] if name not in header] == []
-    assert not {"Created", "outputs/final_model", "results/train/run.json"} & set(header)
-    assert all(name in shown for name in ("slower", "aside"))
-    for table in (shown, laboratory.run("env", "COLUMNS=120", "dvc", "metrics", "show").stdout):
-        assert max(map(len, table.splitlines())) <= 120
 
 
 def test_experiments_are_held_against_the_last_commit_or_against_each_other(laboratory):
