@@ -204,7 +204,7 @@ def checkpoint_writer(recorder: Recorder | None, directory: Path) -> Callable[[R
 def export_and_record(
     run: Run, recorder: Recorder | None, chosen: Choices, directory: Path, outputs: Outputs
 ) -> dict[str, Any] | None:
-    """Write the model, run.json and metrics.json; return the metrics. Only the main process does anything."""
+    """Write the model, run.json, metrics.json and headline.json; return the metrics; only in the main process."""
     hooks.check_weights_are_finite(run)
     if recorder is None:
         return None
@@ -215,6 +215,7 @@ def export_and_record(
     export_huggingface(run.model, run.model.state_dict(), outputs.tokens, outputs.model, card)
     write_json(outputs.results / "run.json", {**recorder.run_record(), "step": run.state.step})
     write_json(outputs.results / "metrics.json", metrics)
+    write_json(outputs.results / "headline.json", headline(metrics))
     recorder.show(Result("train", metrics, run.state.step))
     tqdm.write(result_line(metrics, outputs.model))  # before the tracker that keeps the log is closed
     return metrics
@@ -235,6 +236,15 @@ def final_metrics(run: Run, recorder: Recorder, chosen: Choices) -> dict[str, An
         "train_s": run.state.train_s,
         "peak_memory_bytes": last["peak_memory_bytes"],
         **chosen.metrics(),
+    }
+
+
+def headline(metrics: Mapping[str, Any]) -> dict[str, int | float]:
+    """Return the few numbers of a training by which runs are compared."""
+    return {
+        "val_loss": metrics["validation"]["loss"],
+        "tokens_s": round(metrics["tokens_per_s"]),
+        "minutes": round(metrics["train_s"] / 60, 2),
     }
 
 

@@ -55,7 +55,7 @@ def test_it_writes_metrics_tables_and_figures(prepared, output):
 def test_a_second_evaluation_gives_the_same_files(prepared, output, tmp_path):
     run(prepared, tmp_path)
     files = [path.relative_to(output) for path in output.rglob("*") if path.is_file()]
-    assert len(files) == 5
+    assert len(files) == 6
     for file in files:
         assert (tmp_path / file).read_bytes() == (output / file).read_bytes(), file
 
