@@ -1,8 +1,9 @@
-"""The parameters and models that tests start from: Git's, whatever a run or an experiment left in the working tree.
+"""The parameters and models that tests start from: the project's, whatever a run or an experiment left here.
 
-`make repro` and `dvc exp run -S` write results, dvc.lock, params.yaml and the models' configurations. A test that read
-them there would ask whether the pipeline has run, and with which values. So tests read what Git holds: the index, which
-is what the next commit will be (conftest.py refuses to open the others).
+`make repro` and `dvc exp run -S` write results, dvc.lock, params.yaml and the models' configurations, and the first
+thing that README advises is to commit them. A test that read them would ask whether the pipeline has run, and with
+which values. So conftest.py refuses to open those of the working tree, and tests take the values of the last commit
+that changed README: a baseline of the project changes it (test_baseline.py asks), a baseline of yours does not.
 """
 
 import contextlib
@@ -12,9 +13,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
+from dsv3.params.architecture import Architecture
 from dsv3.params.read import Params, read_params
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,9 +35,17 @@ def git(*arguments: str) -> str:
     return done.stdout
 
 
+def _last_commit_of(name: str) -> str:
+    return git("log", "-1", "--format=%H", "--", name).strip()
+
+
 def committed_text(name: str, revision: str = "") -> str:
     """The text of a file in a commit, or, without a revision, in the index."""
     return git("show", f"{revision}:{name}")
+
+
+BASELINE = "" if git("diff", "--cached", "--name-only", "--", "README.md") else _last_commit_of("README.md")
+"""The commit whose values are the project's; the next one, where it changes README."""
 
 
 def is_written(name: str) -> bool:
@@ -43,22 +53,20 @@ def is_written(name: str) -> bool:
     return any(name == each or name.startswith(f"{each}/") for each in RUNS_WRITE)
 
 
-def _parameters() -> str:
-    """The text of params.yaml, or the working tree's while a parameter is being added or removed."""
-    text = committed_text("params.yaml")
-    try:
-        Params.model_validate(YAML(typ="safe").load(text))
-    except ValidationError:
-        return (ROOT / "params.yaml").read_text(encoding="utf-8")
-    return text
+def _first_valid(name: str, section: type[BaseModel]) -> str:
+    """The project's values, or, where the code has come to ask for others, those that are being made for it."""
+    for text in (committed_text(name, BASELINE), committed_text(name)):
+        with contextlib.suppress(ValidationError):
+            section.model_validate(YAML(typ="safe").load(text))
+            return text
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
 def _project(folder: Path) -> Path:
-    """Write params.yaml and mini_model as Git holds them; the model's code is the working tree's."""
+    """Write params.yaml and mini_model; the model's code is the working tree's."""
     shutil.copytree(ROOT / "mini_model", folder / "mini_model", ignore=shutil.ignore_patterns("__pycache__", "*.json"))
-    for name in MODELS:
-        (folder / name).write_text(committed_text(name), encoding="utf-8")
-    (folder / "params.yaml").write_text(_parameters(), encoding="utf-8")
+    for name, section in {"params.yaml": Params, **dict.fromkeys(MODELS, Architecture)}.items():
+        (folder / name).write_text(_first_valid(name, section), encoding="utf-8")
     return folder
 
 
