@@ -1,6 +1,6 @@
 # One word per need; `make help` lists them. Everything runs in .venv, which the first one that needs it makes.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test check format ui bench ablations clean
+.PHONY: help setup repro compare test check format ui bench ablations clean
 
 BIN := .venv/bin
 # The first that runs and can make an environment: a name on the PATH may be a shim without a Python behind it. Those
@@ -24,6 +24,11 @@ setup: .venv/.pipeline ## make .venv with the pinned dependencies
 repro: setup ## run the pipeline, from the text to the samples; then print the results
 	$(BIN)/dvc repro
 	$(BIN)/python -m dsv3.report
+
+# Not shown: when and where it ran, settings of the machine, and what has a slash in its name: hashes of files, and
+# architectures where there are several model.config.
+compare: setup ## all experiments in one table: what differs in parameters and architecture, and the headline numbers
+	@$(BIN)/dvc exp show --only-changed --drop 'Created|Executor|runtime|.*/'
 
 test: .venv/.dev ## run all tests, a real pipeline among them (those marked gpu need a GPU: pytest -m gpu)
 	$(BIN)/python -m pytest --numprocesses auto

@@ -9,15 +9,29 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dsv3.errors import UserError
 
 CHUNK_BYTES = 1 << 20
+
+
+class FileContent(BaseModel):
+    """What a file held when it was written."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    sha256: str
+    size: int
+
+
+Content = TypeVar("Content", bound=BaseModel)
 
 
 @contextmanager
@@ -132,8 +146,22 @@ def read_json(path: Path) -> Any:
     """Return the JSON value in `path`; raise `UserError` where it holds none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON's and UTF-8's
+    except (ValueError, RecursionError) as error:  # JSON's and UTF-8's, and brackets without end
         raise UserError(f"{path}: not JSON ({error}); dvc checkout brings an output back, dvc repro makes it") from None
+
+
+def read_model(path: Path, model: type[Content], remedy: str) -> Content:
+    """Return the JSON in `path` as `model`; raise `UserError`, with the `remedy`, where it is something else."""
+    try:
+        return model.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); {remedy}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path}: {where}: {first['msg']}; {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); {remedy}") from None
 
 
 def check_weights(folder: Path) -> None:
@@ -163,9 +191,25 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sha256_tree(paths: Iterable[Path], root: Path) -> str:
-    """Return one SHA-256 over the names (relative to `root`) and contents of `paths`, in sorted order."""
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(f"{path.relative_to(root).as_posix()}\0{sha256_file(path)}\n".encode())
-    return digest.hexdigest()
+def file_content(path: Path) -> FileContent:
+    """Return digest and size of the file at `path`."""
+    return FileContent(sha256=sha256_file(path), size=path.stat().st_size)
+
+
+def difference_from(path: Path, content: FileContent) -> str:
+    """Return in a few words how the file at `path` differs from `content`; empty where it does not."""
+    try:
+        if not path.is_file():
+            return f"{path.name} is missing"
+        size = path.stat().st_size
+        if size != content.size:
+            return f"{path.name} has {size:,} bytes instead of {content.size:,}"
+        return "" if sha256_file(path) == content.sha256 else f"{path.name} has another SHA-256 than was written"
+    except OSError as error:
+        return f"{path.name} can't be read ({error.strerror})"
+
+
+def sha256_lines(digests: Mapping[str, str]) -> str:
+    """Return one SHA-256 over the names of files and the digests of their contents, in sorted order."""
+    lines = (f"{name}\0{digest}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

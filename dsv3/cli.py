@@ -7,7 +7,9 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +27,28 @@ DryRunOption = Annotated[
 
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EROFS, errno.EIO, errno.EMFILE}
 """Errors of the machine, not of the program, that may name no file."""
+
+
+_hanging: list[threading.Thread] = []
+
+
+def end_despite(thread: threading.Thread) -> None:
+    """Let the process end although `thread` may never do: Python would wait for it, or for what it waits for."""
+    _hanging.append(thread)
+
+
+@contextmanager
+def ending_despite_hanging_threads() -> Iterator[None]:
+    """End the process with the block's own status, without Python's shutdown, where a thread still hangs."""
+    try:
+        yield
+    except SystemExit as end:
+        if any(thread.is_alive() for thread in _hanging):
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
 
 
 def command(main: Callable[..., None]) -> None:
@@ -52,6 +76,7 @@ def without_eof(main: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+@ending_despite_hanging_threads()
 def run_app(app: typer.Typer) -> None:
     """Run a command line; a `UserError` is printed as one line and ends the process with status 2.
 

@@ -9,6 +9,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from dsv3.artifacts import write_text
 from dsv3.cli import command
 from dsv3.errors import UserError
 from dsv3.params.architecture import read_architecture
-from dsv3.params.read import Params, read_params, schema_text
+from dsv3.params.read import Params, read_params, read_yaml, schema_text
 from dsv3.sizing.machines import has_nvidia_driver
 from dsv3.sizing.memory import GIB, training_memory
 
@@ -62,16 +63,67 @@ def check_path() -> Finding:
 
 def check_repository() -> Finding:
     """Check that Git and DVC know this folder, and tell how many files differ from the last commit."""
-    status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False)
+    status = git("status", "--porcelain")
+    if "dubious ownership" in status.stderr:
+        trust = f"run: git config --global --add safe.directory {shlex.quote(str(Path.cwd()))}"
+        return Finding("repository", False, "belongs to another user, so Git and DVC refuse it", trust)
+    has_dvc, commit = Path(".dvc").is_dir(), "git add -A && git commit -m start"
     if status.returncode:
-        return Finding("repository", False, "not a Git repository", "run: git init && dvc init, or clone the project")
-    if not Path(".dvc").is_dir():
+        remedy = f"run: git init && {'' if has_dvc else 'dvc init && '}{commit}, or clone the project"
+        return Finding("repository", False, "not a Git repository", remedy)
+    if not has_dvc:
         return Finding("repository", False, "no .dvc here", "go to the project's root, or run: dvc init")
+    if git("rev-parse", "--verify", "HEAD").returncode:
+        message = "has no commit, with which experiments are compared"
+        return Finding("repository", False, message, f"run: {commit}")
     num_changed = len(status.stdout.splitlines())
     changes = (
         f"{num_changed} files differ from the last commit" if num_changed else "nothing differs from the last commit"
     )
     return Finding("repository", True, changes)
+
+
+def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Return how `git` answers, in English."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, env=environment)
+
+
+def check_outputs() -> Finding:
+    """Check that no link leads an output of the pipeline to another disk, where DVC takes none."""
+    from dsv3.training.plan import check_unlinked
+
+    outputs = pipeline_outputs()
+    for path in outputs:
+        check_unlinked(path)
+    return Finding("outputs", True, f"{len(outputs)} outputs in the project's own folders")
+
+
+def pipeline_outputs() -> list[Path]:
+    """Return what the stages of dvc.yaml write."""
+    stages = read_yaml(Path("dvc.yaml"))["stages"].values()
+    outs = [out for stage in stages for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
+    return [Path(next(iter(out)) if isinstance(out, dict) else out) for out in outs]
+
+
+def check_home() -> Finding:
+    """Check that libraries can keep what they load and compile in their folders, most of them below HOME."""
+    caches = {"HF_HOME": f"{os.environ.get('XDG_CACHE_HOME', '~/.cache')}/huggingface"}
+    if has_nvidia_driver():
+        caches["TRITON_CACHE_DIR"] = "~/.triton/cache"
+    folders = {name: Path(os.environ.get(name, default)).expanduser() for name, default in caches.items()}
+    refused = {name: folder for name, folder in folders.items() if not can_be_written(folder)}
+    if not refused:
+        return Finding("home", True, f"{', '.join(map(str, folders.values()))} can be written")
+    message = f"{', '.join(map(str, refused.values()))} can't be written, where libraries keep what they load"
+    settings = " ".join(f"{name}=/tmp/{name.lower()}" for name in refused)
+    return Finding("home", False, message, f"run: export {settings}")
+
+
+def can_be_written(folder: Path) -> bool:
+    """Return whether `folder` can be written, or made where it isn't there."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK)
 
 
 def check_params() -> Finding:
@@ -206,6 +258,8 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_python,
     check_path,
     check_repository,
+    check_outputs,
+    check_home,
     check_params,
     check_schema,
     check_driver,
@@ -223,7 +277,8 @@ def finding(check: Callable[[], Finding]) -> Finding:
     try:
         return check()
     except UserError as error:
-        return Finding(subject, False, " ".join(str(error).split()), "mend params.yaml")
+        message = " ".join(str(error).split())
+        return Finding(subject, False, message, "mend params.yaml" if message.startswith(str(PARAMS)) else "mend it")
     except (ImportError, OSError) as error:
         return Finding(subject, False, f"{type(error).__name__}: {error}", "install the dependencies: make setup")
 

@@ -1,11 +1,12 @@
 """Overlays on params.yaml for one machine or one purpose: `python -m dsv3.presets list | flags NAME | apply NAME`.
 
-A preset states only what it changes. `flags` prints that as arguments for one experiment, which leaves params.yaml
-alone:
+A preset states only what it changes. `flags` prints that as arguments for one experiment. Values of one's own
+stand here too, where they win over the preset's:
 
-    python -m dsv3.presets flags tiny | xargs -r dvc exp run
+    python -m dsv3.presets flags tiny -S train.max_steps=10 | xargs -r dvc exp run --temp
 
-(Between `$(` and `)` a misspelt name would leave no flags, and start the default.)
+Behind `dvc exp run` an -S would lose: xargs puts the preset's after it, and DVC takes the last. (Between `$(` and `)` a
+misspelt name would leave no flags, and start the default.)
 
 `apply` writes it into params.yaml, whose comments stay.
 """
@@ -38,6 +39,9 @@ app = typer.Typer(
     help="List the presets, print one as flags of `dvc exp run`, or write one into params.yaml.",
 )
 PresetArgument = Annotated[str, typer.Argument(help="A name that `list` prints.")]
+OwnOption = Annotated[
+    list[str] | None, typer.Option("-S", metavar="SECTION.KEY=VALUE", help="A value that wins over the preset's.")
+]
 
 
 def preset_names() -> list[str]:
@@ -71,6 +75,20 @@ def _override(value: Any) -> str:
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def own_values(pairs: list[str], params: Path) -> Overlay:
+    """Return texts like `train.max_steps=10` as an overlay; raise `UserError` for one that names no parameter."""
+    known = read_yaml(params)
+    overlay = {}
+    for pair in pairs:
+        name, is_pair, value = pair.partition("=")
+        section, _, key = name.partition(".")
+        values = known.get(section)
+        if not is_pair or not (key in values if isinstance(values, dict) else name in known):
+            raise UserError(f"{pair} names no parameter; must be section.key=value, as in {params}")
+        overlay[name] = value  # as it is written: DVC reads it
+    return overlay
 
 
 def merged(values: dict[str, Any], overlay: Overlay) -> dict[str, Any]:
@@ -114,9 +132,10 @@ def list_presets() -> None:
 
 
 @app.command("flags")
-def print_flags(name: PresetArgument) -> None:
-    """Print the preset as flags: python -m dsv3.presets flags NAME | xargs -r dvc exp run."""
-    typer.echo(shlex.join(flags(read_preset(name))))
+def print_flags(name: PresetArgument, own: OwnOption = None, params: ParamsOption = Path("params.yaml")) -> None:
+    """Print the preset as flags: python -m dsv3.presets flags NAME [-S section.key=value] | xargs -r dvc exp run."""
+    overlay = read_preset(name)
+    typer.echo(shlex.join(flags(overlay | own_values(own, params) if own else overlay)))
 
 
 @app.command("apply")

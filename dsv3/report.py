@@ -1,6 +1,7 @@
-"""The results of the pipeline in one table, and where to look next: `python -m dsv3.report`.
+"""What the pipeline came to: `python -m dsv3.report`, and `python -m dsv3.report compare A B` for several runs.
 
-Reads dvc.yaml and the small files that it names, and says which stages have not run.
+Alone it reads dvc.yaml and the small files that it names, says which stages have not run, and where to look next.
+`compare` puts DVC's experiments, commits or the workspace side by side.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,38 +11,41 @@ from typing import Annotated, Any
 import typer
 
 from dsv3.artifacts import read_json
-from dsv3.cli import command
+from dsv3.cli import run_app
+from dsv3.comparison import WORKSPACE, comparison, read_run
 from dsv3.params.read import read_yaml
 
 NEXT = (
     ("make ui", "the run in Aim: curves, routing, samples, figures"),
     ("cat outputs/samples.md", "what the model writes"),
-    ("dvc metrics show", "every number of every stage"),
-    ("dvc metrics diff", "your numbers beside the committed ones"),
+    ("python -m dsv3.report compare", "your numbers beside the committed ones"),
+    ("cat results/*/metrics.json", "every number of every stage"),
     ("dvc plots show", "curves and figures as one HTML page"),
     ("dvc exp run -S train.learning_rate=4.0e-3", "a first experiment: another learning rate"),
-    ("dvc exp show --only-changed", "experiments side by side"),
+    ("make compare", "all experiments in one table, what is equal in all left out"),
 )
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-def stage_results(pipeline: Path) -> dict[str, Path]:
-    """Return for each stage of dvc.yaml, in its order, a file that is there once it has run.
 
-    It is the stage's metrics file, which is committed, or else its first output.
+def stage_outputs(pipeline: Path) -> dict[str, list[Path]]:
+    """Return for each stage of dvc.yaml, in its order, what it writes; the first is there once it has run here.
+
+    Metrics come last: Git holds them, so that they are there in a clone where no stage has run.
     """
     stages = read_yaml(pipeline)["stages"]
-    return {name: pipeline.parent / _first_result(stage) for name, stage in stages.items()}
+    return {name: [pipeline.parent / path for path in _paths(stage)] for name, stage in stages.items()}
 
 
-def _first_result(stage: Mapping[str, Any]) -> str:
-    first = [*stage.get("metrics", []), *stage.get("outs", [])][0]
-    return next(iter(first)) if isinstance(first, dict) else first  # one with flags is a mapping of one path
+def _paths(stage: Mapping[str, Any]) -> list[str]:
+    entries = [*stage.get("outs", []), *stage.get("metrics", [])]
+    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]  # with flags: a mapping
 
 
-def results_rows(results: Mapping[str, Path]) -> list[tuple[str, str]]:
+def results_rows(outputs: Mapping[str, Sequence[Path]]) -> list[tuple[str, str]]:
     """Return (what, value) for each number that a newcomer asks for and that has been found so far."""
-    size, train, evaluate = (_read(results[stage]) for stage in ("estimate_size", "train", "evaluate"))
-    record = _read(results["train"].with_name("run.json"))
+    size, train, evaluate = (_read(outputs[stage], "metrics.json") for stage in ("estimate_size", "train", "evaluate"))
+    record = _read(outputs["train"], "run.json")
     return [*_model_rows(size, record), *_training_rows(train, record), *_score_rows(evaluate)]
 
 
@@ -88,8 +92,9 @@ def _score_rows(evaluate: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+def _read(outputs: Sequence[Path], name: str) -> dict[str, Any]:
+    """Return the content of the output of that name; nothing where it is not there."""
+    return next((read_json(path) for path in outputs if path.name == name and path.is_file()), {})
 
 
 def _duration(seconds: float) -> str:
@@ -106,22 +111,41 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
 
 def report(pipeline: Path) -> str:
     """Return the whole report on the pipeline whose dvc.yaml is given."""
-    results, parts = stage_results(pipeline), []
-    if rows := results_rows(results):
+    outputs, parts = stage_outputs(pipeline), []
+    if rows := results_rows(outputs):
         parts.append("Results\n" + table(rows))
-    if missing := {stage: path for stage, path in results.items() if not path.exists()}:
+    if missing := {stage: paths[0] for stage, paths in outputs.items() if not paths[0].exists()}:
         lines = [(stage, f"has not run ({path} is missing): dvc repro {stage}") for stage, path in missing.items()]
         parts.append("Not yet there\n" + table(lines))
     parts.append("Where to look next (after: source .venv/bin/activate)\n" + table(NEXT))
     return "\n\n".join(parts)
 
 
+@app.callback(invoke_without_command=True)
 def main(
+    context: typer.Context,
     pipeline: Annotated[Path, typer.Option(help="The pipeline whose results are shown.")] = Path("dvc.yaml"),
 ) -> None:
     """Print the results of the pipeline, and where to look next."""
-    typer.echo(report(pipeline))
+    if context.invoked_subcommand is None:
+        typer.echo(report(pipeline))
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(help="Experiments, commits, branches, or workspace; one alone is held against HEAD."),
+    ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="A Markdown table instead of one for a terminal.")
+    ] = False,
+) -> None:
+    """Print runs side by side: what was chosen otherwise, and the numbers beside the first run's."""
+    names = runs or [WORKSPACE]
+    names = names if len(names) > 1 else ["HEAD", *names]
+    typer.echo(comparison([read_run(name) for name in dict.fromkeys(names)], markdown))
 
 
 if __name__ == "__main__":
-    command(main)
+    run_app(app)

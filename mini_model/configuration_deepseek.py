@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from .validation_deepseek import check_architecture
+from .validation_deepseek import check_architecture, check_model_type
 
 
 class DeepseekV3Config(PreTrainedConfig):
@@ -18,7 +18,28 @@ class DeepseekV3Config(PreTrainedConfig):
     """
 
     model_type: ClassVar[str] = "deepseek_v3"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [  # a Trainer's predictions are the logits alone
+        "past_key_values",
+        "cross_entropy_loss",
+        "mtp_loss",
+        "sequence_loss",
+    ]
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+        "layers.*.mlp.shared_experts.gate_proj": "colwise",
+        "layers.*.mlp.shared_experts.up_proj": "colwise",
+        "layers.*.mlp.shared_experts.down_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_ep_plan: ClassVar[dict[str, str]] = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
     attribute_map: ClassVar[dict[str, str]] = {
         "num_local_experts": "n_routed_experts",
         "num_mtp_layers": "num_nextn_predict_layers",  # the name by which transformers' drafting asks for it
@@ -73,6 +94,7 @@ class DeepseekV3Config(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_model_type(kwargs.get("model_type", self.model_type))
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim

@@ -16,7 +16,7 @@ H num_attention_heads, N qk_nope_head_dim, P qk_rope_head_dim, U v_head_dim, C k
 E n_routed_experts, K num_experts_per_tok, G n_group, R rows
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,11 +34,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, maybe_autocast
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_deepseek import DeepseekV3Config
 from .validation_deepseek import GROUP_SCORE_TERMS
+
+logger = logging.get_logger(__name__)
 
 IGNORED_LABEL = -100  # positions without a target, by Hugging Face's convention
 
@@ -220,13 +223,24 @@ class DeepseekV3Attention(nn.Module):
         return (out_BHSC @ w_uv_HUC.mT).transpose(1, 2), weights_BHSX
 
     def should_absorb(self, num_queries: int, num_keys: int, mask: Tensor | None) -> bool:
-        """Return whether the absorbed form multiplies less, and can read the mask."""
-        if self.training or num_queries == num_keys:
+        """Return whether the absorbed form multiplies less, and can read the mask and `kv_b_proj.weight`."""
+        if self.training or num_queries == num_keys or not is_plain_linear(self.kv_b_proj):
             return False
         readable = num_queries == 1 if mask is None else isinstance(mask, Tensor) and mask.ndim == 4
         expanded_width, latent = sum(self.kv_dims), self.config.kv_lora_rank
         # Per head and position: expanding costs C (N + U); attending costs 2 C instead of N + U for each query.
         return readable and num_queries * (2 * latent - expanded_width) < latent * expanded_width
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Return whether a product with `layer.weight` is what a call of `layer` computes.
+
+    It is not where an adapter (LoRA) wraps the layer, a hook fetches its weight, or the weight is quantized or sharded.
+    """
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    is_replaced = "forward" in layer.__dict__  # as accelerate does for offloaded layers
+    return type(layer.weight) is nn.Parameter and layer.bias is None and not is_replaced
 
 
 def attention_weights(scores_BHSX: Tensor, mask: Tensor | None) -> Tensor:
@@ -320,7 +334,7 @@ class DeepseekV3TopkRouter(Float32Buffers):
 def multi_hot(index_TK: Tensor, width: int) -> Tensor:
     """Return a boolean matrix (T, width), true in row t at the columns `index[t]`."""
     zeros = torch.zeros(index_TK.shape[0], width, dtype=torch.bool, device=index_TK.device)
-    return zeros.scatter_(1, index_TK, True)
+    return zeros.scatter_(1, index_TK, 1)  # not True, which torch.jit.trace can't record
 
 
 @use_experts_implementation
@@ -360,6 +374,11 @@ class DeepseekV3MoE(nn.Module):
         self.experts = DeepseekV3Experts(config)
         shared_width = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = DeepseekV3MLP(config, shared_width) if shared_width else None
+
+    @property
+    def router(self) -> DeepseekV3TopkRouter:
+        """The router, which is `gate` itself or, after an adapter (LoRA) has wrapped it, within `gate`."""
+        return next(module for module in self.gate.modules() if isinstance(module, DeepseekV3TopkRouter))
 
     def forward(self, hidden_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the output, of the input's shape, the router's logits and its choice. No token is dropped."""
@@ -465,7 +484,7 @@ class DeepseekV3PreTrainedModel(PreTrainedModel):
     config_class = DeepseekV3Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # the loss is the mean over this call's tokens, whatever a Trainer accumulates
+    accepts_loss_kwargs = True  # a Trainer gives `num_items_in_batch`, the targets of all batches it accumulates
     _no_split_modules = {"DeepseekV3DecoderLayer"}  # noqa: RUF012 (transformers copies these before changing them)
     _skip_keys_device_placement = {"past_key_values"}  # noqa: RUF012
     _keep_in_fp32_modules_strict = {"e_score_correction_bias"}  # noqa: RUF012
@@ -484,6 +503,32 @@ class DeepseekV3PreTrainedModel(PreTrainedModel):
         # DeepSeek stores the embedding and the head again here. `MtpModel` finds its weights by the same patterns.
         first, depth = config.num_hidden_layers, max(1, config.num_nextn_predict_layers)
         self._keys_to_ignore_on_load_unexpected = {rf"model\.layers\.{first + k}\." for k in range(depth)}
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load a model, without the MTP modules whose weights the folder lacks: stock transformers saves none."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model.drop_missing_mtp_modules(info["missing_keys"])
+        return (model, info) if output_loading_info else model
+
+    def drop_missing_mtp_modules(self, missing: set[str]) -> None:
+        """Remove the last MTP modules while all of a module's weights are `missing`, and their names from `missing`."""
+        layers = self.base_model.layers
+        prefix = next(name for name, module in self.named_modules() if module is layers)
+        stated = self.config.num_nextn_predict_layers
+        while self.config.num_nextn_predict_layers:
+            name = f"{prefix}.{len(layers) - 1}."
+            weights = {name + key for key, _ in layers[-1].named_parameters()}
+            if not weights <= set(missing):
+                break
+            del layers[-1]
+            self.config.num_nextn_predict_layers -= 1
+            missing -= {key for key in missing if key.startswith(name)}
+        if self.config.num_nextn_predict_layers < stated:
+            logger.warning(
+                f"num_nextn_predict_layers is {stated}; the folder holds the weights of "
+                f"{self.config.num_nextn_predict_layers}, so the model has as many MTP modules"
+            )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -559,7 +604,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         """
         for depth, layer in enumerate(list(self.layers)[self.config.num_hidden_layers :], start=1):
             hidden_BSD, later_embeds = hidden_BSD[:, :-1], embeds_BSD[:, depth:]
-            mask = attention_mask[:, :-depth] * attention_mask[:, depth:] if attention_mask is not None else None
+            mask = mtp_mask(attention_mask, depth) if attention_mask is not None else None
             positions = position_ids[:, :-depth] if position_ids is not None else None
             context = self.attention_context(later_embeds, mask, positions)
             hidden_BSD, logits_TE, index_TK = layer(hidden_BSD, later_embeds, output_routing=True, **context)
@@ -578,6 +623,16 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         return {"attention_mask": causal_mask, "position_embeddings": cos_sin, "past_key_values": cache}
 
 
+def mtp_mask(mask: Tensor, depth: int) -> Tensor:
+    """Return the mask of depth k: positions i and j are both as they were, and as i + k and j + k were.
+
+    `mask` is (B, S), or (B, 1, S, S) and boolean or added to the scores; the smaller value is the one that hides.
+    """
+    if mask.ndim == 2:
+        return torch.minimum(mask[:, :-depth], mask[:, depth:])
+    return torch.minimum(mask[..., :-depth, :-depth], mask[..., depth:, depth:])
+
+
 def count_routing(
     layer: nn.Module, logits_TE: Tensor | None, index_TK: Tensor | None, num_sequences: int, losses: list[Tensor] | None
 ) -> None:
@@ -587,7 +642,7 @@ def count_routing(
     """
     if logits_TE is None or index_TK is None or not isinstance(layer.mlp, DeepseekV3MoE):
         return
-    layer.mlp.gate.count(index_TK)
+    layer.mlp.router.count(index_TK)
     if losses is not None:
         losses.append(sequence_balance_loss(logits_TE, index_TK.shape[1], num_sequences))
 
@@ -616,15 +671,28 @@ def mtp_targets(targets_BS: Tensor, position_ids: Tensor | None, depth: int) -> 
 
 
 def cross_entropy(hidden_TD: Tensor, head_weight_VD: Tensor, labels_T: Tensor) -> Tensor:
-    """Return the mean negative log-likelihood, in nats, of the labels that aren't ignored."""
-    logits_TV = F.linear(hidden_TD, head_weight_VD)
-    return F.cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORED_LABEL)
+    """Return the mean negative log-likelihood, in nats, of the labels that aren't ignored; 0 if all are."""
+    return mean_nll(F.linear(hidden_TD, head_weight_VD), labels_T)
+
+
+def mean_nll(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+    """Return the same from logits."""
+    total = F.cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORED_LABEL, reduction="sum")
+    return total / (labels_T != IGNORED_LABEL).sum().clamp(min=1)
+
+
+def share_of_batch(loss: Tensor, targets_BS: Tensor, num_items: int | Tensor | None) -> Tensor:
+    """Return a mean over targets times their share of the `num_items` targets of a batch; as it is if this is None."""
+    if num_items is None:
+        return loss
+    return loss * (targets_BS != IGNORED_LABEL).sum() / torch.as_tensor(num_items, device=loss.device)
 
 
 class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
     """The trunk with its head. `cross_entropy` may be replaced by any function of the same signature and value."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__(config)
@@ -649,16 +717,19 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         mtp_loss_weight: float = 0.0,
         sequence_loss_weight: float = 0.0,
-        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> DeepseekV3CausalLMOutput:
         """Return the losses for `labels` (aligned with `input_ids`; −100 is ignored); in training, no logits then.
 
-        `shift_labels` replaces `labels` where the target of position i already stands at position i. Losses of weight
-        zero are not computed, nor is the MTP loss of a model without MTP modules. Padded positions count in the expert
-        load and the sequence-wise loss: pack training data instead.
+        Two more keywords mean what they mean in transformers. `shift_labels` wins over `labels`: there the target of
+        position i stands at position i. `num_items_in_batch` is the number of targets in a batch of which this call
+        sees a part: each loss is then this call's share of the batch's. Losses of weight zero are not computed, nor is
+        the MTP loss of a model without MTP modules. Padded positions count in the expert load and the sequence-wise
+        loss: pack training data instead.
         """
-        targets_BS = shift_labels if labels is None else F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+        targets_BS, num_items = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
+        if targets_BS is None and labels is not None:
+            targets_BS = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
         has_targets = targets_BS is not None
         has_mtp = has_targets and mtp_loss_weight != 0 and self.config.num_nextn_predict_layers > 0
         sequence_losses: list[Tensor] | None = [] if has_targets and sequence_loss_weight != 0 else None
@@ -673,6 +744,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=False if has_targets and use_cache is None else use_cache,
             sequence_losses=sequence_losses,
+            return_dict=True,
             **kwargs,
         )
         hidden_BSD = trunk.last_hidden_state
@@ -681,19 +753,15 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_BSD[:, kept])
         if targets_BS is not None:
-            loss = cross_entropy_loss = self.head_loss(hidden_BSD, targets_BS)
+            loss = cross_entropy_loss = self.head_loss(hidden_BSD, targets_BS, num_items)
             if has_mtp and inputs_embeds is not None:
                 states = self.model.mtp_hidden_states(
                     hidden_BSD, inputs_embeds, attention_mask, position_ids, sequence_losses
                 )
-                losses = [
-                    self.head_loss(state_BSD, mtp_targets(targets_BS, position_ids, depth))
-                    for depth, state_BSD in enumerate(states, start=1)
-                ]
-                mtp_loss = torch.stack(losses).mean()
+                mtp_loss = self.mtp_loss(states, targets_BS, position_ids, num_items)
                 loss = loss + mtp_loss_weight * mtp_loss
             if sequence_losses:
-                sequence_loss = torch.stack(sequence_losses).sum()
+                sequence_loss = share_of_batch(torch.stack(sequence_losses).sum(), targets_BS, num_items)
                 loss = loss + sequence_loss_weight * sequence_loss
         return DeepseekV3CausalLMOutput(
             loss=loss,
@@ -707,14 +775,33 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
             sequence_loss=sequence_loss,
         )
 
-    def head_loss(self, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
+    def head_loss(self, hidden_BSD: Tensor, targets_BS: Tensor, num_items: int | Tensor | None = None) -> Tensor:
         """Return the mean cross-entropy of the targets, by the replaceable function `cross_entropy`."""
-        return self.cross_entropy(hidden_BSD.flatten(0, 1), self.lm_head.weight, targets_BS.flatten())
+        hidden_TD, targets_T = hidden_BSD.flatten(0, 1), targets_BS.flatten()
+        if is_plain_linear(self.lm_head):
+            loss = self.cross_entropy(hidden_TD, self.lm_head.weight, targets_T)
+        else:
+            loss = mean_nll(self.lm_head(hidden_TD), targets_T)
+        return share_of_batch(loss, targets_BS, num_items)
+
+    def mtp_loss(
+        self,
+        states: Iterable[Tensor],
+        targets_BS: Tensor,
+        position_ids: Tensor | None,
+        num_items: int | Tensor | None,
+    ) -> Tensor:
+        """Return the mean over the depths of their cross-entropy: equation 25 without λ."""
+        losses = [
+            self.head_loss(state_BSD, mtp_targets(targets_BS, position_ids, depth), num_items)
+            for depth, state_BSD in enumerate(states, start=1)
+        ]
+        return torch.stack(losses).mean()
 
     def routers(self) -> list[tuple[int, DeepseekV3TopkRouter]]:
         """Return every router with the number of its layer; MTP modules have the numbers after the trunk's."""
         mlps = [(index, layer.mlp) for index, layer in enumerate(self.model.layers)]
-        return [(index, mlp.gate) for index, mlp in mlps if isinstance(mlp, DeepseekV3MoE)]
+        return [(index, mlp.router) for index, mlp in mlps if isinstance(mlp, DeepseekV3MoE)]
 
     def set_count_expert_load(self, enabled: bool) -> None:
         """Let the routers count tokens in evaluation too, or not; in training they always do."""

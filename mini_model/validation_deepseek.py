@@ -5,10 +5,17 @@ the file without importing torch.
 """
 
 import json
-from typing import Any
+import math
+from typing import Any, TypeGuard
 
 GROUP_SCORE_TERMS = 2
 """A group of experts is ranked by the sum of its two best scores, so it must hold at least two."""
+
+SMALLEST_NORMAL_FP32 = 2.0**-126
+"""Smaller numbers lose precision in fp32, or are zero."""
+
+MAX_LAYERS, MAX_SIZE = 1_000, 1 << 24
+"""No published network comes near; a misplaced digit would be computed with for hours."""
 
 MINIMUMS = {
     "vocab_size": 1,
@@ -32,12 +39,37 @@ MINIMUMS = {
     "num_nextn_predict_layers": 0,
     "attention_dropout": 0,
     "initializer_range": 0,
+    "rms_norm_eps": SMALLEST_NORMAL_FP32,  # added to a mean of squares, which may be 0, before it divides
+    "routed_scaling_factor": SMALLEST_NORMAL_FP32,
+}
+
+MAXIMUMS = dict.fromkeys(MINIMUMS, MAX_SIZE) | {
+    "num_hidden_layers": MAX_LAYERS,
+    "num_nextn_predict_layers": MAX_LAYERS,
+    "initializer_range": 1,
+    "rms_norm_eps": 1,
+    "routed_scaling_factor": 1_000,
 }
 
 VARIANT = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 """The router of DeepSeek-V3. Other loaders choose their code by these fields; this model has one code."""
 
+MODEL_TYPE = "deepseek_v3"
+"""The one `model_type` whose weights this model computes with; `kimi_k2` and later DeepSeeks differ in parts."""
+
 ROPE_TYPES = ("default", "yarn")
+
+ROPE_MINIMUMS = {
+    "rope_theta": 1,
+    "factor": 1,
+    "original_max_position_embeddings": 1,
+    "beta_fast": 0,
+    "beta_slow": 0,
+    "mscale": 0,
+    "mscale_all_dim": 0,
+    "attention_factor": 0,
+}
+"""The numbers that `rope_parameters` may hold, each the least that it may be."""
 
 
 def check_architecture(config: Any) -> None:
@@ -48,12 +80,20 @@ def check_architecture(config: Any) -> None:
     check_routing(config)
 
 
+def check_model_type(model_type: Any) -> None:
+    """Raise `ValueError`, in one line, for the configuration of another architecture."""
+    if model_type != MODEL_TYPE:
+        raise ValueError(f"model_type is {model_type!r}; must be {MODEL_TYPE!r}: the weights of another don't fit")
+
+
 def check_sizes(config: Any) -> None:
     """Check each size alone. Every head has its own key and value, whatever `num_key_value_heads` is for."""
     for name, minimum in MINIMUMS.items():
         value = getattr(config, name)
         if value is not None and value < minimum:
-            raise ValueError(f"{name} is {value}; must be >= {minimum}")
+            raise ValueError(f"{name} is {value}; must be >= {minimum:g}")
+        if value is not None and value > MAXIMUMS[name]:
+            raise ValueError(f"{name} is {value}; must be <= {MAXIMUMS[name]}")
     if config.attention_dropout >= 1:
         raise ValueError(f"attention_dropout is {config.attention_dropout}; must be < 1")
     heads = config.num_key_value_heads
@@ -80,8 +120,17 @@ def check_positions(config: Any) -> None:
     rope_type, factor = rope.get("rope_type", "default"), rope.get("factor")
     if rope_type not in ROPE_TYPES:
         raise ValueError(f"rope_parameters.rope_type is {rope_type!r}; must be {' or '.join(map(repr, ROPE_TYPES))}")
-    if rope_type == "yarn" and not (isinstance(factor, (int, float)) and factor >= 1):
+    if rope_type == "yarn" and not (is_number(factor) and factor >= 1):
         raise ValueError(f"rope_parameters.factor is {json.dumps(factor)}; must be >= 1 for rope_type yarn")
+    for name, minimum in ROPE_MINIMUMS.items():
+        value = rope.get(name)
+        if value is not None and not (is_number(value) and minimum <= value < math.inf):
+            raise ValueError(f"rope_parameters.{name} is {json.dumps(value)}; must be a number >= {minimum}")
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Return whether `value` is a number; booleans, which Python counts among them, are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_routing(config: Any) -> None:

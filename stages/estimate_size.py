@@ -9,7 +9,7 @@ from dsv3.cli import DryRunOption, ParamsOption, command
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for metrics.json, table.md, table.json and accepted.txt.")],
+    output: Annotated[Path, typer.Option(help="Folder for tables, metrics.json, headline.json and accepted.txt.")],
     configs: Annotated[Path, typer.Option(help="Folder whose config*.json make up the table.")] = Path("mini_model"),
     params: ParamsOption = Path("params.yaml"),
     dry_run: DryRunOption = False,
@@ -46,6 +46,7 @@ def main(
     write_text(output / "table.md", markdown_table(rows))
     write_json(output / "table.json", rows)
     write_json(output / "metrics.json", values)
+    write_json(output / "headline.json", {"parameters": values["parameters_total"]})
     # What train depends on: the same words whatever the estimates are, so that none of them re-runs a training.
     write_text(accepted, "The training fits estimate_size.memory_budget_gib, where that sets a bound.\n")
 

@@ -1,6 +1,7 @@
 """Score the exported model on the whole held-out text.
 
-transformers loads the model with the code in its folder. This stage imports neither `mini_model` nor `dsv3.training`.
+The model is loaded from its folder by this checkout's class (`dsv3.export.loading`); no code from the folder is run.
+This stage knows nothing of `dsv3.training`.
 """
 
 from pathlib import Path
@@ -28,8 +29,7 @@ def main(
     parameters = read_params(params)
     settings = parameters.evaluate
 
-    from dsv3.artifacts import read_json
-    from dsv3.data.shards import TokenStream
+    from dsv3.data.meta import check_shards, open_stream, read_meta
     from dsv3.devices import device_name, torch_device
     from dsv3.evaluation.files import summary, write_evaluation
     from dsv3.evaluation.sliding_window import SPLITS, check_fits, evaluate
@@ -39,14 +39,16 @@ def main(
 
     check_model(model)
     record = read_record(run)
-    streams = {split: TokenStream.open(tokens, split) for split in SPLITS}
-    meta = read_json(tokens / "meta.json")
+    described = read_meta(tokens)
+    streams = {split: open_stream(tokens, described, split) for split in SPLITS}
+    meta = described.model_dump()
     num_tokens = sum(len(stream) - 1 for stream in streams.values())
     device = torch_device(parameters.runtime)
     print(
         f"{model}: {num_tokens:,} tokens of {' and '.join(SPLITS)} on {device_name(device)}, "
         f"windows of {settings.block_size} moved by {settings.stride}"
     )
+    print(check_shards(tokens, described, SPLITS))
     if dry_run:
         return
 

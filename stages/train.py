@@ -3,6 +3,7 @@
 With runtime.num_processes > 1 this process checks everything, then starts that many of itself and waits for them.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -32,18 +33,24 @@ def main(
     parameters = read_params(params)
 
     from dsv3.export.model_folder import check_model_folder
-    from dsv3.training.launch import is_worker, run_workers
-    from dsv3.training.plan import check_output, read_manifest, read_training_plan
+    from dsv3.training.launch import check_environment, is_worker, run_workers
+    from dsv3.training.plan import check_output, check_tokens, check_unlinked, read_manifest, read_training_plan
 
+    check_environment(parameters.runtime)
     plan = read_training_plan(parameters, tokens)
     check_output(sizes, "estimate_size")
     manifest = read_manifest(corpus)
     check_model_folder(model, tokens)
+    for folder in (model, results):
+        check_unlinked(folder)
     if not is_worker():
         print(plan.summary())
+    starts_workers = parameters.runtime.num_processes > 1 and not is_worker()
+    if dry_run or (not starts_workers and os.environ.get("LOCAL_RANK", "0") == "0"):
+        print(check_tokens(tokens))  # once on each machine
     if dry_run:
         return
-    if parameters.runtime.num_processes > 1 and not is_worker():
+    if starts_workers:
         run_workers(parameters.runtime.num_processes, "stages.train", sys.argv[1:])
         return
 

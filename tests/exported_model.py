@@ -50,7 +50,7 @@ Tensors = dict[str, Tensor]
 
 def broken(folder: Path, target: Path, change: Callable[[Tensors], Tensors]) -> Path:
     """Copy an exported folder to `target` with other tensors; return `target`."""
-    shutil.copytree(folder, target)
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("SHA256SUMS"))
     save_file(change(load_file(folder / "model.safetensors")), target / "model.safetensors")
     return target
 

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dsv3.artifacts import sha256_file, sha256_lines
 from dsv3.data.shards import write_shards
 from tests.committed import PROJECT
 
@@ -99,7 +100,9 @@ def write_inputs(folder: Path, seed: int = 0, **sections: dict) -> Path:
     params["tokenize"]["vocab_size"] = 257
     params["evaluate"].update(block_size=32, stride=16)
     params["sample"].update(max_new_tokens=12)
-    for section, values in {"train": TRAIN, "runtime": RUNTIME}.items():
+    max_steps = sections.get("train", {}).get("max_steps", TRAIN["max_steps"])
+    shortened = {"eval_steps": min(TRAIN["eval_steps"], max_steps)} if max_steps > 0 else {}
+    for section, values in {"train": TRAIN | shortened, "runtime": RUNTIME}.items():
         params[section].update({**values, **sections.pop(section, {})})
     for section, values in sections.items():
         params[section].update(values)
@@ -132,14 +135,15 @@ def write_tokens(folder: Path, seed: int) -> None:
             "characters": len(text),
             "bytes": len(text),
             "documents": 1,
-            "shards": [path.name for path in paths],
+            "shards": {path.name: sha256_file(path) for path in paths},
         }
     meta = {
         "vocab_size": len(vocabulary),
         "bos_token_id": 0,
         "eos_token_id": 0,
         "dtype": "uint16",
-        "sha256": f"{seed:064d}",
+        "tokenizer_sha256": sha256_file(folder / "tokenizer" / "tokenizer.json"),
+        "sha256": sha256_lines({name: digest for split in splits.values() for name, digest in split["shards"].items()}),
         "corpus": {"source": "made up", "sha256": "0" * 64},
         "splits": splits,
     }

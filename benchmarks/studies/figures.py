@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from benchmarks.studies.definition import Study
 from benchmarks.studies.report import emulated, finished
 from benchmarks.studies.results import Result
-from benchmarks.studies.statistics import Sample, mean_curve, of_variant, pairs, relative_gap
+from benchmarks.studies.statistics import mean_curve, of_variant, pairs, relative_gap
 from dsv3.evaluation.figures import BLUE, STYLE, VERMILION
+from dsv3.statistics import Sample
 
 GREEN = "#009E73"
 MARKERS = "osD^vP"

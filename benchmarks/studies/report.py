@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.studies.definition import Study
 from benchmarks.studies.results import Result
-from benchmarks.studies.statistics import Sample, Value, differences, of_variant, pairs, ratios, relative_gap
+from benchmarks.studies.statistics import Value, differences, of_variant, pairs, ratios, relative_gap
+from dsv3.statistics import Sample
 
 HEADER = (
     "variant",

@@ -139,9 +139,7 @@ def checked_with_dvc(root: Path, results: list[Result]) -> dict[str, str]:
     for result in results:
         if result.name in commits:
             commit = commits[result.name]
-            truth = json.loads(_git(root, "show", f"{commit}:results/evaluate/metrics.json"))["heldout"][
-                "nats_per_char"
-            ]
+            truth = json.loads(_git(root, "show", f"{commit}:results/evaluate/headline.json"))["heldout"]
             if truth != result.nats_per_char:
                 raise UserError(
                     f"{result.name}: Aim holds {result.nats_per_char} nats/char, DVC {truth}; DVC is the truth: "

@@ -134,11 +134,11 @@ def micro_batches(
     yield from loader
 
 
-def document_positions(tokens_BS: torch.Tensor, end_of_text: int) -> torch.Tensor:
+def document_positions(tokens_BS: torch.Tensor, bos_token_id: int) -> torch.Tensor:
     """Return each token's place in its document, counted from 0, (B, S).
 
-    A document begins with the end-of-text token, which precedes every one in the shards, and at the sequence's start.
+    A document begins with bos, which precedes every one in the shards and each prompt, and at the sequence's start.
     """
     place_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
-    begins_BS = (tokens_BS == end_of_text) | (place_S == 0)
+    begins_BS = (tokens_BS == bos_token_id) | (place_S == 0)
     return place_S - torch.where(begins_BS, place_S, 0).cummax(dim=1).values

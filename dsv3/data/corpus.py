@@ -12,9 +12,11 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from dsv3.artifacts import read_json, write_json
+from pydantic import BaseModel, ConfigDict, Field
+
+from dsv3.artifacts import read_model, sha256_file, write_json
 from dsv3.errors import UserError
 
 TEXT_FILE = "text.txt"
@@ -54,6 +56,19 @@ class Origin:
     """What identifies it: a URL, a package, a path, or a Hub id and revision."""
 
     license: str | None = None
+
+
+class Manifest(BaseModel):
+    """The content of manifest.json."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    source: str
+    file: Literal["text.txt", "documents.jsonl"]
+    num_documents: int = Field(ge=1)
+    characters: int = Field(ge=1)
+    bytes: int = Field(ge=1)
+    sha256: str
 
 
 class Chunk(NamedTuple):
@@ -117,15 +132,19 @@ def write_manifest(directory: Path, requested_source: str, origin: Origin, measu
 
 def read_measure(directory: Path) -> tuple[str, Measure]:
     """Return the source and the measure of the corpus in `directory`; `UserError` where its manifest can't be read."""
-    path = directory / MANIFEST_FILE
-    try:
-        manifest = read_json(path)
-        fields = [field.name for field in dataclasses.fields(Measure)]
-        return manifest["source"], Measure(**{name: manifest[name] for name in fields})
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror}); run the download stage") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: is no manifest of a corpus; run the download stage again") from None
+    manifest = read_model(directory / MANIFEST_FILE, Manifest, "run the download stage again")
+    return manifest.source, Measure(
+        **{field.name: getattr(manifest, field.name) for field in dataclasses.fields(Measure)}
+    )
+
+
+def check_data_file(directory: Path, measure: Measure) -> None:
+    """Raise `UserError` where the data file is not the one that the manifest describes; it is read once, in pieces."""
+    path = directory / measure.file
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; run the download stage again")
+    if sha256_file(path) != measure.sha256:
+        raise UserError(f"{path}: is not the file that its manifest describes (SHA-256); run the download stage again")
 
 
 def read_chunks(directory: Path, measure: Measure) -> Iterator[Chunk]:

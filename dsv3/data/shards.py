@@ -10,7 +10,6 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -77,23 +76,14 @@ def _pieces(chunks: Iterable[Tokens], shard_tokens: int) -> Iterator[Tokens]:
 class TokenStream:
     """The tokens of one split as one sequence, memory-mapped: `len(stream)` and `stream[start:stop]`.
 
-    Pickles as its paths, so worker processes map the files again instead of receiving a copy of their contents.
+    Opening raises `UserError` where a shard is missing, cut short or of another format. Pickles as its paths, so worker
+    processes map the files again instead of receiving a copy of their contents.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self.paths = list(paths)
         self._shards = [_map_shard(path) for path in self.paths]
         self._starts = np.cumsum([0] + [len(shard) for shard in self._shards])
-
-    @classmethod
-    def open(cls, directory: Path, split: str) -> Self:
-        """Return the stream of a split; `UserError` when a shard is missing, cut short or of another format."""
-        paths = sorted(directory.glob(f"{split}_*.bin"))
-        expected = [shard_path(directory, split, index) for index in range(max(1, len(paths)))]
-        for path in expected:
-            if path not in paths:
-                raise UserError(f"{path}: no such token shard; run the tokenize stage")
-        return cls(paths)
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -76,7 +76,7 @@ def _fetch_tiny_shakespeare(params: DataParams, note: Note) -> Text:
 
 
 def _files_summary(params: DataParams) -> str:
-    files = corpus_files(params.path or "")
+    files = corpus_files(params.path or "").files
     try:
         size = sum(file.stat().st_size for file in files)
     except OSError as error:
@@ -85,9 +85,13 @@ def _files_summary(params: DataParams) -> str:
 
 
 def _write_files(params: DataParams, directory: Path, note: Note) -> tuple[Measure, Origin]:
-    files = corpus_files(params.path or "")
-    origin = Origin("file", {"path": params.path, "num_files": len(files), "text_field": params.text_field})
-    return write_files(files, params.text_field, directory), origin
+    found = corpus_files(params.path or "")
+    for line in found.summary():
+        note(f"file: {line}")
+    origin = {"path": params.path, "num_files": len(found.files), "text_field": params.text_field}
+    if found.skipped:
+        origin["skipped"] = found.skipped_by_reason()
+    return write_files(found.files, params.text_field, directory), Origin("file", origin)
 
 
 SOURCES: Mapping[str, Source] = MappingProxyType(

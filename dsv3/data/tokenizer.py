@@ -6,10 +6,13 @@ folder that is written (`tokenizer.json`, `tokenizer_config.json`) is what `tran
 """
 
 import json
+import re
 import shutil
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -19,13 +22,23 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from dsv3.artifacts import write_json
+from dsv3.data.files import local_path
 from dsv3.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+MAP_FILE = "special_tokens_map.json"
+TEMPLATE_FILE = "chat_template.jinja"
+MODEL_CONFIG_FILE = "config.json"
+BROUGHT_FILES = (TOKENIZER_FILE, CONFIG_FILE, MAP_FILE, TEMPLATE_FILE, MODEL_CONFIG_FILE)
+"""Files of a pretrained tokenizer that are read where they exist; the model's names its class, like the tokenizer's."""
 MIN_FREQUENCY = 2
 """A merge that occurs once saves one token and costs an entry."""
+
+MAX_WORD_CHARACTERS = 128
+"""The trainer's time grows with the square of a word's length, and text without spaces is one word."""
+LONG_WORD = re.compile(rf"\S{{{MAX_WORD_CHARACTERS + 1},}}")
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,10 @@ class SpecialTokens:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Return a byte-level BPE of at most `vocab_size` tokens trained on `texts`; deterministic."""
+    """Return a byte-level BPE of at most `vocab_size` tokens trained on `texts`; deterministic.
+
+    A terminal is shown the trainer's progress.
+    """
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
@@ -46,10 +62,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         min_frequency=MIN_FREQUENCY,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((part for text in texts for part in short_words(text)), trainer)
     return tokenizer
+
+
+def short_words(text: str) -> Iterator[str]:
+    """Yield `text` in parts, cut only inside words that are longer than MAX_WORD_CHARACTERS."""
+    begin = 0
+    for word in LONG_WORD.finditer(text):
+        for cut in range(word.start() + MAX_WORD_CHARACTERS, word.end(), MAX_WORD_CHARACTERS):
+            yield text[begin:cut]
+            begin = cut
+    yield text[begin:]
 
 
 def save_trained(tokenizer: Tokenizer, directory: Path) -> None:
@@ -66,27 +92,64 @@ def save_trained(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def copy_pretrained(name: str, directory: Path) -> None:
-    """Copy the files of a pretrained tokenizer (a folder, or a Hub id) to `directory`; `UserError` if there is none."""
+    """Write a pretrained tokenizer (a folder, or a Hub id) to `directory`; `UserError` if there is none.
+
+    Its configuration is completed: it names the special tokens, whichever file or class named them before, and a class
+    that takes tokenizer.json as it is, so that every reader gives the ids of the shards.
+    """
+    place = local_path(name)
+    found = {file: place / file for file in BROUGHT_FILES} if place.is_dir() else _from_hub(name)
+    found = {file: source for file, source in found.items() if source.is_file()}
+    if TOKENIZER_FILE not in found:
+        raise UserError(f"tokenize.tokenizer is {name}; it has no {TOKENIZER_FILE}")
     directory.mkdir()
-    for file in (TOKENIZER_FILE, CONFIG_FILE):
-        source = Path(name, file) if Path(name).is_dir() else _from_hub(name, file)
-        if not source.is_file():
-            raise UserError(f"tokenize.tokenizer is {name}; it has no {file}")
-        shutil.copyfile(source, directory / file)
+    for file in (TOKENIZER_FILE, TEMPLATE_FILE):
+        if file in found:
+            shutil.copyfile(found[file], directory / file)
+    config, named = (_json_object(found[file]) if file in found else {} for file in (CONFIG_FILE, MAP_FILE))
+    config = named | config
+    if not config.get("eos_token"):
+        config = _tokens_of_class(found) | config
+    config.pop("auto_map", None)  # code that does not come along
+    write_json(directory / CONFIG_FILE, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def _from_hub(name: str, file: str) -> Path:
-    """Return the local path of a file that was downloaded from the Hub."""
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: is not JSON") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: is no JSON object")
+    return value
+
+
+def _tokens_of_class(found: dict[str, Path]) -> dict[str, Any]:
+    """Return the special tokens that transformers knows for the tokenizer's class; none for a class it doesn't know."""
+    from transformers import AutoTokenizer  # imports torch; only a tokenizer that names no eos needs it
+
+    with TemporaryDirectory() as folder:
+        for file, source in found.items():
+            shutil.copyfile(source, Path(folder, file))
+        try:
+            return dict(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).special_tokens_map)
+        except Exception:  # whatever is wrong with it: special_tokens tells that no eos is named
+            return {}
+
+
+def _from_hub(name: str) -> dict[str, Path]:
+    """Return the local paths of those of the tokenizer's files that the Hub has."""
     import httpx2  # what huggingface_hub's own errors derive from; only this case needs the two
     from huggingface_hub import HfApi, hf_hub_download
 
     try:
-        HfApi().model_info(name, timeout=10)  # one request: the download itself would retry an unreachable Hub
-        return Path(hf_hub_download(name, file))
+        # One request first: a download would retry an unreachable Hub.
+        files = {sibling.rfilename for sibling in HfApi().model_info(name, timeout=10).siblings or []}
+        return {file: Path(hf_hub_download(name, file)) for file in BROUGHT_FILES if file in files}
     except (httpx2.HTTPError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"tokenize.tokenizer is {name}; no such folder, and {file} can't be read from the Hub ({reason})"
+            f"tokenize.tokenizer is {name}; no such folder, and {TOKENIZER_FILE} can't be read from the Hub ({reason})"
         ) from None
 
 
@@ -105,10 +168,7 @@ def read_tokenizer(directory: Path) -> Tokenizer:
 def special_tokens(tokenizer: Tokenizer, directory: Path) -> SpecialTokens:
     """Return the ids of bos and eos as tokenizer_config.json names them; without a bos, eos serves as both."""
     path = directory / CONFIG_FILE
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path}: is not JSON") from None
+    config = _json_object(path)
     eos = _token_id(tokenizer, config.get("eos_token"))
     if eos is None:
         raise UserError(f"{path}: names no eos_token that the tokenizer knows; documents could not be separated")
@@ -116,10 +176,10 @@ def special_tokens(tokenizer: Tokenizer, directory: Path) -> SpecialTokens:
     return SpecialTokens(eos if bos is None else bos, eos)
 
 
-def _token_id(tokenizer: Tokenizer, token: str | dict[str, Any] | None) -> int | None:
+def _token_id(tokenizer: Tokenizer, token: Any) -> int | None:
     """Return the id of a token that a configuration states as a string, or as an object with `content`."""
-    content = token["content"] if isinstance(token, dict) else token
-    return tokenizer.token_to_id(content) if content else None
+    content = token.get("content") if isinstance(token, dict) else token
+    return tokenizer.token_to_id(content) if content and isinstance(content, str) else None
 
 
 def num_ids(tokenizer: Tokenizer) -> int:

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from dsv3.artifacts import replacing_directory, sha256_file, sha256_tree, write_json
-from dsv3.data.corpus import Chunk, Measure, read_chunks, read_measure
+from dsv3.artifacts import replacing_directory, sha256_file, sha256_lines, write_json
+from dsv3.data.corpus import Chunk, Measure, check_data_file, read_chunks, read_measure
 from dsv3.data.encoding import Encoded, encode_groups, groups, pieces
 from dsv3.data.shards import token_dtype, write_shards
 from dsv3.data.splits import Selector, split_selectors
@@ -81,6 +81,7 @@ def write_tokens(corpus: Path, output: Path, params: TokenizeParams, vocabulary_
     can't be read or is larger, and for a corpus that is damaged or gives an empty split.
     """
     source, measure = read_measure(corpus)
+    check_data_file(corpus, measure)
     selectors = split_selectors(measure, params)
     with replacing_directory(output, TOKEN_FILES) as directory:
         folder = directory / "tokenizer"
@@ -92,11 +93,13 @@ def write_tokens(corpus: Path, output: Path, params: TokenizeParams, vocabulary_
                 f"tokenize.tokenizer is {params.tokenizer} with {vocab_size} tokens; must be <= {vocabulary_limit}, "
                 "the model's vocab_size"
             )
-        statistics, shards = {}, {}
+        statistics: dict[str, SplitStatistics] = {}
+        shards: dict[str, dict[str, str]] = {}
         for split, selector in selectors.items():
             statistics[split] = SplitStatistics(vocab_size, measure.characters)
             chunks = _chunks(corpus, measure, selector, f"encoding {split}")
-            shards[split] = _write_split(directory, split, chunks, statistics[split], params.shard_tokens)
+            paths = _write_split(directory, split, chunks, statistics[split], params.shard_tokens)
+            shards[split] = {path.name: sha256_file(path) for path in paths}
             if not statistics[split].tokens:
                 raise UserError(f"the {split} split is empty: {measure.num_documents} documents are too few to split")
         meta = {
@@ -105,12 +108,9 @@ def write_tokens(corpus: Path, output: Path, params: TokenizeParams, vocabulary_
             "eos_token_id": special.eos_token_id,
             "dtype": token_dtype(vocab_size).name,
             "tokenizer_sha256": sha256_file(folder / TOKENIZER_FILE),
-            "sha256": sha256_tree([path for paths in shards.values() for path in paths], directory),
+            "sha256": sha256_lines({name: digest for digests in shards.values() for name, digest in digests.items()}),
             "corpus": {"source": source, "sha256": measure.sha256},
-            "splits": {
-                split: _sizes(counted) | {"shards": [path.name for path in shards[split]]}
-                for split, counted in statistics.items()
-            },
+            "splits": {split: {**_sizes(counted), "shards": shards[split]} for split, counted in statistics.items()},
         }
         write_json(directory / "meta.json", meta)
     return _metrics(statistics, vocab_size)

@@ -213,7 +213,7 @@ def evaluate(
     positions = PositionLoss.zeros(params.block_size)
     scores: dict[str, SplitScore] = {}
     acceptance = MTPAcceptance(model) if model.config.num_nextn_predict_layers else None
-    per_document: PositionIds = partial(document_positions, end_of_text=meta["eos_token_id"])
+    per_document: PositionIds = partial(document_positions, bos_token_id=meta["bos_token_id"])
     position_ids: PositionIds = (lambda _: None) if params.cross_document_attention else per_document
     with ExpertLoad(model) as load:
         for split, stream in streams.items():

@@ -24,6 +24,7 @@ from torch import Tensor
 from dsv3.artifacts import read_json, replacing_directory, write_json
 from dsv3.errors import UserError
 from dsv3.export.source import check_source
+from dsv3.export.weights import SUMS, write_sums
 from dsv3.fp8.definition import BLOCK
 from dsv3.fp8.quantize import quantized_weight
 from dsv3.kernels.convert import HIGH_PRECISION
@@ -51,7 +52,7 @@ def export_fp8(model: Path, output: Path) -> None:
     files = sorted(model.glob("*.safetensors"))
     kept = unquantized_modules(matrix_shapes(files))
     with replacing_directory(output) as folder:
-        ignored = shutil.ignore_patterns("*.safetensors", INDEX)
+        ignored = shutil.ignore_patterns("*.safetensors", INDEX, SUMS)
         shutil.copytree(model, folder, ignore=ignored, dirs_exist_ok=True)
         weight_map: dict[str, str] = {}
         total_bytes = 0
@@ -65,6 +66,7 @@ def export_fp8(model: Path, output: Path) -> None:
         config = read_json(model / "config.json")
         quantization = quantization_config(modules_to_not_convert(kept, config["num_hidden_layers"]))
         write_json(folder / "config.json", {**config, "quantization_config": quantization})
+        write_sums(folder)
 
 
 def matrix_shapes(files: Iterable[Path]) -> dict[str, list[int]]:

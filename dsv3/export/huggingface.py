@@ -9,7 +9,9 @@ import torch
 from transformers import GenerationConfig
 
 from dsv3.artifacts import read_json, replacing_directory, write_json
+from dsv3.data.tokenizer import CONFIG_FILE, read_tokenizer
 from dsv3.export.model_folder import CODE_FILES, model_folder_contents
+from dsv3.export.weights import write_sums
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 
@@ -26,15 +28,36 @@ def export_huggingface(
     special = {"bos_token_id": meta["bos_token_id"], "eos_token_id": meta["eos_token_id"]}
     for name, token_id in special.items():
         setattr(model.config, name, token_id)
-    model.generation_config = GenerationConfig(**special, pad_token_id=special["eos_token_id"])
+    pad_token, pad_token_id = padding_token(tokens / "tokenizer", meta["eos_token_id"])
+    model.generation_config = GenerationConfig(**special, pad_token_id=pad_token_id)
     with replacing_directory(output, model_folder_contents(tokens)) as folder:
         model.save_pretrained(folder, state_dict=add_tied_head(model.config, state))
         config = folder / "config.json"
         write_json(config, {**read_json(config), **transformers_4_rope_fields(model.config)})
         shutil.copytree(tokens / "tokenizer", folder, dirs_exist_ok=True)
+        add_missing_fields(folder / CONFIG_FILE, {"pad_token": pad_token, "padding_side": "left"})
         (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
         missing = [name for name in CODE_FILES if not (folder / name).is_file()]
         assert not missing, f"save_pretrained left out {missing}"
+        write_sums(folder)
+
+
+def padding_token(directory: Path, eos_token_id: int) -> tuple[str, int]:
+    """Return the padding token that the tokenizer in `directory` names, and its id; eos where it names none."""
+    tokenizer = read_tokenizer(directory)
+    stated = read_json(directory / CONFIG_FILE).get("pad_token")
+    token = stated["content"] if isinstance(stated, dict) else stated
+    token_id = tokenizer.token_to_id(token) if token else None
+    return (tokenizer.id_to_token(eos_token_id), eos_token_id) if token_id is None else (token, token_id)
+
+
+def add_missing_fields(path: Path, fields: dict[str, Any]) -> None:
+    """Add `fields` to the JSON object at `path`, without those it has.
+
+    A batch of prompts can then be tokenized with `padding=True`. It is padded on the left, where generation continues.
+    """
+    stated = {name: value for name, value in read_json(path).items() if value is not None}
+    write_json(path, {**fields, **stated})
 
 
 def add_tied_head(config: DeepseekV3Config, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

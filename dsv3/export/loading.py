@@ -1,47 +1,103 @@
-"""Loading the exported model by transformers, with the code in its own folder, as any other program would."""
+"""Loading an exported model: its numbers and its words, never its code.
+
+The class is this checkout's `mini_model`, whatever Python files lie beside the weights: a folder from elsewhere can't
+run anything here. Where they differ from this checkout's, a line says so.
+"""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.hub import HF_MODULES_CACHE
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from dsv3.artifacts import check_weights, read_json
+from dsv3.artifacts import read_json, sha256_file
 from dsv3.errors import UserError
+from dsv3.export.model_folder import CODE_FILES
+from dsv3.export.weights import REMEDY, check_model_weights, read_model_config, short_line
+from mini_model import modeling_deepseek
+from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
+from mini_model.validation_deepseek import check_model_type
 
-LOCK_S = 120
-"""Longest wait for another process that loads a model."""
+OWN_CODE = Path(modeling_deepseek.__file__).parent
+OWN_CLASSES = {
+    "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+    "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+}
+"""What `auto_map` names in a model that was exported here."""
 
 
 def check_model(folder: Path) -> None:
-    """Raise `UserError` unless `folder` holds an exported model with its own code."""
+    """Raise `UserError` unless `folder` holds the configuration of a DeepSeek-V3 without code of others."""
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(f"{folder}: holds no config.json; run dvc repro train")
-    if "AutoModelForCausalLM" not in read_json(config).get("auto_map", {}):
-        raise UserError(f"{config}: names no code of its own (auto_map); export it with stages.train")
+    values = read_json(config)
+    check_config_model_type(config)
+    auto_map = values.get("auto_map", {}) if isinstance(values, dict) else {}
+    if not isinstance(auto_map, dict) or any(OWN_CLASSES.get(name) != value for name, value in auto_map.items()):
+        raise UserError(
+            f"{config}: auto_map is {str(auto_map)[:100]}; must name the classes of mini_model or none: code in a "
+            "model's folder is not run; remove it from a model of this architecture"
+        )
+    read_model_config(folder)
 
 
-def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
+def check_config_model_type(config: Path) -> None:
+    """Raise `UserError` where config.json is another architecture's."""
+    values = read_json(config)
+    try:
+        check_model_type(values.get("model_type") if isinstance(values, dict) else None)
+    except ValueError as error:
+        raise UserError(f"{config}: {error}") from None
+
+
+def other_code(folder: Path) -> list[str]:
+    """Return the names of shipped code files that differ from this checkout's."""
+    shipped = [name for name in CODE_FILES if (folder / name).is_file()]
+    return [name for name in shipped if sha256_file(folder / name) != sha256_file(OWN_CODE / name)]
+
+
+def load_model(folder: Path, device: torch.device) -> DeepseekV3ForCausalLM:
     """Return the model in `folder` on `device`, in evaluation mode.
 
-    The weights have their stored dtype on a GPU, and fp32 on a CPU, because most CPUs are fast in fp32 only.
+    The weights have their stored dtype on a GPU, and fp32 on a CPU, because most CPUs are fast in fp32 only. Raises
+    `UserError` where a weight is missing, left over, of another shape, not finite, or not as it was exported.
     """
     check_model(folder)
-    check_weights(folder)
+    check_model_weights(folder, read_model_config(folder))
+    different = other_code(folder)
+    if different:
+        print(f"{folder}: {', '.join(different)} differs from mini_model, whose code is used")  # noqa: T201
     dtype = torch.float32 if device.type == "cpu" else "auto"
-    cache = Path(HF_MODULES_CACHE)
-    cache.mkdir(parents=True, exist_ok=True)
-    # transformers copies the code into this shared folder without a lock; another process could import half of it.
-    with FileLock(cache / "dsv3.lock", timeout=LOCK_S):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=True, dtype=dtype, device_map={"": device}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its table of what does not fit; the line below says it
+    try:
+        loaded: Any = DeepseekV3ForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: can't be loaded ({short_line(error)}); {REMEDY}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    model, info = loaded
+    faults = {kind: found for kind, found in info.items() if found}
+    if faults:
+        raise UserError(f"{folder}: {str(faults)[:200]}; {REMEDY}")
     return model.eval()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that was exported with the model in `folder`."""
+    """Return the tokenizer in `folder`, whose files `load_model` has compared; no code from the folder is run."""
     check_model(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises plain Exception for a file that it can't read
+        raise UserError(f"{folder}: no tokenizer can be read ({short_line(error)}); {REMEDY}") from None

@@ -12,6 +12,7 @@ MODEL_FILES = (
     "model*.safetensors",
     "model.safetensors.index.json",
     "README.md",
+    "SHA256SUMS",
     "__pycache__",
 )
 """Names of what is written besides the tokenizer, as glob patterns."""

@@ -2,17 +2,22 @@
 
 from pathlib import Path
 
-from dsv3.artifacts import check_weights, read_json
+from dsv3.artifacts import read_json
 from dsv3.errors import UserError
+from dsv3.export.loading import check_config_model_type, check_model
+from dsv3.export.weights import check_model_weights, read_model_config
 
 
 def check_source(model: Path) -> None:
-    """Raise `UserError` unless `model` holds whole safetensors in full precision and their config.json."""
+    """Raise `UserError` unless `model` holds exactly the weights of its config.json, whole and in full precision."""
     config = model / "config.json"
     if not config.is_file():
         raise UserError(f"{model}: holds no config.json; name a folder that the train stage wrote")
-    if "quantization_config" in read_json(config):
+    check_config_model_type(config)
+    values = read_json(config)
+    if isinstance(values, dict) and "quantization_config" in values:
         raise UserError(f"{config}: has a quantization_config; name the folder in full precision that was quantized")
+    check_model(model)
     if not any(model.glob("*.safetensors")):
         raise UserError(f"{model}: holds no *.safetensors; name a folder that the train stage wrote")
-    check_weights(model)
+    check_model_weights(model, read_model_config(model))

@@ -44,9 +44,13 @@ def generation_config(params: SampleParams, end_of_text: Any) -> GenerationConfi
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the prompt's ids behind the end-of-text token, which precedes every document in training too."""
-    assert isinstance(tokenizer.eos_token_id, int)
-    return [tokenizer.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
+    """Return the prompt's ids behind bos, or eos where there is no bos: every document in training begins so too.
+
+    It is the rule of `dsv3.data.tokenizer.special_tokens`.
+    """
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    assert isinstance(begin, int)
+    return [begin, *tokenizer.encode(prompt, add_special_tokens=False)]
 
 
 def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: SampleParams) -> None:

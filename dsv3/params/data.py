@@ -21,10 +21,10 @@ class DataParams(Section):
     """auto: the exact tiny Shakespeare where it can be reached, else plays."""
 
     path: str | None
-    """For source `file`: a file, a folder or a glob of text, jsonl, parquet or csv."""
+    """For source `file`: a file, a folder or a glob of text, jsonl, json, parquet, csv or tsv, also compressed."""
 
     text_field: str = Field(min_length=1)
-    """Name of the column that holds the text (jsonl, parquet, csv, hub)."""
+    """Name of the column that holds the text (jsonl, json, parquet, csv, tsv, hub)."""
 
     hub_id: str | None
     """For source `hub`: the data set's id, such as `roneneldan/TinyStories`."""

@@ -7,6 +7,7 @@ why a change here re-runs no stage.
 """
 
 import json
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,14 @@ from dsv3.params.model import ModelParams
 from dsv3.params.runtime import RuntimeParams
 from dsv3.params.sample import SampleParams
 from dsv3.params.section import Section, error_line
+from dsv3.params.text import read_small_text
 from dsv3.params.tokenize import TokenizeParams
 from dsv3.params.train import TrainParams
+
+MAX_ENTRIES = 5_000
+"""Forty times what params.yaml holds."""
+MAX_VALUES = 100_000
+MAX_DEPTH = 50
 
 
 class Params(Section):
@@ -53,12 +60,51 @@ def read_params(path: Path) -> Params:
 def read_yaml(path: Path) -> Any:
     """Return the values in `path` as DVC reads them; raise `UserError` in one line for a file that is none."""
     try:
-        return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+        text = read_small_text(path)
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror})") from None
+    _check_text(text, path)
+    try:
+        values = YAML(typ="safe").load(text)
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: not YAML ({error.problem})") from None
+        raise UserError(f"{path}:{line}: not YAML ({one_line(error.problem)})") from None
+    except RecursionError:
+        raise UserError(f"{path}: not YAML that can be read (it is nested too deeply)") from None
+    except Exception as error:  # what the types of YAML raise for a wrong date, number or tag
+        raise UserError(f"{path}: not YAML that can be read ({one_line(error)})") from None
+    _check_size(values, path)
+    return values
+
+
+def _check_text(text: str, path: Path) -> None:
+    """Raise `UserError` for a text that YAML's parser, which takes 0.3 ms a value, would be busy with for long."""
+    if (entries := text.count("\n") + text.count(",")) > MAX_ENTRIES:
+        raise UserError(f"{path}: has {entries:,} lines and commas; must have <= {MAX_ENTRIES:,}")
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth += 1 if bracket in "[{" else -1
+        if depth > MAX_DEPTH:
+            raise UserError(f"{path}: opens {depth} brackets; must be nested <= {MAX_DEPTH} deep")
+
+
+def _check_size(values: Any, path: Path) -> None:
+    """Raise `UserError` where aliases make a small file stand for too many values, or for itself."""
+    left, number = [values], 0
+    while left:
+        value = left.pop()
+        number += 1
+        if number > MAX_VALUES:
+            raise UserError(f"{path}: stands for more than {MAX_VALUES:,} values; write values, not aliases of aliases")
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+
+
+def one_line(message: object) -> str:
+    """Return a message of a library, or a text of the user's, as one line."""
+    return " ".join(str(message).split())
 
 
 def validated(values: Any, path: Path) -> Params:
@@ -66,7 +112,7 @@ def validated(values: Any, path: Path) -> Params:
     try:
         params = Params.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {_line_with_suggestion(_first_cause(error.errors()))}") from None
+        raise UserError(f"{path}: {one_line(_line_with_suggestion(_first_cause(error.errors())))}") from None
     _check_relations(params, read_architecture(Path(params.model.config)), path)
     return params
 
@@ -107,6 +153,11 @@ def _check_relations(params: Params, architecture: Architecture, path: Path) -> 
         (
             train.block_size > limit,
             f"train.block_size is {train.block_size}; must be <= {limit}, the max_position_embeddings of {config}",
+        ),
+        (
+            architecture.num_nextn_predict_layers >= train.block_size,
+            f"train.block_size is {train.block_size}; must be > {architecture.num_nextn_predict_layers}, the "
+            f"num_nextn_predict_layers of {config}, each of which looks a token further on",
         ),
         (
             evaluate.block_size > limit,

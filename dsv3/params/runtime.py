@@ -21,8 +21,8 @@ class RuntimeParams(Section):
     num_processes: int = Field(ge=1)
     """Training processes; must divide train.gradient_accumulation_steps."""
 
-    dataloader_num_workers: int = Field(ge=0)
-    """Worker processes that prepare batches."""
+    dataloader_num_workers: int = Field(ge=0, le=256)
+    """Worker processes that prepare batches; each is a whole Python."""
 
     dataloader_pin_memory: bool
     """Copy batches into pinned memory first (CUDA only)."""

@@ -19,8 +19,8 @@ class SampleParams(Section):
     do_sample: bool
     """False: the most probable token each time."""
 
-    temperature: float = Field(gt=0)
-    """Below 1 sharpens, above 1 flattens."""
+    temperature: float = Field(ge=0.01, le=100)
+    """Below 1 sharpens, above 1 flattens. At 0.01 nothing is left to chance (do_sample: false), at 100 all is."""
 
     top_k: int = Field(ge=0)
     """Keep the k most probable tokens; 0: all."""

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
@@ -9,11 +10,23 @@ from pydantic_core import CoreSchema, ErrorDetails, core_schema
 
 
 class Section(BaseModel):
-    """A frozen, closed set of parameters. No field has a default: every value stands in params.yaml."""
+    """A frozen, closed set of parameters. No field has a default: every value stands in params.yaml.
+
+    Types are strict: nothing is converted but a whole number where a fraction may stand (`learning_rate: 1`).
+    """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
     )
+
+
+SMALLEST_NORMAL_FP32 = 2.0**-126
+"""What training computes with has this precision; smaller numbers lose theirs, or are zero."""
 
 
 class OneOf:
@@ -56,6 +69,12 @@ def error_line(error: ErrorDetails) -> str:
         names_field = re.match(r"\w+ (is|must|would) ", message)
         return f"{where}{'.' if where and names_field else ': ' if where else ''}{message}"
     return f"{where} is {value_text(error['input'])}; {message[0].lower()}{message[1:]}"
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean …?` for the closest of the known names, or nothing."""
+    close = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def value_text(value: Any) -> str:

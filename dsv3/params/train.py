@@ -6,13 +6,13 @@ from pydantic import Field, model_validator
 
 from dsv3.params.expert_backends import BACKENDS
 from dsv3.params.optimizers import OPTIMIZERS
-from dsv3.params.section import OneOf, Section
+from dsv3.params.section import SMALLEST_NORMAL_FP32, OneOf, Section
 
 
 class TrainParams(Section):
     """Section `train`: everything that shapes the weights."""
 
-    num_train_epochs: float = Field(gt=0)
+    num_train_epochs: float = Field(gt=0, le=1e6)
     """Passes over the training tokens; ignored when max_steps is positive."""
 
     max_steps: int
@@ -42,11 +42,13 @@ class TrainParams(Section):
     optim: Annotated[str, OneOf(OPTIMIZERS)]
     """Optimizer of matrices and expert stacks; embeddings, head, routers and vectors are always updated by AdamW."""
 
-    learning_rate: float = Field(gt=0)
-    """Peak learning rate; Muon's update is scaled to AdamW's RMS, so that one rate serves both."""
+    learning_rate: float = Field(gt=0, le=1)
+    """Peak learning rate; Muon's update is scaled to AdamW's RMS, so that one rate serves both. An update has an RMS of
+    about 1 before it: a rate of 1 moves a weight further in one step than any trained one lies from zero."""
 
     weight_decay: float = Field(ge=0)
-    """Decoupled weight decay of matrices; norms, biases and embeddings are not decayed."""
+    """Decoupled weight decay of matrices; norms, biases and embeddings are not decayed. A step shrinks weights by
+    learning_rate times this, which must be less than 1."""
 
     adam_beta1: float = Field(ge=0, lt=1)
     """Decay of AdamW's first moment."""
@@ -54,8 +56,8 @@ class TrainParams(Section):
     adam_beta2: float = Field(ge=0, lt=1)
     """Decay of AdamW's second moment."""
 
-    adam_epsilon: float = Field(gt=0)
-    """AdamW's epsilon."""
+    adam_epsilon: float = Field(ge=SMALLEST_NORMAL_FP32, le=1)
+    """AdamW's epsilon. A smaller one is zero in fp32: a weight without gradients would become 0 / 0."""
 
     adam_moments_dtype: Literal["fp32", "bf16"]
     """bf16 halves the optimizer's memory, as in the report (section 3.3.3)."""
@@ -63,8 +65,8 @@ class TrainParams(Section):
     muon_momentum: float = Field(ge=0, lt=1)
     """Nesterov momentum of Muon."""
 
-    max_grad_norm: float = Field(gt=0)
-    """Largest gradient norm; larger gradients are scaled down to it."""
+    max_grad_norm: float = Field(ge=1e-6)
+    """Largest gradient norm; larger gradients are scaled down to it. Much less would vanish beside AdamW's epsilon."""
 
     lr_scheduler_type: Literal["deepseek_v3", "cosine", "linear", "constant"]
     """deepseek_v3: warm-up, constant, cosine, two constant tails, as fractions of the budget."""
@@ -75,19 +77,20 @@ class TrainParams(Section):
     min_lr_ratio: float = Field(ge=0, le=1)
     """Learning rate at the end of the decay, as a share of the peak (cosine, linear)."""
 
-    bias_update_rate: float = Field(ge=0)
-    """gamma: step of the router's bias per optimizer step; 0 turns loss-free balancing off."""
+    bias_update_rate: float = Field(ge=0, le=1)
+    """gamma: step of the router's bias per optimizer step; 0 turns loss-free balancing off. Affinities lie between 0
+    and 1, so a step of 1 outvotes every one."""
 
     bias_freeze_ratio: float = Field(ge=0, le=1)
     """Last share of the steps in which gamma is 0 (report: 0.034)."""
 
-    sequence_loss_weight: float = Field(ge=0)
-    """alpha: weight of the sequence-wise balance loss (report: 1e-4)."""
+    sequence_loss_weight: float = Field(ge=0, le=10)
+    """alpha: weight of the sequence-wise balance loss (report: 1e-4), which is about 1; at 10 it outweighs the text."""
 
-    mtp_loss_weight: float = Field(ge=0)
+    mtp_loss_weight: float = Field(ge=0, le=10)
     """lambda: weight of the multi-token prediction loss for the first 67.6 % of the steps."""
 
-    mtp_loss_weight_final: float = Field(ge=0)
+    mtp_loss_weight_final: float = Field(ge=0, le=10)
     """lambda for the rest of the steps."""
 
     eval_steps: int = Field(ge=1)
@@ -135,6 +138,11 @@ class TrainParams(Section):
         """Check the relations within the section."""
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"max_steps is {self.max_steps}; must be positive, or -1 to train num_train_epochs")
+        if self.learning_rate * self.weight_decay >= 1:
+            raise ValueError(
+                f"weight_decay is {self.weight_decay:g}; must be < {1 / self.learning_rate:g}, 1 / learning_rate, "
+                "or a step shrinks weights past zero"
+            )
         if self.warmup_ratio + self.bias_freeze_ratio > 1:
             raise ValueError("warmup_ratio + bias_freeze_ratio exceeds 1; together they are shares of the same steps")
         if self.gradient_accumulation_steps % self.batch_ramp_levels:

@@ -164,11 +164,17 @@ def mtp_bytes(a: Architecture, w: Workload) -> int:
 
 
 def layer_bytes(a: Architecture, w: Workload, layer: int) -> int:
-    """Return what layer number `layer` keeps of all its tokens; an MTP module of depth d sees d fewer per sequence."""
-    depth = max(0, layer + 1 - a.num_hidden_layers)
-    w = replace(w, sequence_tokens=max(1, w.sequence_tokens - depth))
+    """Return what layer number `layer` keeps of all its tokens."""
+    w = of_layer(a, w, layer)
     half = moe_bytes(a, w) if a.is_moe(layer) else dense_bytes(a, w)
-    return w.num_tokens * (attention_bytes(a, w) + half + (mtp_bytes(a, w) if depth else 0))
+    mtp = mtp_bytes(a, w) if layer >= a.num_hidden_layers else 0
+    return w.num_tokens * (attention_bytes(a, w) + half + mtp)
+
+
+def of_layer(a: Architecture, w: Workload, layer: int) -> Workload:
+    """Return the workload of layer number `layer`: an MTP module of depth d sees d fewer tokens per sequence."""
+    depth = max(0, layer + 1 - a.num_hidden_layers)
+    return replace(w, sequence_tokens=max(1, w.sequence_tokens - depth))
 
 
 def all_layers(a: Architecture) -> range:
@@ -190,10 +196,28 @@ def activation_bytes(a: Architecture, w: Workload) -> int:
 
 
 def recomputed_bytes(a: Architecture, w: Workload) -> int:
-    """Return the activations of the largest layer, which exist beside the checkpoints while it is computed again."""
+    """Return what exists beside the checkpoints while the largest layer is computed again and passed backward.
+
+    The backward pass frees a layer's second half before it comes to attention, which needs more of its own: whichever
+    of the two is larger counts.
+    """
     if not w.gradient_checkpointing:
         return 0
-    return max(layer_bytes(a, w, layer) + expert_cast_bytes(a, w, layer) for layer in all_layers(a))
+    return max(
+        max(layer_bytes(a, w, layer) + expert_cast_bytes(a, w, layer), attention_backward_bytes(a, w, layer))
+        for layer in all_layers(a)
+    )
+
+
+def attention_backward_bytes(a: Architecture, w: Workload, layer: int) -> int:
+    """Return what of layer number `layer` exists while its backward pass is in attention.
+
+    Where no kernel fuses attention, the gradients of its weights and of its scores are a square each.
+    """
+    w = of_layer(a, w, layer)
+    gradients = 0 if w.device == "cuda" else 2 * FP32 * a.num_attention_heads * w.sequence_tokens
+    mtp = mtp_bytes(a, w) if layer >= a.num_hidden_layers else 0
+    return w.num_tokens * (attention_bytes(a, w) + gradients + mtp)
 
 
 def expert_cast_bytes(a: Architecture, w: Workload, layer: int) -> int:

@@ -109,6 +109,31 @@ TABLES = MappingProxyType(
 )
 """The tables that `train` writes, each to `<name>.tsv`."""
 
+
+@dataclass(frozen=True)
+class Headline:
+    """How one of the few numbers by which runs are compared is shown."""
+
+    label: str
+    """What it is, with its unit."""
+    format: str
+    """A format specification, without a sign."""
+
+
+HEADLINE: Mapping[str, Headline] = MappingProxyType(
+    {
+        "heldout": Headline("held-out nats/char", ".4f"),
+        "val_loss": Headline("validation nats/token", ".4f"),
+        "tokens_s": Headline("tokens/s", ",.0f"),
+        "minutes": Headline("minutes of training", ".1f"),
+        "max_vio": Headline("MaxVio, held-out", ".3f"),
+        "dead_experts": Headline("dead experts", ".4g"),
+        "parameters": Headline("parameters", ",.0f"),
+    }
+)
+"""What the stages' headline.json hold, DVC's metrics: MaxVio of the worst layer, tokens/s the median, the validation
+loss the last one. The names are short, for the table of `dvc exp show`; all other numbers are in metrics.json."""
+
 SCORES = ("nats_per_token", "perplexity", "nats_per_char", "bits_per_byte")
 """What `evaluate` says of every split."""
 

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsv3.artifacts import read_json, write_text
+from pydantic import BaseModel, ConfigDict
+
+from dsv3.artifacts import read_model, write_text
 from dsv3.errors import UserError
 from dsv3.params.read import Params
 from dsv3.params.runtime import RuntimeParams
@@ -26,6 +28,25 @@ Cells = dict[str, Cell]
 
 RUN_HASH_LENGTH = 24
 """Of Aim's hashes, in hexadecimal digits."""
+
+
+class Record(BaseModel):
+    """The content of a run.json; what else it holds is kept."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    aim_run_hash: str | None
+    name: str
+    experiment: str
+    tags: list[str]
+    fingerprint: str | None
+    step: int
+    dvc: dict[str, Any]
+    env: dict[str, Any]
+    size: dict[str, Any]
+    params: dict[str, Any]
+    architecture: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
 
 
 class Recorder:
@@ -175,10 +196,11 @@ def identity_of(record: Mapping[str, Any]) -> RunIdentity:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return the content of a run.json; `UserError` where there is none."""
+    """Return the content of a run.json; `UserError` where there is none, or something else."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; run dvc repro train")
-    return read_json(path)
+    remedy = "dvc checkout brings an output back, dvc repro makes it"
+    return read_model(path, Record, remedy).model_dump(exclude_unset=True)
 
 
 def shown_repo(runtime: RuntimeParams) -> str:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from dsv3.artifacts import read_json
+from dsv3.errors import UserError
 from dsv3.params.read import read_yaml
 from dsv3.tracking.events import Distribution, Event, Figure, Result, Row, Text
 from dsv3.tracking.metrics import METRICS, TABLES, Cell
@@ -72,9 +73,14 @@ def read_table(path: Path) -> list[dict[str, Cell]]:
         return []
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t")
-        return [
-            {name: cell if METRICS[name].is_text else float(cell) for name, cell in row.items() if cell} for row in rows
-        ]
+        try:
+            return [
+                {name: cell if METRICS[name].is_text else float(cell) for name, cell in row.items() if cell}
+                for row in rows
+            ]
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            where, reason = f"{path}:{rows.line_num}", f"{type(error).__name__}: {error}"
+            raise UserError(f"{where}: is no row of a table ({reason}); dvc checkout brings it back") from None
 
 
 def _result(stage: str, folder: Path, step: int) -> Iterator[Event]:

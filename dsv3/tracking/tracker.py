@@ -6,10 +6,12 @@ A tracker has one name: in `runtime.trackers`, of its module in this folder, and
 import importlib
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Literal, Protocol, TypeVar, get_args
 
+from dsv3.cli import end_despite
 from dsv3.params.runtime import RuntimeParams, TrackerName
 from dsv3.tracking.events import Event
 from dsv3.tracking.identity import RunIdentity
@@ -17,6 +19,9 @@ from dsv3.tracking.identity import RunIdentity
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+CLOSE_S = 20.0
+"""Longest wait for a tracker that is closing: a server that is gone, or a full disk, can keep it for ever."""
 
 Mode = Literal["train", "add", "rebuild"]
 """Who opens a run: the training, a later stage that adds to it, or the command that writes all of it again."""
@@ -83,9 +88,14 @@ class IsolatedTracker:
             self._attempt(lambda: tracker.write(event))
 
     def close(self, status: str) -> None:
-        """Close the tracker."""
+        """Close the tracker, in a thread of its own; leave it behind where that takes longer than `CLOSE_S`."""
         if tracker := self._tracker:
-            self._attempt(lambda: tracker.close(status))
+            closing = threading.Thread(target=self._attempt, args=(lambda: tracker.close(status),), daemon=True)
+            closing.start()
+            closing.join(CLOSE_S)
+            if closing.is_alive():
+                self._attempt(lambda: raise_timeout(f"not closed within {CLOSE_S:g} s"))
+                end_despite(closing)
         self._tracker = None
 
     def _attempt(self, action: Callable[[], T]) -> T | None:
@@ -111,6 +121,11 @@ class IsolatedTracker:
             hint,
             self._name,
         )
+
+
+def raise_timeout(reason: str) -> None:
+    """Raise `TimeoutError`."""
+    raise TimeoutError(reason)
 
 
 class Views:

@@ -9,31 +9,46 @@ queued experiments find them too, in a folder named by the fingerprint of everyt
                                step_200/{model.safetensors, optimizer.pt, scheduler.pt, config.json, trainer_state.json,
                                          complete}
                                best_150/{model.safetensors, complete}
+                               damaged_step_250/
 
 The same fingerprint resumes; any other starts afresh. A folder is written under a temporary name, flushed, marked
-complete and renamed; only then are older ones removed. After the export all of it is deleted, or a repeated training
-would find itself finished.
+complete and renamed; only then are older ones removed. `complete` holds the fingerprint, the step, and SHA-256 and size
+of every other file. They are compared before anything is loaded: a checkpoint that differs is set aside with a line,
+and the next older one is taken. Folders with other names are left alone. After the export all of it is deleted, or a
+repeated training would find itself finished.
 
 No state of data or random numbers is saved: both are functions of the seed and the step.
 """
 
 import json
+import pickle
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from dsv3.artifacts import read_json, replacing_directory
+from dsv3.artifacts import FileContent, difference_from, file_content, read_json, read_model, replacing_directory
 from dsv3.errors import UserError
+from dsv3.export.weights import non_finite_weight
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of what is written here; part of the fingerprint."""
 
 COMPLETE = "complete"
+WEIGHTS = "model.safetensors"
+STEP_FILES = frozenset({WEIGHTS, "optimizer.pt", "scheduler.pt", "config.json", "trainer_state.json"})
+BEST_FILES = frozenset({WEIGHTS})
+OWN_NAME = re.compile(r"(step|best)_(0|[1-9][0-9]*)")
+"""Names of checkpoints and of best weights."""
+REMOVABLE_NAME = re.compile(rf"damaged_{OWN_NAME.pattern}|\.{OWN_NAME.pattern}\.[0-9]+\.tmp|{OWN_NAME.pattern}")
+"""Names of all folders that are made here."""
 SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
     "moe_intermediate_size", "n_routed_experts", "n_shared_experts", "first_k_dense_replace", "q_lora_rank",
@@ -43,9 +58,33 @@ SIZES = (
 """What decides the shapes of the weights."""
 
 
+class Completion(BaseModel):
+    """The content of `complete`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    fingerprint: str
+    step: int
+    files: dict[str, FileContent]
+
+
+class SavedState(BaseModel):
+    """What trainer_state.json holds; `dsv3.training.state` knows the rest."""
+
+    model_config = ConfigDict(extra="allow")
+
+    step: int
+    best_step: int = 0
+
+
 def checkpoints(directory: Path) -> list[Path]:
-    """Return the complete checkpoints in `directory`, oldest first."""
-    found = [path for path in directory.glob("step_*") if (path / COMPLETE).is_file()]
+    """Return the complete checkpoints in `directory`, oldest first; their content is not compared."""
+    return [path for path in own_folders(directory, "step") if (path / COMPLETE).is_file()]
+
+
+def own_folders(directory: Path, kind: str) -> list[Path]:
+    """Return the folders `kind`_N in `directory`, the lowest step first."""
+    found = [path for path in directory.glob(f"{kind}_*") if OWN_NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=_step_of)
 
 
@@ -62,47 +101,122 @@ def save_checkpoint(
 ) -> None:
     """Write `directory`/step_N, N being `state["step"]`; `state` is what the loop needs to go on, as JSON."""
     with replacing_directory(directory / f"step_{state['step']}") as folder:
-        save_model(model, str(folder / "model.safetensors"))
+        save_model(model, str(folder / WEIGHTS))
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
         # The schedule is a function of the step; this file is for those who look for Hugging Face's layout.
         torch.save({"last_epoch": state["step"]}, folder / "scheduler.pt")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (folder / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
-        (folder / COMPLETE).write_text(f"{state['step']}\n", encoding="utf-8")
+        _mark_complete(folder, directory.name, state["step"])
+
+
+def _mark_complete(folder: Path, fingerprint: str, step: int) -> None:
+    files = {path.name: file_content(path) for path in sorted(folder.iterdir())}
+    completion = Completion(fingerprint=fingerprint, step=step, files=files)
+    (folder / COMPLETE).write_text(completion.model_dump_json(), encoding="utf-8")
+
+
+def damage_of(folder: Path, fingerprint: str | None = None) -> str:
+    """Return in a few words how the content of step_N or best_N differs from what was saved; empty where it is whole.
+
+    Every file is read once, in pieces. With a `fingerprint`, its folder and name must be those of the training too.
+    """
+    try:
+        completion = Completion.model_validate_json((folder / COMPLETE).read_bytes())
+    except OSError as error:
+        return f"{COMPLETE} can't be read ({error.strerror})"
+    except ValidationError:
+        return f"{COMPLETE} is damaged"
+    if set(completion.files) not in (STEP_FILES, BEST_FILES):
+        return f"{COMPLETE} is damaged"
+    if fingerprint is not None and (completion.fingerprint, completion.step) != (fingerprint, _step_of(folder)):
+        return f"it is step {completion.step} of the training {completion.fingerprint}"
+    differences = (difference_from(folder / name, content) for name, content in sorted(completion.files.items()))
+    return next(filter(None, differences), "")
+
+
+def newest_whole(directory: Path, with_best: bool, tell: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint that is as it was saved; set newer ones aside and `tell` a line for each.
+
+    With `with_best`, the best weights that it names must be whole too.
+    """
+    for folder in reversed(own_folders(directory, "step")):
+        damage = damage_of(folder, directory.name) or (_damage_of_best(folder) if with_best else "")
+        if not damage:
+            return folder
+        aside = directory / f"damaged_{folder.name}"
+        _remove(aside)
+        folder.rename(aside)
+        tell(f"{folder}: not resumed, damaged: {damage}; set aside as {aside.name}")
+    return None
+
+
+def _damage_of_best(folder: Path) -> str:
+    """Return how the best weights that a checkpoint names are damaged; empty where they are whole.
+
+    They may be missing where better ones came later: the training finds these again.
+    """
+    best = best_folder(folder.parent, read_state(folder).best_step)
+    if _step_of(best) == 0 or any(_step_of(path) > _step_of(best) for path in own_folders(folder.parent, "best")):
+        return ""
+    damage = damage_of(best, folder.parent.name)
+    return f"its best weights, {best.name}: {damage}" if damage else ""
+
+
+def read_state(folder: Path) -> SavedState:
+    """Return the loop's state in a checkpoint."""
+    return read_model(folder / "trainer_state.json", SavedState, "set runtime.resume to never to train again")
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load the weights and the optimizer's state from `folder` in place; return the loop's state."""
-    load_model(model, folder / "model.safetensors")
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
-    return read_json(folder / "trainer_state.json")
+    """Load the weights and the optimizer's state from `folder` in place; return the loop's state.
+
+    The caller has compared the files with `complete`. Raises `UserError` where they are of another model or optimizer.
+    """
+    try:
+        load_model(model, folder / WEIGHTS)
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+    except (SafetensorError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: does not fit this training ({reason}); name another checkpoint") from None
+    return read_state(folder).model_dump(exclude_unset=True)
 
 
 def check_checkpoint(folder: Path, config: Mapping[str, Any], total_steps: int) -> None:
-    """Raise `UserError` unless `folder` is a complete checkpoint of this architecture that leaves steps to be done."""
+    """Raise `UserError` unless `folder` is a whole checkpoint of this architecture that leaves steps to be done."""
     where = f"train.resume_from_checkpoint is {folder}"
     if not (folder / COMPLETE).is_file():
         raise UserError(f"{where}; holds no complete checkpoint; name a folder step_N under .checkpoints/")
+    damage = damage_of(folder)
+    if damage or not (folder / "optimizer.pt").is_file():
+        raise UserError(f"{where}; damaged: {damage or 'it holds best weights alone'}; name another checkpoint")
     saved = read_json(folder / "config.json")
     changed = [name for name in SIZES if saved.get(name) != config.get(name)]
     if changed:
         values = ", ".join(f"{name} {saved.get(name)} instead of {config.get(name)}" for name in changed)
         raise UserError(f"{where}; of another architecture ({values}); set model.config to its file")
-    step = read_json(folder / "trainer_state.json")["step"]
+    step = read_state(folder).step
     if step >= total_steps:
         raise UserError(f"{where}; must be before step {total_steps}, the last; raise train.num_train_epochs")
+    name = non_finite_weight(folder / WEIGHTS)
+    if name:
+        raise UserError(f"{where}; {name} holds a number that is not finite; name an earlier checkpoint")
 
 
 def save_best(directory: Path, model: nn.Module, step: int) -> None:
     """Write the weights alone to `directory`/best_N; older ones stay until a checkpoint is saved."""
     with replacing_directory(best_folder(directory, step)) as folder:
-        save_model(model, str(folder / "model.safetensors"))
-        (folder / COMPLETE).write_text(f"{step}\n", encoding="utf-8")
+        save_model(model, str(folder / WEIGHTS))
+        _mark_complete(folder, directory.name, step)
 
 
 def load_best(directory: Path, model: nn.Module, step: int) -> None:
-    """Load the weights that `save_best` wrote for `step`, in place."""
-    load_model(model, best_folder(directory, step) / "model.safetensors")
+    """Load the weights that `save_best` wrote for `step`, in place; raise `UserError` where they are damaged."""
+    folder = best_folder(directory, step)
+    damage = damage_of(folder, directory.name)
+    if damage:
+        raise UserError(f"{folder}: damaged: {damage}; run the same again: it goes on from an earlier checkpoint")
+    load_model(model, folder / WEIGHTS)
 
 
 def best_folder(directory: Path, step: int) -> Path:
@@ -115,17 +229,22 @@ def prune(directory: Path, save_total_limit: int, best_step: int) -> None:
 
     Best weights newer than the newest checkpoint stay: this is called when there are none.
     """
-    for old in checkpoints(directory)[:-save_total_limit]:
-        shutil.rmtree(old)
+    kept = {*checkpoints(directory)[-save_total_limit:], best_folder(directory, best_step)}
     for path in directory.iterdir():
-        is_old_best = path.name.startswith("best_") and path != best_folder(directory, best_step)
-        is_unfinished = path.is_dir() and not (path / COMPLETE).is_file()
-        if is_old_best or is_unfinished:
-            shutil.rmtree(path)
+        if REMOVABLE_NAME.fullmatch(path.name) and path not in kept and not path.name.startswith("damaged_"):
+            _remove(path)
 
 
 def delete_checkpoints(directory: Path) -> None:
-    """Remove all that was saved in `directory`, whole or half-written."""
+    """Remove all that was saved in `directory`, whole, half-written or damaged."""
     for path in directory.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
+        if REMOVABLE_NAME.fullmatch(path.name):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a link to one without what it leads to."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)

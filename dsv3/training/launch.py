@@ -1,21 +1,112 @@
-"""Several training processes on one machine, started by torch's elastic agent from within the stage.
+"""Several training processes on one machine, and the variables by which launchers describe them.
+
+They are started by torch's elastic agent from within the stage.
 
 `accelerate launch` returns before its child has saved, and starts a single process where it was asked for two CPU
 ones. The agent below waits for its workers after a signal, passes it on, and reports how they ended.
+
+Accelerate and torch read variables that a launcher sets for its workers. Left in a shell, they would change a training
+in silence, under the same fingerprint; so everything that is not as a launcher sets it is refused.
 """
 
 import logging
 import os
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from dsv3.errors import UserError
+from dsv3.params.runtime import RuntimeParams
+
 SHUTDOWN_S = 600
 """Longest wait for workers that were told to stop: they finish a step and save."""
+
+
+WORKER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+"""What torch's elastic agent (this module's, torchrun's, accelerate launch's) sets for each worker: all, or none."""
+
+MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""From these Accelerate takes the number of processes on a CPU."""
+
+ACCELERATE_PREFIX = "ACCELERATE_"
+
+HARMLESS: Mapping[str, tuple[str, ...]] = {
+    "ACCELERATE_MIXED_PRECISION": ("no", "bf16"),  # configs/accelerate; train.precision decides
+    "ACCELERATE_USE_CPU": ("false", "0"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no",),
+    "ACCELERATE_DYNAMO_MODE": ("default",),
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": ("false", "0"),
+    "ACCELERATE_DYNAMO_USE_DYNAMIC": ("false", "0"),
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": ("false", "0"),
+    "ACCELERATE_CPU_AFFINITY": ("false", "0", "true", "1"),  # pins processes to cores
+    "ACCELERATE_DEBUG_MODE": ("false", "0", "true", "1"),  # checks shapes before collectives
+}
+"""What accelerate launch sets for a training that configs/accelerate describes, in small letters."""
+
+
+def check_environment(runtime: RuntimeParams, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise `UserError` for a launcher's variable that no launcher has set so and that would change the training."""
+    _check_accelerate(runtime, environment)
+    missing = [name for name in WORKER_VARIABLES if name not in environment]
+    present = [name for name in WORKER_VARIABLES if name in environment]
+    if not present:
+        _check_mpi(environment)
+        return
+    if missing:
+        raise UserError(
+            f"environment: {present[0]} is set and {missing[0]} is not, so no launcher has set it; "
+            f"unset {' '.join(present)}"
+        )
+    _check_ranks(runtime, environment)
+
+
+def _check_accelerate(runtime: RuntimeParams, environment: Mapping[str, str]) -> None:
+    """Raise `UserError` for a setting of Accelerate that params.yaml does not know of."""
+    for name in sorted(name for name in environment if name.startswith(ACCELERATE_PREFIX)):
+        value, harmless = environment[name], HARMLESS.get(name, ())
+        if name == "ACCELERATE_USE_CPU" and runtime.device_type(torch.cuda.is_available()) == "cpu":
+            harmless = (*harmless, "true", "1")
+        if value.lower() not in harmless:
+            raise UserError(
+                f"environment: {name} is {value!r}; would change the training beside params.yaml; unset {name}, "
+                "or launch with a file of configs/accelerate"
+            )
+
+
+def _check_mpi(environment: Mapping[str, str]) -> None:
+    """Raise `UserError` where MPI has started this process as one of several, which would all train the same."""
+    for name in MPI_SIZES:
+        value = environment.get(name, "1")
+        if value != "1":
+            raise UserError(
+                f"environment: {name} is {value!r}; processes are not started by MPI; unset {name}, "
+                "and use torchrun or runtime.num_processes"
+            )
+
+
+def _check_ranks(runtime: RuntimeParams, environment: Mapping[str, str]) -> None:
+    """Raise `UserError` where a worker's numbers contradict each other or runtime.num_processes."""
+    for number, count in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        for name in (number, count):
+            if not environment[name].isdecimal():
+                raise UserError(f"environment: {name} is {environment[name]!r}; must be a whole number; unset {name}")
+        if int(environment[number]) >= int(environment[count]):
+            raise UserError(
+                f"environment: {number} is {environment[number]}; must be < {count} ({environment[count]}); "
+                f"unset {' '.join(WORKER_VARIABLES)}"
+            )
+    started = int(environment["WORLD_SIZE"])
+    allowed = "1" if started == 1 else f"1 or {started}"
+    if runtime.num_processes not in (1, started):
+        raise UserError(
+            f"params.yaml: runtime.num_processes is {runtime.num_processes}; must be {allowed}, the processes "
+            f"that the launcher has started (or unset {' '.join(WORKER_VARIABLES)})"
+        )
 
 
 def is_worker() -> bool:

@@ -55,7 +55,7 @@ class Run:
         """Return positions that restart with each document, where documents are not to see one another; else None."""
         if self.plan.params.train.cross_document_attention:
             return None
-        return document_positions(tokens_BS, self.plan.meta["eos_token_id"])
+        return document_positions(tokens_BS, self.plan.meta["bos_token_id"])
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Scale the gradients down to `max_norm` where they exceed it; return their norm before."""

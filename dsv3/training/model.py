@@ -1,10 +1,12 @@
 """From an architecture's file to an initialized model."""
 
+import json
 from pathlib import Path
 
 import torch
 
 from dsv3.errors import UserError
+from dsv3.params.text import read_small_text
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 
@@ -12,7 +14,9 @@ from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 def build_model(config_path: Path, seed: int) -> DeepseekV3ForCausalLM:
     """Return a newly initialized fp32 model, on the CPU, so that a seed gives the same weights on every device."""
     try:
-        config = DeepseekV3Config.from_json_file(config_path)
+        values = json.loads(read_small_text(config_path))
+        values.pop("quantization_config", None)  # DeepSeek's own file has one, of its FP8 weights; these are fp32
+        config = DeepseekV3Config(**values)
     except (OSError, ValueError) as error:
         raise UserError(f"{config_path}: {error}") from None
     torch.manual_seed(seed)

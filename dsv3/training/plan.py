@@ -5,14 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3.artifacts import read_json
+from pydantic import BaseModel, ConfigDict
+
+from dsv3.artifacts import read_model
 from dsv3.data.batches import Batches
+from dsv3.data.meta import check_shards, open_stream, read_meta
 from dsv3.data.shards import TokenStream
 from dsv3.errors import UserError
 from dsv3.params.architecture import Architecture, read_architecture
 from dsv3.params.read import Params
 from dsv3.sizing.flops import training_flops_per_token
 from dsv3.sizing.report import training_size
+from dsv3.tracking.identity import project_root
 from dsv3.training.budget import Budget, budget_of
 
 
@@ -67,6 +71,13 @@ class TrainingPlan:
         """Return the estimates of parameters, memory and arithmetic."""
         return training_size(self.architecture, self.params.train)
 
+    def notes(self) -> list[str]:
+        """Return lines on what is allowed and rarely meant."""
+        every = self.params.train.eval_steps
+        if every <= self.total_steps:
+            return []
+        return [f"note     train.eval_steps is {every}, more than all steps: validated once, at the end"]
+
     def summary(self) -> str:
         """Return the plan in a few lines."""
         train, size = self.params.train, self.size
@@ -81,38 +92,73 @@ class TrainingPlan:
                 f"{total_tokens:,} tokens, {self.epochs_before(self.total_steps):.2f} epochs",
                 f"cost     {self.flops_per_token:.3g} FLOPs per token, "
                 f"{self.flops_per_token * total_tokens:.3g} in all",
+                *self.notes(),
                 f"memory   {size['training_cpu_peak_gib']} GiB estimated on a CPU, "
                 f"{size['training_cuda_peak_gib']} GiB on a GPU",
             )
         )
 
 
+class Described(BaseModel):
+    """What a training takes from the corpus's manifest; the rest is recorded as it is."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    source: str
+    sha256: str
+
+
+def check_tokens(tokens: Path) -> str:
+    """Return a line on the shards of a training; raise `UserError` where one is not as it was written."""
+    return check_shards(tokens, read_meta(tokens), ("train", "validation"))
+
+
 def read_training_plan(params: Params, tokens: Path) -> TrainingPlan:
     """Return the plan; raise `UserError` for an input that is missing, or that does not fit the parameters."""
-    meta = _read(tokens / "meta.json", "tokenize")
+    meta = read_meta(tokens)
     architecture = read_architecture(Path(params.model.config))
     vocab_size = architecture.vocab_size
-    if meta["vocab_size"] > vocab_size:
+    if meta.vocab_size > vocab_size:
         raise UserError(
-            f"{tokens}: its tokenizer has {meta['vocab_size']} tokens; must be <= {vocab_size}, "
+            f"{tokens}: its tokenizer has {meta.vocab_size} tokens; must be <= {vocab_size}, "
             f"the vocab_size of {params.model.config}; lower tokenize.vocab_size"
         )
-    batches = Batches(TokenStream.open(tokens, "train"), params.train.block_size, params.seed)
-    validation = TokenStream.open(tokens, "validation")
+    batches = Batches(open_stream(tokens, meta, "train"), params.train.block_size, params.seed)
+    validation = open_stream(tokens, meta, "validation")
     if len(validation) < 2:
         raise UserError(f"{tokens}: {len(validation)} tokens for validation; must be >= 2; raise validation_fraction")
     budget = budget_of(params.train, batches.num_blocks_per_epoch)
-    return TrainingPlan(params, meta, architecture, batches, validation, budget)
+    plan = TrainingPlan(params, meta.model_dump(), architecture, batches, validation, budget)
+    check_steps(plan)
+    return plan
+
+
+def check_steps(plan: TrainingPlan) -> None:
+    """Raise `UserError` for a batch that the data does not allow."""
+    train, available, sequences = plan.params.train, plan.batches.num_blocks_per_epoch, plan.sequences_per_step
+    if sequences > available:
+        raise UserError(
+            f"params.yaml: train.per_device_train_batch_size * train.gradient_accumulation_steps is {sequences}; must "
+            f"be <= {available}, the sequences of {train.block_size} tokens in the text, or a step sees one twice"
+        )
 
 
 def read_manifest(corpus: Path) -> dict[str, Any]:
     """Return the corpus's manifest."""
-    return _read(corpus / "manifest.json", "download")
+    check_output(corpus / "manifest.json", "download")
+    return read_model(corpus / "manifest.json", Described, "run the download stage again").model_dump()
 
 
-def _read(path: Path, stage: str) -> Any:
-    check_output(path, stage)
-    return read_json(path)
+def check_unlinked(path: Path) -> None:
+    """Raise `UserError` where a link leads `path` out of the project: DVC would refuse the finished output."""
+    root = project_root().absolute()
+    if not path.absolute().is_relative_to(root) or path.parent.resolve().is_relative_to(root.resolve()):
+        return
+    link = next(parent for parent in path.absolute().parents if parent.is_symlink())
+    raise UserError(
+        f"{path}: the link {link} leads out of the project, where DVC takes no outputs; remove it, and run: dvc "
+        "cache dir --local FOLDER && dvc config --local cache.type symlink, to keep large files on another disk"
+    )
 
 
 def check_output(path: Path, stage: str) -> None:

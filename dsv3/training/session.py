@@ -2,12 +2,14 @@
 
 import shutil
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from dsv3.artifacts import read_json, write_json
@@ -19,7 +21,7 @@ from dsv3.tracking.events import Result
 from dsv3.tracking.identity import experiment_name, project_root, run_identity
 from dsv3.tracking.recorder import Recorder, open_recorder
 from dsv3.training import fp8_hooks, hooks
-from dsv3.training.checkpoint import check_checkpoint, checkpoints, delete_checkpoints, load_best, load_checkpoint
+from dsv3.training.checkpoint import check_checkpoint, delete_checkpoints, load_best, load_checkpoint, newest_whole
 from dsv3.training.fingerprint import Fingerprint, other_checkpoints, write_facts
 from dsv3.training.interruption import caught_signals
 from dsv3.training.lock import hold_lock
@@ -107,17 +109,18 @@ def hold_checkpoints(plan: TrainingPlan, fingerprint: Fingerprint, is_main_proce
 
 
 def resume_or_start(run: Run, directory: Path, fingerprint: Fingerprint) -> dict[str, Any]:
-    """Bring `run` to the newest checkpoint in `directory`, as `runtime.resume` allows; return what else it held.
+    """Bring `run` to the newest whole checkpoint in `directory`, as `runtime.resume` allows; return what else it held.
 
     Where there is none, say which ones of other trainings are there, and start.
     """
-    params, found = run.plan.params, checkpoints(directory)
+    params = run.plan.params
     mode = params.runtime.resume
-    if found and mode != "never":
-        saved = load_checkpoint(found[-1], run.model, run.optimizer)
+    found = None if mode == "never" else agreed_checkpoint(run, directory)
+    if found:
+        saved = load_checkpoint(found, run.model, run.optimizer)
         run.state = TrainState.from_json(saved)
         return saved
-    others = "" if found else other_checkpoints(directory, fingerprint, experiment_name(params))
+    others = other_checkpoints(directory, fingerprint, experiment_name(params))
     if mode == "must":
         raise UserError(
             f"params.yaml: runtime.resume is must; no checkpoint in {directory}, the place of these parameters, data "
@@ -127,8 +130,22 @@ def resume_or_start(run: Run, directory: Path, fingerprint: Fingerprint) -> dict
     if run.accelerator.is_main_process:
         if others:
             tqdm.write(others)
-        delete_checkpoints(directory)
+        if mode == "never":
+            delete_checkpoints(directory)
     return start_from_named_checkpoint(run)
+
+
+def agreed_checkpoint(run: Run, directory: Path) -> Path | None:
+    """Return the newest whole checkpoint: the main process reads and compares the files, the others take its answer."""
+    names: list[str | None] = [None]
+    if run.accelerator.is_main_process:
+        start = time.perf_counter()
+        found = newest_whole(directory, run.plan.params.train.load_best_model_at_end, tqdm.write)
+        if found is not None:
+            names[0] = found.name
+            tqdm.write(f"resuming {found}, whole by its SHA-256 ({time.perf_counter() - start:.2f} s)")
+    (name,) = broadcast_object_list(names)
+    return directory / name if name else None
 
 
 def start_from_named_checkpoint(run: Run) -> dict[str, Any]:
@@ -141,7 +158,9 @@ def start_from_named_checkpoint(run: Run) -> dict[str, Any]:
     if name is None:
         return {}
     folder = project_root() / name
-    check_checkpoint(folder, run.model.config.to_dict(), run.plan.total_steps)
+    if run.accelerator.is_main_process:  # it reads every file
+        check_checkpoint(folder, run.model.config.to_dict(), run.plan.total_steps)
+    run.accelerator.wait_for_everyone()
     try:
         saved = load_checkpoint(folder, run.model, run.optimizer)
     except ValueError as error:  # parameter groups of another optimizer
@@ -185,7 +204,7 @@ def checkpoint_writer(recorder: Recorder | None, directory: Path) -> Callable[[R
 def export_and_record(
     run: Run, recorder: Recorder | None, chosen: Choices, directory: Path, outputs: Outputs
 ) -> dict[str, Any] | None:
-    """Write the model, run.json and metrics.json; return the metrics. Only the main process does anything."""
+    """Write the model, run.json, metrics.json and headline.json; return the metrics; only in the main process."""
     hooks.check_weights_are_finite(run)
     if recorder is None:
         return None
@@ -196,6 +215,7 @@ def export_and_record(
     export_huggingface(run.model, run.model.state_dict(), outputs.tokens, outputs.model, card)
     write_json(outputs.results / "run.json", {**recorder.run_record(), "step": run.state.step})
     write_json(outputs.results / "metrics.json", metrics)
+    write_json(outputs.results / "headline.json", headline(metrics))
     recorder.show(Result("train", metrics, run.state.step))
     tqdm.write(result_line(metrics, outputs.model))  # before the tracker that keeps the log is closed
     return metrics
@@ -216,6 +236,15 @@ def final_metrics(run: Run, recorder: Recorder, chosen: Choices) -> dict[str, An
         "train_s": run.state.train_s,
         "peak_memory_bytes": last["peak_memory_bytes"],
         **chosen.metrics(),
+    }
+
+
+def headline(metrics: Mapping[str, Any]) -> dict[str, int | float]:
+    """Return the few numbers of a training by which runs are compared."""
+    return {
+        "val_loss": metrics["validation"]["loss"],
+        "tokens_s": round(metrics["tokens_per_s"]),
+        "minutes": round(metrics["train_s"] / 60, 2),
     }
 
 

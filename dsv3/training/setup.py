@@ -7,7 +7,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    TorchDynamoPlugin,
+)
 
 from dsv3.artifacts import read_json
 from dsv3.data.batches import StepLayout
@@ -22,6 +27,7 @@ from dsv3.sizing.chunked_loss import is_loss_chunked
 from dsv3.training.checkpoint import FORMAT_VERSION
 from dsv3.training.fingerprint import Fingerprint
 from dsv3.training.interruption import Interruption
+from dsv3.training.launch import check_environment
 from dsv3.training.loop import Run
 from dsv3.training.loss import chunked_cross_entropy
 from dsv3.training.model import build_model
@@ -64,6 +70,7 @@ class Choices:
 def start_accelerator(plan: TrainingPlan) -> Accelerator:
     """Return Accelerate's view of devices and processes; raise `UserError` where they do not fit the plan."""
     train = plan.params.train
+    check_environment(plan.params.runtime)
     device = torch_device(plan.params.runtime)
     on_cpu = device.type == "cpu"
     local_processes, num_devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
@@ -75,7 +82,14 @@ def start_accelerator(plan: TrainingPlan) -> Accelerator:
     # Buffers are not broadcast: each process counts its own tokens, and biases are equal because their updates are.
     kwargs = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=has_unused_parameters)
     uses_autocast = autocast_dtype(train.precision, device) == torch.bfloat16
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if uses_autocast else "no", kwargs_handlers=[kwargs])
+    # Everything that Accelerate would else take from the environment. The plugins also beat it where arguments do not.
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision="bf16" if uses_autocast else "no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_plugin=TorchDynamoPlugin(backend="no", mode="default", fullgraph=False, dynamic=False),  # pyright: ignore[reportArgumentType] -- it takes the name
+        kwargs_handlers=[kwargs],
+    )
     if accelerator.distributed_type not in REPLICATED:
         raise UserError(
             f"the launcher asks for {accelerator.distributed_type.value}; training replicates the model and shards "

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from dsv3.errors import UserError
 from dsv3.evaluation.load_balance import max_vio
 
 LOSS_PARTS = {
@@ -102,6 +104,11 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainState":
-        """Return the state that `to_json` gave; other keys are left alone."""
-        own = {name: values[name] for name in cls.__dataclass_fields__}
-        return cls(**{**own, "step_sums": StepSums(**own["step_sums"])})
+        """Return the state that `to_json` gave; other keys are left alone. `UserError` for values of other kinds."""
+        own = {name: values.get(name, "missing") for name in cls.__dataclass_fields__}
+        try:
+            return TypeAdapter(cls).validate_python(own)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(f"trainer_state.json: {where}: {first['msg']}; name another checkpoint") from None

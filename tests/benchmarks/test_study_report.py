@@ -7,8 +7,9 @@ import pytest
 from benchmarks.studies.figures import figure
 from benchmarks.studies.pages import replace_section
 from benchmarks.studies.report import section
-from benchmarks.studies.statistics import Sample, differences, relative_gap, smoothed
+from benchmarks.studies.statistics import differences, relative_gap, smoothed
 from dsv3.errors import UserError
+from dsv3.statistics import Sample
 from tests.benchmarks.studies_made_up import RESULT, STUDY, results
 
 

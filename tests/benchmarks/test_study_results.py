@@ -74,9 +74,9 @@ def repository(tmp_path):
         ).stdout.strip()
 
     git("init", "--quiet")
-    metrics = tmp_path / "results" / "evaluate" / "metrics.json"
+    metrics = tmp_path / "results" / "evaluate" / "headline.json"
     metrics.parent.mkdir(parents=True)
-    metrics.write_text(json.dumps({"heldout": {"nats_per_char": 1.5}}))
+    metrics.write_text(json.dumps({"heldout": 1.5}))
     git("add", ".")
     git("commit", "--quiet", "--message", "two at a time")
     git("update-ref", "refs/exps/ab/cdef/study-base-1", "HEAD")

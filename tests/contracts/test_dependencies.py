@@ -21,7 +21,6 @@ DISTRIBUTIONS = {"PIL": "pillow", "ruamel": "ruamel.yaml"}
 
 NOT_IMPORTED = {
     "basedpyright": "a command of make check",
-    "dvc": "the command that runs the pipeline",
     "import-linter": "a command of make check",
     "pip": "what the Makefile installs with",
     "pre-commit": "a command that runs make check's before each commit",

@@ -1,6 +1,7 @@
 """dvc.yaml tells the truth: a stage re-runs when what shapes its results has changed."""
 
 import ast
+import json
 import re
 import shlex
 from dataclasses import fields
@@ -12,7 +13,8 @@ from ruamel.yaml import YAML
 from dsv3.dependencies import ROOT, dependencies
 from dsv3.fp8.recipe import Recipe
 from dsv3.params.read import Params
-from tests.committed import PROJECT
+from dsv3.tracking.metrics import HEADLINE
+from tests.committed import PROJECT, committed_text
 
 PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
 STAGES = PIPELINE["stages"]
@@ -109,6 +111,15 @@ def test_every_path_in_the_command_is_declared(name: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_stage_says_what_it_does(name: str):
     assert len(STAGES[name]["desc"]) > 10
+
+
+def test_dvcs_metrics_are_the_headline_numbers_and_every_stage_keeps_all_of_its_numbers_beside_them():
+    metrics = {name: paths_of(stage["metrics"]) for name, stage in STAGES.items() if "metrics" in stage}
+    assert metrics == {name: {f"results/{name}/headline.json"} for name in ("estimate_size", "train", "evaluate")}
+    assert all(f"results/{name}/metrics.json" in STAGES[name]["outs"] for name in metrics)
+    numbers = [json.loads(committed_text(path)) for paths in metrics.values() for path in paths]
+    assert sorted(key for each in numbers for key in each) == sorted(HEADLINE)
+    assert len(HEADLINE) <= 8 and max(map(len, HEADLINE)) <= 12  # the table of `dvc exp show` fits a terminal
 
 
 def test_only_metrics_and_plots_stay_out_of_the_cache():

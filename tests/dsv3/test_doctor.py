@@ -15,7 +15,9 @@ from dsv3.doctor import (
     check_disk,
     check_driver,
     check_experts,
+    check_home,
     check_memory,
+    check_outputs,
     check_params,
     check_path,
     check_python,
@@ -42,7 +44,20 @@ def project(tmp_path, monkeypatch):
     shutil.copy(PROJECT / "params.yaml", tmp_path)
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".gitignore").write_text("*\n", encoding="utf-8")
+    (tmp_path / "dvc.yaml").symlink_to(ROOT / "dvc.yaml")
     subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    commit = [
+        "git",
+        "-c",
+        "user.name=lab",
+        "-c",
+        "user.email=lab@example.org",
+        "commit",
+        "--allow-empty",
+        "-qm",
+        "start",
+    ]
+    subprocess.run(commit, cwd=tmp_path, check=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     return tmp_path
@@ -61,7 +76,10 @@ def test_a_finding_is_one_line_and_a_bad_one_names_its_remedy():
 
 @pytest.mark.parametrize(
     "check",
-    [check_python, check_repository, check_params, check_torch, check_experts, check_memory, check_disk, check_aim],
+    [
+        *(check_python, check_repository, check_outputs, check_params, check_torch),
+        *(check_experts, check_memory, check_disk, check_aim),
+    ],
 )
 def test_a_sound_project_on_this_machine_passes(check):
     found = check()
@@ -90,7 +108,47 @@ def test_changes_are_counted_and_a_missing_repository_is_found(monkeypatch, tmp_
     shutil.rmtree(".dvc")
     assert "no .dvc here; go to the project's root" in str(check_repository())
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    assert "not a Git repository; run: git init" in str(check_repository())
+    remedy = "not a Git repository; run: git init && dvc init && git add -A && git commit -m start"
+    assert remedy in str(check_repository())
+    Path(".dvc").mkdir()  # a downloaded archive of the project, in which `dvc init` fails
+    assert remedy.replace("dvc init && ", "") in str(check_repository())
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    assert "has no commit, with which experiments are compared; run: git add -A" in str(check_repository())
+
+
+def test_a_checkout_of_another_user_is_told_how_it_is_trusted(monkeypatch, project):
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+    assert str(check_repository()).endswith(
+        f"belongs to another user, so Git and DVC refuse it; run: git config --global --add safe.directory {project}"
+    )
+    settings = project / "gitconfig"
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(settings))
+    subprocess.run(["git", "config", "--global", "--add", "safe.directory", str(project)], check=True)
+    assert check_repository().is_ok
+
+
+def test_outputs_that_are_linked_to_another_disk_are_found(tmp_path_factory):
+    Path("outputs").symlink_to(tmp_path_factory.mktemp("disk"))
+    found = finding(check_outputs)
+    assert not found.is_ok
+    assert "outputs leads out of the project, where DVC takes no outputs; remove it, and run: dvc cache dir" in str(
+        found
+    )
+
+
+def test_a_home_that_cannot_be_written_is_found(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(doctor, "has_nvidia_driver", lambda: False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert check_home().is_ok
+    (tmp_path / "home").touch()  # root may write everywhere but in a file
+    assert str(check_home()).endswith(
+        "huggingface can't be written, where libraries keep what they load; run: export HF_HOME=/tmp/hf_home"
+    )
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    assert check_home().is_ok
 
 
 def test_a_mistake_in_params_yaml_is_found_by_every_check_that_reads_it():

@@ -132,6 +132,22 @@ def test_the_command_lists_prints_flags_and_applies():
     assert read_params(Path("params.yaml")).model.config == "mini_model/config_tiny.json"
 
 
+def test_a_value_of_ones_own_wins_over_the_presets():
+    """DVC takes the last of two values for a parameter, so each stands once."""
+    arguments = shlex.split(command("flags", "tiny", "-S", "train.max_steps=1", "-S", "seed=2").stdout)
+    pairs = dict(argument.split("=", 1) for argument in arguments[1::2])
+    assert len(pairs) == len(arguments) / 2
+    assert (pairs["train.max_steps"], pairs["seed"]) == ("1", "2")
+    assert set(pairs) == {*read_preset("tiny"), "seed"}
+
+
+@pytest.mark.parametrize("pair", ["train.max_step=1", "train.max_steps", "seed.x=1", "train=1", "trian.max_steps=1"])
+def test_an_own_value_that_names_no_parameter_is_one_line_and_prints_no_flags(pair):
+    result = command("flags", "tiny", "-S", pair)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"{pair} names no parameter; must be section.key=value, as in params.yaml\n"
+
+
 def test_a_users_mistake_is_one_line_and_status_2():
     result = command("apply", "huge")
     assert result.returncode == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dsv3.artifacts import write_json
-from dsv3.report import report, stage_results
+from dsv3.report import report, stage_outputs
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,9 +34,9 @@ def pipeline(tmp_path) -> Path:
         folder / "evaluate" / "metrics.json",
         {"heldout": heldout, "router": router, "mtp": {"depth_1": {"mtp_acceptance": 0.612}}},
     )
-    for path in stage_results(tmp_path / "dvc.yaml").values():
-        if not path.exists():
-            write_json(path, {})
+    for first, *_ in stage_outputs(tmp_path / "dvc.yaml").values():
+        if not first.exists():
+            write_json(first, {})
     return tmp_path / "dvc.yaml"
 
 
@@ -63,7 +63,7 @@ def test_the_table_holds_what_a_newcomer_asks_for(pipeline):
 
 def test_missing_results_name_the_stage_that_has_not_run(pipeline):
     for stage in ("evaluate", "sample"):
-        stage_results(pipeline)[stage].unlink()
+        stage_outputs(pipeline)[stage][0].unlink()
     text = report(pipeline)
     assert "has not run" in text
     assert "dvc repro evaluate" in text
@@ -72,21 +72,24 @@ def test_missing_results_name_the_stage_that_has_not_run(pipeline):
     assert "held-out" not in text
 
 
-def test_a_stage_is_known_by_its_metrics_or_else_its_first_output(tmp_path):
-    stages = {"a": {"outs": ["x", "y"]}, "b": {"outs": ["x"], "metrics": [{"m.json": {"cache": False}}, "n.json"]}}
+def test_a_stage_is_known_by_its_first_output_and_by_its_metrics_only_where_it_has_no_other(tmp_path):
+    metrics = [{"m.json": {"cache": False}}, "n.json"]  # Git holds them: they are there in a clone, too
+    stages = {"a": {"outs": ["x", "y"]}, "b": {"metrics": metrics, "outs": ["x"]}, "c": {"metrics": metrics}}
     (tmp_path / "dvc.yaml").write_text(json.dumps({"stages": stages}))
-    assert stage_results(tmp_path / "dvc.yaml") == {"a": tmp_path / "x", "b": tmp_path / "m.json"}
+    paths = {"a": ["x", "y"], "b": ["x", "m.json", "n.json"], "c": ["m.json", "n.json"]}
+    expected = {stage: [tmp_path / name for name in names] for stage, names in paths.items()}
+    assert stage_outputs(tmp_path / "dvc.yaml") == expected
 
 
 def test_nothing_at_all_is_no_error(tmp_path):
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
     text = report(tmp_path / "dvc.yaml")
     assert not text.startswith("Results")
-    assert all(f"dvc repro {stage}" in text for stage in stage_results(ROOT / "dvc.yaml"))
+    assert all(f"dvc repro {stage}" in text for stage in stage_outputs(ROOT / "dvc.yaml"))
 
 
 def test_the_command_needs_neither_torch_nor_results(tmp_path):
-    code = "import sys; import dsv3.report; assert not {'torch', 'transformers', 'aim'} & set(sys.modules)"
+    code = "import sys; import dsv3.report; assert not {'torch', 'transformers', 'aim', 'dvc'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
     command = [sys.executable, "-m", "dsv3.report", "--pipeline", str(tmp_path / "dvc.yaml")]

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 import pytest
 
 from dsv3.dependencies import TRAIN_VIEWS, VIEWS, dependencies
+from dsv3.tracking.metrics import HEADLINE
 from tests.pipeline.laboratory import Laboratory
 
 pytestmark = pytest.mark.pipeline
@@ -46,6 +48,13 @@ def test_the_pipeline_runs_from_nothing_to_a_model_that_was_scored(laboratory):
     metrics = laboratory.json("results/evaluate/metrics.json")
     assert 0 < metrics["heldout"]["nats_per_char"] < math.log(256)
     assert metrics["heldout"]["characters"] == metrics["validation"]["characters"] + metrics["test"]["characters"]
+    stages = ("estimate_size", "train", "evaluate")
+    headline = {
+        key: value for stage in stages for key, value in laboratory.json(f"results/{stage}/headline.json").items()
+    }
+    assert set(headline) == set(HEADLINE)
+    assert headline["heldout"] == metrics["heldout"]["nats_per_char"]
+    assert headline["val_loss"] == laboratory.json("results/train/metrics.json")["validation"]["loss"]
     history = laboratory.rows("results/train/history.tsv")
     loss = history[0].index("loss")
     assert float(history[-1][loss]) < float(history[1][loss])
@@ -112,6 +121,19 @@ def test_an_experiment_is_a_run_of_its_own_beside_the_first(laboratory, tmp_path
     laboratory.restore()
 
 
+def test_an_experiment_stands_beside_its_baseline_on_one_screen(laboratory):
+    made = re.search(r"\$\(BIN\)/(dvc exp show .*)", (laboratory.root / "Makefile").read_text())
+    assert made
+    for command in (made[1], "dvc exp show --only-changed"):
+        shown = laboratory.run("env", "COLUMNS=120", *shlex.split(command), "--no-pager").stdout
+        header = next(line for line in shown.splitlines() if "Experiment" in line).split()
+        columns = ["val_loss", "tokens_s", "minutes", "heldout", "train.learning_rate"]
+        assert [name for name in columns if name not in header] == []
+        assert "[slower]" in shown and max(map(len, shown.splitlines())) <= 120
+        assert command != made[1] or set(header) <= {"Experiment", *columns, "max_vio", "dead_experts"}
+    assert max(map(len, laboratory.run("env", "COLUMNS=120", "dvc", "metrics", "show").stdout.splitlines())) <= 120
+
+
 def test_an_experiment_that_does_not_train_leaves_the_trainings_run_alone(laboratory, tmp_path):
     before = laboratory.aim_runs(tmp_path / "before")
     changes = ["-S", "evaluate.stride=48", "-S", "sample.max_new_tokens=6"]
@@ -139,6 +161,27 @@ def test_a_temporary_experiment_reports_into_the_same_aim_repository(laboratory,
     assert {"train.optim", "kv_lora_rank"} <= set(header)
     assert "n_routed_experts" not in header
     assert laboratory.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_experiments_are_held_against_the_last_commit_or_against_each_other(laboratory):
+    def compare(*arguments: str) -> str:
+        return laboratory.run(sys.executable, "-m", "dsv3.report", "compare", *arguments).stdout
+
+    heldout = laboratory.json("results/evaluate/headline.json")["heldout"]
+    shown = compare("HEAD", "slower", "aside")
+    rows = {line[:22].strip(): line[22:].split() for line in shown.splitlines()}
+    assert rows[""] == ["HEAD", "slower", "aside"]
+    assert rows["train.learning_rate"] == ["0.01", "0.001", "0.01"]
+    assert rows["train.optim"] == ["muon", "muon", "adamw"]
+    assert rows["kv_lora_rank"][2] == "24"
+    assert rows["held-out nats/char"][0] == f"{heldout:.4f}"
+    assert "sample.max_new_tokens" not in rows and "runtime.device" not in rows
+    assert max(map(len, shown.splitlines())) <= 80
+    assert compare("slower").splitlines()[0].split() == ["HEAD", "slower"]
+    assert compare().splitlines()[0].split() == ["HEAD", "workspace"]
+    assert compare("HEAD", "slower", "--markdown").startswith("|  | HEAD | slower |\n| --- |")
+    unknown = laboratory.run(sys.executable, "-m", "dsv3.report", "compare", "faster", status=2).stderr
+    assert unknown.startswith("faster can't be read") and unknown.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_a_missing_file_is_one_line_and_exit_status_2(project, arguments):
     (project / "my.txt").unlink()
     result = run(project, *arguments)
     assert result.returncode == 2
-    assert result.stderr == "data.path is my.txt; no such file, or no text, jsonl, parquet or csv in it\n"
+    assert result.stderr == "data.path is my.txt; no such file, or no text, jsonl, json, parquet or csv in it\n"
     assert not list((project / "data").glob("*")) if (project / "data").exists() else True
 
 

@@ -43,7 +43,13 @@ def test_it_writes_metrics_of_the_chosen_model_and_a_table_of_all_and_prints_bot
     result = run(project, "--output", "results/estimate_size")
     assert result.returncode == 0, result.stderr
     folder = project / "results" / "estimate_size"
-    assert sorted(path.name for path in folder.iterdir()) == ["accepted.txt", "metrics.json", "table.json", "table.md"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "accepted.txt",
+        "headline.json",
+        "metrics.json",
+        "table.json",
+        "table.md",
+    ]
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert (metrics["parameters_total"], metrics["parameters_active"]) == (142_435_584, 103_507_200)
     rows = json.loads((folder / "table.json").read_text(encoding="utf-8"))

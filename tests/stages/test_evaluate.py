@@ -55,7 +55,7 @@ def test_it_writes_metrics_tables_and_figures(prepared, output):
 def test_a_second_evaluation_gives_the_same_files(prepared, output, tmp_path):
     run(prepared, tmp_path)
     files = [path.relative_to(output) for path in output.rglob("*") if path.is_file()]
-    assert len(files) == 5
+    assert len(files) == 6
     for file in files:
         assert (tmp_path / file).read_bytes() == (output / file).read_bytes(), file
 
@@ -95,9 +95,12 @@ def test_dry_run_prints_the_plan_and_writes_nothing(prepared, tmp_path, capsys):
             lambda folder: (folder / "final_model" / "config.json").unlink(),
             r"holds no config\.json; run dvc repro train",
         ),
-        (lambda folder: edit_json(folder / "final_model" / "config.json", auto_map={}), "names no code of its own"),
+        (
+            lambda folder: edit_json(folder / "final_model" / "config.json", auto_map={"AutoConfig": "evil/repo--x.Y"}),
+            "code in a model's folder is not run",
+        ),
         (lambda folder: (folder / "run.json").unlink(), r"run\.json: no such file; run dvc repro train"),
-        (lambda folder: (folder / "tokens" / "test_00000.bin").unlink(), r"test_00000\.bin: no such token shard"),
+        (lambda folder: (folder / "tokens" / "test_00000.bin").unlink(), r"test_00000\.bin: can.t be read"),
         (
             lambda folder: edit_json(folder / "tokens" / "meta.json", vocab_size=300),
             "vocabulary of 300; must be <= 272",

@@ -14,7 +14,7 @@ def stream(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tokens")
     dtype = np.dtype("<u2")
     write_shards(directory, "train", [np.arange(103, dtype=dtype)], dtype, 40)
-    return TokenStream.open(directory, "train")
+    return TokenStream(sorted(directory.glob("train_*.bin")))
 
 
 def test_a_sequence_is_a_run_of_neighbouring_tokens_and_the_end_goes_on_at_the_beginning(stream):
@@ -99,4 +99,4 @@ def test_steps_of_different_sizes_take_the_sequences_one_after_another(stream, w
 
 def test_a_tokens_position_is_counted_from_the_beginning_of_its_document():
     tokens_BS = torch.tensor([[5, 6, 0, 7, 0, 0, 8], [0, 1, 2, 3, 4, 5, 6]])
-    assert document_positions(tokens_BS, end_of_text=0).tolist() == [[0, 1, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6]]
+    assert document_positions(tokens_BS, bos_token_id=0).tolist() == [[0, 1, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6]]

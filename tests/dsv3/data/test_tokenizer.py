@@ -1,4 +1,5 @@
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.data.tokenizer import (
+    MAX_WORD_CHARACTERS,
     copy_pretrained,
     num_ids,
     read_tokenizer,
     save_trained,
+    short_words,
     special_tokens,
     train_tokenizer,
 )
@@ -89,11 +92,14 @@ def test_a_pretrained_folder_is_copied_and_its_special_tokens_are_found_in_its_c
     ("tokenizer", "config", "message"),
     [
         (None, "{}", "it has no tokenizer.json"),
-        ("{}", None, "it has no tokenizer_config.json"),
+        ("good", None, "names no eos_token that the tokenizer knows"),
         ("{}", "{}", "tokenizer.json: is no tokenizer"),
         ("good", "{}", "names no eos_token that the tokenizer knows"),
         ("good", '{"eos_token": "</s>"}', "names no eos_token that the tokenizer knows"),
         ("good", "eos", "tokenizer_config.json: is not JSON"),
+        ("good", "[" * 100_000, "tokenizer_config.json: is not JSON"),
+        ("good", "[]", "tokenizer_config.json: is no JSON object"),
+        ("good", '{"eos_token": 3}', "names no eos_token that the tokenizer knows"),
     ],
 )
 def test_a_folder_that_is_no_tokenizer_is_told_in_one_line(folder, tmp_path, tokenizer, config, message):
@@ -117,3 +123,85 @@ def test_a_hub_id_that_cant_be_read_is_told_in_one_line(tmp_path):
         UserError, match=r"tokenize.tokenizer is nobody/nothing; no such folder, and tokenizer.json can't"
     ):
         copy_pretrained("nobody/nothing", tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "model_max_length": 1024}},
+        {"tokenizer_config.json": {"model_max_length": 1024}, "config.json": {"model_type": "gpt2"}},
+        {"special_tokens_map.json": {"bos_token": "<|endoftext|>", "eos_token": {"content": "<|endoftext|>"}}},
+        {"tokenizer_config.json": {"eos_token": None}, "special_tokens_map.json": {"eos_token": "<|endoftext|>"}},
+    ],
+    ids=["class", "model's class", "map", "map behind a null"],
+)
+def test_special_tokens_are_found_wherever_transformers_keeps_them(folder, tmp_path, files):
+    from transformers import AutoTokenizer
+
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    source.mkdir()
+    (source / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    for name, content in files.items():
+        (source / name).write_bytes(b"\xef\xbb\xbf" + json.dumps(content).encode())
+    copy_pretrained(str(source), copy)
+    special = special_tokens(read_tokenizer(copy), copy)
+    assert (special.bos_token_id, special.eos_token_id) == (0, 0)
+    loaded = AutoTokenizer.from_pretrained(copy)
+    assert loaded.eos_token_id == 0
+    assert loaded.encode(TEXT, add_special_tokens=False) == read_tokenizer(folder).encode(TEXT).ids
+
+
+def test_a_chat_template_comes_along_and_code_does_not(folder, tmp_path):
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    source.mkdir()
+    (source / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    config = {"eos_token": "<|endoftext|>", "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "extra": 1}
+    (source / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (source / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    (source / "evil.py").write_text("", encoding="utf-8")
+    copy_pretrained(str(source), copy)
+    assert sorted(path.name for path in copy.iterdir()) == [
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    written = json.loads((copy / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert "auto_map" not in written
+    assert written["extra"] == 1
+
+
+def test_a_tokenizer_is_found_at_home_and_in_the_workspace_of_an_experiment(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    copy_pretrained("~/tokenizer", tmp_path / "copy")
+    monkeypatch.setenv("DVC_ROOT", str(folder.parent))
+    copy_pretrained("tokenizer", tmp_path / "again")
+    assert (tmp_path / "copy" / "tokenizer.json").read_bytes() == (tmp_path / "again" / "tokenizer.json").read_bytes()
+
+
+@settings(max_examples=80, deadline=None)
+@given(words=st.lists(st.tuples(st.sampled_from(" \n"), st.integers(0, 3 * MAX_WORD_CHARACTERS)), max_size=8))
+def test_a_text_is_cut_for_the_trainer_inside_long_words_only(words):
+    text = "".join(border + "雪" * length for border, length in words)
+    parts = list(short_words(text))
+    assert "".join(parts) == text
+    assert all(len(word) <= MAX_WORD_CHARACTERS for part in parts for word in part.split())
+    if all(length <= MAX_WORD_CHARACTERS for _, length in words):
+        assert parts == [text]
+
+
+def test_a_text_without_spaces_reaches_the_trainer_in_short_words(monkeypatch):
+    received = []
+
+    class Watched:
+        def __init__(self, model):
+            pass
+
+        def train_from_iterator(self, texts, trainer):
+            received.extend(texts)
+
+    monkeypatch.setattr("dsv3.data.tokenizer.Tokenizer", Watched)
+    letters = "".join(random.Random(0).choices("ACGT", k=5000))
+    train_tokenizer([letters], 300)
+    assert "".join(received) == letters
+    assert max(map(len, received)) == MAX_WORD_CHARACTERS

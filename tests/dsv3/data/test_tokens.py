@@ -3,9 +3,10 @@ import json
 import numpy as np
 import pytest
 
+from dsv3.artifacts import sha256_file
 from dsv3.data import encoding, tokens
 from dsv3.data.corpus import Origin, write_documents, write_manifest, write_single_text
-from dsv3.data.shards import TokenStream
+from dsv3.data.meta import open_stream, read_meta
 from dsv3.data.tokenizer import read_tokenizer
 from dsv3.data.tokens import tokens_summary, write_tokens
 from dsv3.errors import UserError
@@ -48,7 +49,7 @@ def texts(output):
     tokenizer = read_tokenizer(output / "tokenizer")
     result = {}
     for split in ("train", "validation", "test"):
-        ids = TokenStream.open(output, split)[:]
+        ids = open_stream(output, read_meta(output), split)[:]
         assert ids[0] == 0
         documents = np.split(ids, np.flatnonzero(ids == 0))[1:]
         result[split] = [tokenizer.decode(document[1:].tolist()) for document in documents]
@@ -68,7 +69,7 @@ def test_the_shards_spell_the_splits_of_the_text(text_corpus, tmp_path, monkeypa
 def test_meta_and_metrics_say_what_was_written(text_corpus, tmp_path):
     metrics = write_tokens(text_corpus, tmp_path / "tokens", params(), vocabulary_limit=280)
     meta = json.loads((tmp_path / "tokens" / "meta.json").read_text())
-    train = TokenStream.open(tmp_path / "tokens", "train")
+    train = open_stream(tmp_path / "tokens", read_meta(tmp_path / "tokens"), "train")
     assert meta["vocab_size"] == metrics["vocab_size"] == 280
     assert (meta["bos_token_id"], meta["eos_token_id"], meta["dtype"]) == (0, 0, "uint16")
     assert meta["corpus"]["source"] == "file"
@@ -76,7 +77,7 @@ def test_meta_and_metrics_say_what_was_written(text_corpus, tmp_path):
     assert sizes["tokens"] == metrics["train"]["tokens"] == len(train)
     assert sizes["characters"] == int(len(TEXT) * 0.9)
     assert sizes["bytes"] == len(TEXT[: sizes["characters"]].encode()) > sizes["characters"]
-    assert sizes["shards"] == [path.name for path in train.paths]
+    assert sizes["shards"] == {path.name: sha256_file(path) for path in train.paths}
     assert metrics["vocabulary_used"] == len(set(train[:].tolist())) / 280
     assert metrics["train"]["characters_per_token"] == sizes["characters"] / sizes["tokens"]
     assert metrics["round_trip_exact"] is True
@@ -142,7 +143,7 @@ def test_a_damaged_corpus_and_an_empty_deal_leave_the_last_result_as_it_was(text
     write_tokens(text_corpus, tmp_path / "tokens", params(), vocabulary_limit=280)
     before = (tmp_path / "tokens" / "meta.json").read_text()
     (text_corpus / "text.txt").write_text(TEXT[:-100], encoding="utf-8")
-    with pytest.raises(UserError, match="its manifest says"):
+    with pytest.raises(UserError, match="is not the file that its manifest describes"):
         write_tokens(text_corpus, tmp_path / "tokens", params(), vocabulary_limit=280)
     (tmp_path / "few").mkdir()
     few = write_documents(tmp_path / "few", ["one", "two", "three"], "few")

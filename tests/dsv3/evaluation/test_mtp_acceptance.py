@@ -12,7 +12,7 @@ from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 from tests.drafting_model import drafting_model
 
 SIZES = {name: {"characters": 100, "bytes": 100} for name in ("validation", "test")}
-META = {"splits": SIZES, "eos_token_id": 0}
+META = {"splits": SIZES, "bos_token_id": 0}
 
 
 def tokens_of(count: int) -> np.ndarray:

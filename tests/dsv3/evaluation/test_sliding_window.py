@@ -75,7 +75,7 @@ def test_documents_that_do_not_attend_to_one_another_are_scored_as_if_each_stood
     params, tokens = settings(cross_document_attention=does_cross), tokens_of(60)
     tokens[[0, 5, 6, 21, 40]] = 0  # the second document is empty
     splits = {"validation": {"characters": 100, "bytes": 100}}
-    evaluation = evaluate(model, {"validation": tokens}, {"splits": splits, "eos_token_id": 0}, params)
+    evaluation = evaluate(model, {"validation": tokens}, {"splits": splits, "bos_token_id": 0}, params)
     expected = 0.0
     for window in sliding_windows(60, 16, 6):
         for target in range(window.start + window.length - window.num_scored + 1, window.start + window.length + 1):
@@ -119,7 +119,7 @@ def test_heldout_is_the_sum_of_both_splits_and_units_are_right():
 def test_an_evaluation_holds_every_number_of_the_metrics_file(model):
     streams = {"validation": tokens_of(60), "test": tokens_of(30)}
     sizes = {"validation": {"characters": 200, "bytes": 210}, "test": {"characters": 100, "bytes": 100}}
-    evaluation = evaluate(model, streams, {"splits": sizes, "eos_token_id": 0}, settings())
+    evaluation = evaluate(model, streams, {"splits": sizes, "bos_token_id": 0}, settings())
     metrics = evaluation.metrics()
     assert list(metrics) == ["validation", "test", "heldout", "router", "mtp"]
     assert metrics["heldout"]["tokens"] == 59 + 29

@@ -7,6 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from dsv3.artifacts import read_json, write_json
 from dsv3.data.tokenizer import save_trained, train_tokenizer
+from dsv3.errors import UserError
+from dsv3.export.loading import check_model
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 from tests.training_inputs import MICRO, ROOT
@@ -84,6 +86,16 @@ def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path, form):
 
 
 @pytest.mark.parametrize("form", ["gguf", "fp8"])
+def test_a_model_of_another_type_is_refused_in_one_line_and_not_loaded(model, tmp_path, form):
+    write_json(model / "config.json", {**read_json(model / "config.json"), "model_type": "kimi_k2"})
+    line = "config.json: model_type is 'kimi_k2'; must be 'deepseek_v3'"
+    assert_refused(run(form, model, tmp_path / "out"), line)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=line):
+        check_model(model)
+
+
+@pytest.mark.parametrize("form", ["gguf", "fp8"])
 def test_a_folder_without_weights_is_refused_and_nothing_is_written(model, tmp_path, form):
     (model / "model.safetensors").unlink()
     assert_refused(run(form, model, tmp_path / "out"), "holds no *.safetensors")
@@ -94,7 +106,7 @@ def test_a_missing_weight_is_refused_and_nothing_is_written(model, tmp_path):
     tensors = load_file(model / "model.safetensors")
     tensors.pop("model.norm.weight")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    assert_refused(run("gguf", model, tmp_path / "x.gguf"), "holds no model.norm.weight, which its config")
+    assert_refused(run("gguf", model, tmp_path / "x.gguf"), "do not match: model.norm.weight missing")
     assert not list(tmp_path.glob("*.gguf*"))
 
 

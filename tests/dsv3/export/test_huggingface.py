@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsv3.errors import UserError
-from dsv3.export.huggingface import export_huggingface
+from dsv3.export.huggingface import add_missing_fields, export_huggingface, padding_token
 from dsv3.export.model_card import model_card
 from dsv3.training.model import build_model
 from tests.training_inputs import write_inputs
@@ -113,3 +114,31 @@ def test_it_generates_elsewhere_with_and_without_the_code_beside_it(exported, tm
 def test_the_tokenizer_gives_the_text_back(exported):
     tokenizer = AutoTokenizer.from_pretrained(exported / "final_model")
     assert tokenizer.decode(tokenizer.encode("what light!")) == "what light!"
+
+
+def test_a_batch_of_prompts_is_padded_and_continued_as_each_prompt_alone(exported):
+    folder = exported / "final_model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    prompts = ["what light!", "a"]
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id == tokenizer.eos_token_id
+
+    def written(texts):
+        inputs = tokenizer(texts, return_tensors="pt", padding=True)
+        tokens = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+        return tokens[:, inputs.input_ids.shape[1] :].tolist()
+
+    assert written(prompts) == [written([prompt])[0] for prompt in prompts]
+
+
+def test_a_padding_token_that_the_tokenizer_names_is_kept(exported):
+    for stated in ("k", {"__type": "AddedToken", "content": "k"}):
+        folder = exported / "other"
+        shutil.copytree(exported / "tokens" / "tokenizer", folder, dirs_exist_ok=True)
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": stated}))
+        token, token_id = padding_token(folder, 0)
+        assert token == "k"
+        assert token_id == AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("k")
+        add_missing_fields(folder / "tokenizer_config.json", {"pad_token": "x"})
+        assert json.loads((folder / "tokenizer_config.json").read_text())["pad_token"] == stated

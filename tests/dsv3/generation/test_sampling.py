@@ -1,9 +1,13 @@
+import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from dsv3.artifacts import write_json
+from dsv3.data.encoding import Encoder, Piece
+from dsv3.data.tokenizer import copy_pretrained, save_trained, train_tokenizer
 from dsv3.errors import UserError
-from dsv3.generation.sampling import Sample, check_fits, generation_config, markdown, sample
+from dsv3.generation.sampling import Sample, check_fits, generation_config, markdown, prompt_tokens, sample
 from dsv3.params.sample import SampleParams
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
@@ -50,6 +54,19 @@ def test_greedy_ignores_the_seed_and_takes_the_most_probable_token(model, tokeni
         with torch.no_grad():
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     assert item.continuations == (tokenizer.decode(ids[6:], skip_special_tokens=True),)
+
+
+def test_a_prompt_begins_as_a_document_does_in_the_shards(tmp_path):
+    trained = train_tokenizer(["To be, or not to be"], 260)
+    trained.add_special_tokens(["<bos>"])
+    for bos in ({"bos_token": "<bos>"}, {}):
+        source, copy = tmp_path / f"source{len(bos)}", tmp_path / f"copy{len(bos)}"
+        save_trained(trained, source)
+        write_json(source / "tokenizer_config.json", {"eos_token": "<|endoftext|>", **bos})
+        copy_pretrained(str(source), copy)
+        encoded = Encoder(copy, np.dtype("<u2")).encode([Piece("To be", opens=True, closes=False)])
+        assert prompt_tokens(AutoTokenizer.from_pretrained(copy), "To be") == encoded.tokens.tolist()
+        assert encoded.tokens[0] == (trained.token_to_id("<bos>") if bos else 0)
 
 
 def test_top_k_of_one_is_greedy(model, tokenizer):

@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from dsv3.errors import UserError
+from dsv3.params.architecture import read_architecture
 from dsv3.params.read import Params, read_params, schema_text
 from dsv3.params.section import OneOf, Section, error_line
 from tests.committed import PROJECT
@@ -94,6 +96,22 @@ def test_the_shipped_parameters_are_valid_and_every_line_of_them_is_commented(mo
         ({"trian": {}}, "params.yaml: trian is no parameter; did you mean train?"),
         ({"train.use_fp8": None}, "params.yaml: train.use_fp8 is null; input should be a valid boolean"),
         ({"train.optim": "sgd"}, "params.yaml: train.optim is 'sgd'; must be one of 'adamw'"),
+        ({"seed": True}, "params.yaml: seed is true; input should be a valid integer"),
+        ({"train.learning_rate": True}, "params.yaml: train.learning_rate is true; input should be a valid number"),
+        ({"train.learning_rate": "1e-3"}, "train.learning_rate is '1e-3'; input should be a valid number"),
+        ({"train.learning_rate": 1.5}, "train.learning_rate is 1.5; must be <= 1"),
+        ({"train.block_size": 32.0}, "train.block_size is 32.0; input should be a valid integer"),
+        ({"train.use_fp8": 1}, "train.use_fp8 is 1; input should be a valid boolean"),
+        ({"train.use_fp8": "yes"}, "train.use_fp8 is 'yes'; input should be a valid boolean"),
+        ({"data.text_field": 3}, "data.text_field is 3; input should be a valid string"),
+        ({"train.adam_epsilon": 1e-46}, "train.adam_epsilon is 1e-46; must be >= 1.17549e-38"),
+        ({"train.weight_decay": 1e308}, "train.weight_decay is 1e+308; must be < 125, 1 / learning_rate, or a step"),
+        ({"train.max_grad_norm": 1e-300}, "train.max_grad_norm is 1e-300; must be >= 1e-06"),
+        ({"train.bias_update_rate": 2}, "train.bias_update_rate is 2; must be <= 1"),
+        ({"train.sequence_loss_weight": 1e9}, "train.sequence_loss_weight is 1000000000.0; must be <= 10"),
+        ({"train.num_train_epochs": 1e9}, "train.num_train_epochs is 1000000000.0; must be <= 1e+06"),
+        ({"sample.temperature": 1e-320}, "sample.temperature is 1e-320; must be >= 0.01"),
+        ({"runtime.dataloader_num_workers": 10**6}, "runtime.dataloader_num_workers is 1000000; must be <= 256"),
         ({"train.max_steps": 0}, "params.yaml: train.max_steps is 0; must be positive, or -1"),
         ({"train.warmup_ratio": 0.98}, "params.yaml: train: warmup_ratio + bias_freeze_ratio exceeds 1"),
         ({"train.experts": "gpu"}, "params.yaml: train.experts is 'gpu'; must be one of 'auto', 'reference', 'cpu'"),
@@ -169,6 +187,17 @@ def test_a_file_that_is_missing_or_no_yaml_is_one_line():
         ({"n_routed_experts": 0}, "n_routed_experts is 0; must be >= 1"),
         ({"q_lora_rank": 0}, "q_lora_rank is 0; must be >= 1"),
         ({"scoring_func": "softmax"}, "scoring_func is 'softmax'; must be 'sigmoid', the router of DeepSeek-V3"),
+        ({"hidden_size": 32.0}, "hidden_size is 32.0; input should be a valid integer"),
+        ({"hidden_size": "4"}, "hidden_size is '4'; input should be a valid integer"),
+        ({"n_routed_experts": True}, "n_routed_experts is true; input should be a valid integer"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; must be <= 1000"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps is -1.0; must be >= 1.17549e-38"),
+        ({"rms_norm_eps": True}, "rms_norm_eps is true; input should be a valid number"),
+        ({"routed_scaling_factor": 0}, "routed_scaling_factor is 0.0; must be >= 1.17549e-38"),
+        ({"norm_topk_prob": "true"}, "norm_topk_prob is 'true'; input should be a valid boolean"),
+        ({"topk_method": "greedy"}, "topk_method is 'greedy'; must be 'noaux_tc', the router of DeepSeek-V3"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq is 2; must be 1, the router of DeepSeek-V3"),
+        ({"n_routed_expert": 4}, "n_routed_expert is no field of this architecture; did you mean n_routed_experts?"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; must be one of 'silu'"),
         ({"model_type": "llama"}, "model_type is 'llama'; must be one of 'deepseek_v3'"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; input should be a valid boolean"),
@@ -178,6 +207,21 @@ def test_a_file_that_is_missing_or_no_yaml_is_one_line():
             "num_key_value_heads is 2; must be num_attention_heads (4): every head has a key and a value of its own",
         ),
         ({"rope_theta": 500.0}, "rope_theta would be ignored beside rope_parameters; state it there"),
+        ({"rope_parameters": None, "rope_scaling": "yarn"}, "rope_scaling is 'yarn'; must be an object or null"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 0.5}},
+            "rope_parameters.factor is 0.5; must be >= 1 for rope_type yarn",
+        ),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope_parameters.rope_theta is -1; must be a number >= 1"),
+        ({"rope_parameters": {"rope_theta": True}}, "rope_parameters.rope_theta is true; must be a number >= 1"),
+        (
+            {"rope_parameters": {"rope_thetta": 1e4}},
+            "rope_parameters.rope_thetta is no field of it; did you mean rope_theta?",
+        ),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "rope_parameters.partial_rotary_factor is 0.5; must be 1: qk_rope_head_dim is the part that is rotated",
+        ),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.factor is null; must be >= 1 for rope_type yarn"),
     ],
 )
@@ -185,6 +229,155 @@ def test_an_architecture_that_cannot_route_is_refused_when_the_parameters_are_re
     path = Path("mini_model/config_nano.json")
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
     assert mistake(VALUES) == f"{path}: {line}"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (b"[1]", ": holds [1]; must hold an object, as config.json does"),
+        (b'{"hidden_size": 1, "hidden_size": 2}', ": not JSON that can be read (hidden_size is stated twice)"),
+    ],
+    ids=["list", "twice"],
+)
+def test_an_architecture_of_another_form_is_one_line(text, line):
+    Path("mini_model/config_nano.json").write_bytes(text)
+    assert mistake(VALUES).startswith(f"mini_model/config_nano.json{line}")
+
+
+def test_a_whole_number_may_stand_for_a_fraction():
+    write(changed({"train.learning_rate": 1, "train.weight_decay": 0}))
+    assert read_params(Path("params.yaml")).train.learning_rate == 1.0
+
+
+def test_every_mtp_module_sees_a_token():
+    path = Path("mini_model/config_nano.json")
+    path.write_text(json.dumps(ARCHITECTURE | {"num_nextn_predict_layers": 40}), encoding="utf-8")
+    assert mistake(changed({"train.block_size": 32})) == (
+        "params.yaml: train.block_size is 32; must be > 40, the num_nextn_predict_layers of "
+        "mini_model/config_nano.json, each of which looks a token further on"
+    )
+
+
+DEEPSEEKS_OWN = {
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "aux_loss_alpha": 0.001,
+    "ep_size": 1,
+    "moe_layer_freq": 1,
+    "pretraining_tp": 1,
+    "quantization_config": None,
+    "rope_parameters": None,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+    | {"original_max_position_embeddings": 4096},
+    "rope_theta": 10000,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.33.1",
+}
+
+
+def test_the_fields_of_published_configurations_are_known():
+    path = Path("mini_model/config_nano.json")
+    path.write_text(json.dumps(ARCHITECTURE | DEEPSEEKS_OWN), encoding="utf-8")
+    assert read_architecture(path).rope_parameters["rope_theta"] == 10000
+
+
+@pytest.mark.parametrize("config_class", ["ours", "stock"])
+def test_what_transformers_exports_is_read(config_class):
+    from transformers import DeepseekV3Config as Stock
+
+    from mini_model.configuration_deepseek import DeepseekV3Config as Ours
+
+    config = {"ours": Ours, "stock": Stock}[config_class](**ARCHITECTURE)
+    config.save_pretrained("exported")
+    assert read_architecture(Path("exported/config.json")).n_routed_experts == 8
+    fields = config.to_dict() | {"num_nextn_predict_layers": 0}  # as stock's does not know it
+    path = Path("mini_model/config_nano.json")
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    assert read_architecture(path).n_routed_experts == 8
+
+
+BOMB = "a: &a [x, x, x, x]\n" + "".join(
+    f"{chr(98 + n)}: &{chr(98 + n)} [{f'*{chr(97 + n)}, ' * 9}]\n" for n in range(12)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("seed: é".encode("latin-1"), "params.yaml:1: is not UTF-8 (byte 0xe9); save it as UTF-8"),
+        ("seed: 1".encode("utf-16"), "params.yaml:1: is not UTF-8 (byte 0xff)"),
+        (b"seed: 1\nmodel: \0", "params.yaml:2: holds a NUL character"),
+        (b"seed: \x07", "params.yaml: not YAML that can be read (unacceptable character"),
+        (BOMB.encode(), "params.yaml: stands for more than 100,000 values; write values, not aliases of aliases"),
+        (b"seed: &a [*a, *a]", "params.yaml: stands for more than 100,000 values"),
+        (b"[" * 100_000, "params.yaml: opens 51 brackets; must be nested <= 50 deep"),
+        (b"- " * 30_000, "params.yaml: not YAML that can be read (it is nested too deeply)"),
+        (b"a: [" + b"1," * 100_000 + b"]", "params.yaml: has 100,000 lines and commas; must have <= 5,000"),
+        (b"seed: " + b"9" * 5000, "params.yaml: not YAML that can be read (Exceeds the limit"),
+        (b"seed: 2024-99-99", "params.yaml: not YAML that can be read (month must be in 1..12)"),
+        (b"seed: !!int x", "params.yaml: not YAML that can be read (invalid literal"),
+        (b"seed: !!python/object/apply:os.system [x]", "params.yaml:1: not YAML (could not determine a constructor"),
+        (b'"a\\nb": 1', "params.yaml: a b is no parameter"),
+        (b"#" * 300_000, "params.yaml: has more than 262,144 bytes"),
+    ],
+)
+def test_a_file_that_no_one_should_parse_is_one_line(content, line):
+    Path("params.yaml").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_params(Path("params.yaml"))
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["params.yaml", "mini_model/config_nano.json"])
+def test_what_could_be_read_for_ever_is_not_opened(name):
+    write(VALUES)
+    Path(name).unlink()
+    os.mkfifo(name)
+    with pytest.raises(UserError, match=f"^{name}: is no regular file"):
+        read_params(Path("params.yaml"))
+    Path(name).unlink()
+    Path(name).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=f"^{name}: is no regular file"):
+        read_params(Path("params.yaml"))
+
+
+@pytest.mark.parametrize("name", ["params.yaml", "mini_model/config_nano.json"])
+def test_a_byte_order_mark_is_no_part_of_the_file(name):
+    write(VALUES)
+    Path(name).write_bytes(b"\xef\xbb\xbf" + Path(name).read_bytes())
+    assert read_params(Path("params.yaml")).seed == VALUES["seed"]
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('{"a": "é"}'.encode("latin-1"), ":1: is not UTF-8 (byte 0xe9); save it as UTF-8"),
+        (b'{\n"a": "\0"}', ":2: holds a NUL character"),
+        (b"[" * 100_000, ": not JSON that can be read (it is nested too deeply)"),
+        (b'{"vocab_size": ' + b"9" * 5000 + b"}", ": not JSON that can be read (Exceeds the limit"),
+    ],
+)
+def test_an_architecture_that_no_one_should_parse_is_one_line(content, line):
+    Path("mini_model/config_nano.json").write_bytes(content)
+    assert mistake(VALUES).startswith(f"mini_model/config_nano.json{line}")
+
+
+def test_a_path_with_a_nul_is_one_line():
+    write(changed({"model.config": "mini_model/a"}))
+    text = Path("params.yaml").read_text(encoding="utf-8")
+    Path("params.yaml").write_text(text.replace("mini_model/a", '"mini_model/a\\0"'), encoding="utf-8")
+    with pytest.raises(UserError, match="is no path"):
+        read_params(Path("params.yaml"))
 
 
 def test_an_architecture_that_is_no_json_is_one_line():

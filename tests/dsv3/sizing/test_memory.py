@@ -141,6 +141,7 @@ def test_an_moe_layer_keeps_what_the_estimate_says_with_every_backend_to_two_per
     [
         {},
         {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "block_size": 1024, "per_device_train_batch_size": 1},
         {"gradient_accumulation_steps": 2},
         {"block_size": 32, "optim": "adamw"},
         {"block_size": 32, "optim": "adamw", "adam_moments_dtype": "bf16"},

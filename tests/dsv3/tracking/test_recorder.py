@@ -2,7 +2,9 @@ import csv
 import json
 import logging
 import re
+import subprocess
 import sys
+import threading
 import tomllib
 from pathlib import Path
 from typing import get_args
@@ -128,6 +130,53 @@ def test_a_failing_tracker_warns_once_and_stops_nothing(tmp_path, identity, capl
     assert len(caplog.messages) == 1
     assert "tracker aim failed (OSError: disk full); the run goes on" in caplog.messages[0]
     assert len(failing.rows()) == len(healthy.rows()) == len(table(tmp_path / "history.tsv")) == 3
+
+
+class NeverClosing(Memory):
+    """A tracker whose close waits for ever, as Aim's does for a server that is gone."""
+
+    def close(self, status):
+        super().close(status)
+        threading.Event().wait()
+
+
+def test_a_tracker_that_never_closes_is_left_behind(tmp_path, identity, caplog, monkeypatch):
+    monkeypatch.setattr("dsv3.tracking.tracker.CLOSE_S", 0.05)
+    left_behind = []
+    monkeypatch.setattr("dsv3.tracking.tracker.end_despite", left_behind.append)
+    healthy = Memory()
+    recorder = recorder_of(tmp_path, identity, NeverClosing(), healthy)
+    recorder.close("finished")
+    (message,) = caplog.messages
+    assert "tracker aim failed (TimeoutError: not closed within 0.05 s); the run goes on" in message
+    assert healthy.calls[-1] == ("close", "finished")
+    assert len(left_behind) == 1
+
+
+HANGING_COMMAND = """
+import threading
+from dsv3.cli import command, end_despite
+from dsv3.errors import UserError
+
+def main() -> None:
+    thread = threading.Thread(target=threading.Event().wait)  # Python waits for it at its end: it is no daemon
+    thread.start()
+    end_despite(thread)
+    print("saved")
+    if {fails}:
+        raise UserError("a mistake")
+
+command(main)
+"""
+
+
+@pytest.mark.parametrize(("fails", "status"), [(False, 0), (True, 2)])
+def test_a_command_ends_with_its_own_status_despite_a_thread_that_hangs(fails, status):
+    program = HANGING_COMMAND.format(fails=fails)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == status
+    assert done.stdout == "saved\n"
+    assert done.stderr == ("a mistake\n" if fails else "")
 
 
 def test_a_tracker_that_cannot_be_opened_is_left_alone(tmp_path, identity, caplog):

@@ -138,7 +138,7 @@ def test_documents_see_the_ones_before_them_unless_they_are_told_not_to(tmp_path
     for run in runs:
         tokens = next(run.micro_batches())[:1, :-1]
         # The made-up text is one document: cut it at its most frequent letter.
-        run.plan.meta["eos_token_id"] = end_of_text = int(tokens.mode().values)
+        run.plan.meta["bos_token_id"] = end_of_text = int(tokens.mode().values)
         with torch.no_grad():
             out = run.model(input_ids=tokens, position_ids=run.position_ids(tokens), labels=tokens)
         losses.append(out.cross_entropy_loss.item())

@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import pytest
 import torch
 
+from dsv3.errors import UserError
 from dsv3.training import precision
+from dsv3.training.plan import check_unlinked
 from dsv3.training.precision import autocast_dtype, resolved_precision
 from tests.training_inputs import plan_of
 
@@ -20,8 +24,36 @@ def test_a_stated_number_of_steps_wins_over_epochs(tmp_path):
 
 
 def test_a_training_has_at_least_one_step(tmp_path):
-    plan = plan_of(tmp_path, train={"max_steps": -1, "num_train_epochs": 0.001})
+    plan = plan_of(tmp_path, train={"max_steps": -1, "num_train_epochs": 0.001, "eval_steps": 1})
     assert plan.total_steps == 1
+
+
+def test_a_training_that_is_validated_at_its_end_only_says_so(tmp_path):
+    late = plan_of(tmp_path, train={"max_steps": 7, "eval_steps": 8})
+    assert "train.eval_steps is 8, more than all steps: validated once, at the end" in late.summary()
+    assert "note" not in plan_of(tmp_path, train={"max_steps": 7, "eval_steps": 7}).summary()
+
+
+def test_a_batch_of_many_epochs_is_refused(tmp_path):
+    blocks = plan_of(tmp_path).batches.num_blocks_per_epoch
+    batch = {"per_device_train_batch_size": blocks, "gradient_accumulation_steps": 1}
+    assert plan_of(tmp_path, train=batch).sequences_per_step == blocks
+    with pytest.raises(UserError) as caught:
+        plan_of(tmp_path, train=batch | {"gradient_accumulation_steps": 2})
+    assert f"gradient_accumulation_steps is {2 * blocks}; must be <= {blocks}, the sequences of 32" in str(caught.value)
+
+
+def test_an_output_behind_a_link_that_leads_out_of_the_project_is_refused(tmp_path, monkeypatch):
+    project, disk = tmp_path / "project", tmp_path / "disk"
+    for folder in (project / "outputs", disk):
+        folder.mkdir(parents=True)
+    monkeypatch.setenv("DVC_ROOT", str(project))
+    monkeypatch.chdir(project)
+    check_unlinked(Path("outputs/final_model"))
+    Path("elsewhere").symlink_to(disk)
+    check_unlinked(disk / "final_model")  # by hand, anywhere
+    with pytest.raises(UserError, match=r"^elsewhere/final_model: the link .* leads out of the project"):
+        check_unlinked(Path("elsewhere/final_model"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,190 @@
+"""Runs side by side: what was chosen otherwise, and what that did to the headline numbers.
+
+A run is whatever DVC can name: an experiment, a commit, a branch, or the workspace. DVC reads its parameters, its
+architecture and its metrics; this module only puts them next to each other.
+"""
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dsv3.errors import UserError
+from dsv3.statistics import Sample
+from dsv3.tracking.metrics import HEADLINE
+
+WORKSPACE = "workspace"
+"""DVC's name for what is checked out, with its changes."""
+WIDTH = 80
+"""Of a terminal."""
+LEGEND = (
+    "×: runs that differ in their seed only. ±: 95 % interval of their mean.\n"
+    "Differences are taken between runs of the same seed, where there are such."
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as DVC knows it."""
+
+    name: str
+    params: Mapping[str, Any]
+    """Flat: `section.key` of params.yaml and the keys of the architecture, without `runtime`: it shapes nothing."""
+    numbers: Mapping[str, float]
+    """The headline numbers that it has."""
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """Return all parameters but the seed."""
+        return {name: value for name, value in self.params.items() if name != "seed"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed only; most are of one run."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def name(self) -> str:
+        """Return the first run's name, and of how many runs the group is."""
+        return self.runs[0].name + (f" ×{len(self.runs)}" if len(self.runs) > 1 else "")
+
+    def chosen(self, name: str) -> str:
+        """Return a parameter as text: one value, or every run's seed."""
+        return ", ".join(dict.fromkeys(str(run.params.get(name, "–")) for run in self.runs))
+
+    def by_seed(self, number: str) -> dict[Any, float]:
+        """Return a headline number of each run that has it, by seed."""
+        return {run.params.get("seed"): run.numbers[number] for run in self.runs if number in run.numbers}
+
+
+def read_run(name: str) -> Run:
+    """Return the run of an experiment, commit, branch or the workspace; raise `UserError` where DVC can't read it."""
+    from dvc.api import metrics_show, params_show
+    from dvc.exceptions import DvcException
+
+    revision = None if name == WORKSPACE else name
+    try:
+        params, numbers = params_show(rev=revision), metrics_show(rev=revision)
+    except (DvcException, OSError) as error:
+        raise UserError(f"{name} can't be read: {error}; dvc exp list names the experiments") from None
+    params.pop("runtime", None)
+    return Run(name, flat(params), {name: numbers[name] for name in HEADLINE if name in numbers})
+
+
+def flat(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of nested mappings by their keys, joined by dots."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        inner = {f"{key}.{name}": each for name, each in flat(value).items()} if isinstance(value, Mapping) else {}
+        found |= inner or {key: value}
+    return found
+
+
+def grouped(runs: Iterable[Run]) -> list[Group]:
+    """Return the runs in their order, those that differ in their seed only together."""
+    groups: list[Group] = []
+    for run in runs:
+        for at, group in enumerate(groups):
+            seeds = [other.params.get("seed") for other in group.runs]
+            if run.choices == group.runs[0].choices and run.params.get("seed") not in seeds:
+                groups[at] = Group((*group.runs, run))
+                break
+        else:
+            groups.append(Group((run,)))
+    return groups
+
+
+Row = tuple[str, list[list[str]]]
+"""What it is about, and each group's cell, as lines."""
+
+
+def choice_rows(groups: Sequence[Group]) -> list[Row]:
+    """Return a row per parameter that is not the same in all groups."""
+    names = dict.fromkeys(name for group in groups for run in group.runs for name in run.params)
+    cells = {name: [group.chosen(name) for group in groups] for name in names}
+    return [(name, [[cell] for cell in row]) for name, row in cells.items() if len(set(row)) > 1]
+
+
+def number_rows(groups: Sequence[Group]) -> list[Row]:
+    """Return a row per headline number: its value, and from the second group on, how far it lies from the first's."""
+    rows = []
+    for name, headline in HEADLINE.items():
+        first = groups[0].by_seed(name)
+        cells = []
+        for group in groups:
+            own = group.by_seed(name)
+            cell = [with_interval(Sample(tuple(own.values())), headline.format)] if own else ["–"]
+            if own and first and group is not groups[0]:
+                cell += [change] if (change := difference(own, first, headline.format)) else []
+            cells.append(cell)
+        if any(cell != ["–"] for cell in cells):
+            rows.append((headline.label, cells))
+    return rows
+
+
+def difference(own: Mapping[Any, float], first: Mapping[Any, float], spec: str) -> str:
+    """Return how far the values of some seeds lie from the first group's, and in percent; nothing where they don't."""
+    shared = [seed for seed in own if seed in first]
+    if shared:
+        base = Sample(tuple(first[seed] for seed in shared)).mean
+        found = Sample(tuple(own[seed] - first[seed] for seed in shared))
+    else:
+        base, mean = (Sample(tuple(values.values())).mean for values in (first, own))
+        found = Sample((mean - base,))
+    percent = f" ({100 * found.mean / base:+.2f} %)" if base else ""
+    return "" if set(found.values) == {0} else f"{with_interval(found, f'+{spec}')}{percent}"
+
+
+def with_interval(sample: Sample, spec: str) -> str:
+    """Return the mean, and its 95 % interval where the values differ."""
+    half = f" ± {sample.half_interval:{spec.removeprefix('+')}}" if sample.half_interval else ""
+    return f"{sample.mean:{spec}}{half}"
+
+
+def terminal_table(groups: Sequence[Group], width: int = WIDTH) -> str:
+    """Return the comparison as text of at most `width` columns: below each other the parts that don't fit abreast."""
+    rows = table_rows(groups)
+    label = max(len(name) for name, _ in rows)
+    widest = max(len(line) for _, cells in rows for cell in cells for line in cell)
+    column = max(1, min(widest, (width - label) // min(len(groups), 2) - 2))
+    abreast = max(1, (width - label) // (column + 2) - 1)
+    first, *others = groups
+    parts = [[first, *others[at : at + abreast]] for at in range(0, len(others), abreast)] or [[first]]
+    return "\n\n".join("\n".join(_lines(table_rows(part), label, column)) for part in parts)
+
+
+def table_rows(groups: Sequence[Group]) -> list[Row]:
+    """Return all rows, the names of the groups first."""
+    return [("", [[group.name] for group in groups]), *choice_rows(groups), *number_rows(groups)]
+
+
+def _lines(rows: Sequence[Row], label: int, column: int) -> Iterable[str]:
+    """Yield the lines of a table whose columns have the given widths; longer texts go on in the next line."""
+    for name, cells in rows:
+        wrapped = [[piece for line in cell for piece in textwrap.wrap(line, column) or [""]] for cell in cells]
+        for at in range(max(map(len, wrapped))):
+            texts = [cell[at] if at < len(cell) else "" for cell in wrapped]
+            yield "  ".join([f"{'' if at else name:<{label}}", *(f"{text:>{column}}" for text in texts)]).rstrip()
+
+
+def markdown_table(groups: Sequence[Group]) -> str:
+    """Return the comparison as a Markdown table."""
+    rows = table_rows(groups)
+    lines = [[name, *("<br>".join(cell).replace("|", "\\|") for cell in cells)] for name, cells in rows]
+    lines.insert(1, ["---", *["---:" for _ in groups]])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def comparison(runs: Sequence[Run], markdown: bool = False) -> str:
+    """Return runs side by side, as text for a terminal or as Markdown; the first is what the others are held against.
+
+    Raises `UserError` where none of them has results.
+    """
+    groups = grouped(runs)
+    if not number_rows(groups):
+        raise UserError(f"{', '.join(run.name for run in runs)}: no headline numbers; run dvc repro, or name a run")
+    notes = [] if choice_rows(groups) else ["No parameter differs."]
+    notes += [LEGEND] if any(len(group.runs) > 1 for group in groups) else []
+    return "\n\n".join([markdown_table(groups) if markdown else terminal_table(groups), *notes])

@@ -1,0 +1,108 @@
+from dataclasses import replace
+
+import pytest
+
+from dsv3.comparison import LEGEND, Run, comparison, difference, flat, grouped, with_interval
+from dsv3.errors import UserError
+from dsv3.statistics import Sample
+
+PARAMS = {"seed": 1, "train.use_fp8": False, "train.optim": "muon", "n_routed_experts": 8}
+BASE = Run("main", PARAMS, {"heldout": 1.5, "val_loss": 3.5, "tokens_s": 3000, "dead_experts": 0, "parameters": 37216})
+FP8 = Run("fp8", {**PARAMS, "train.use_fp8": True}, {**BASE.numbers, "heldout": 1.503, "tokens_s": 2400})
+
+
+def seeded(run: Run, seed: int, heldout: float) -> Run:
+    """The run with another seed and another score."""
+    return Run(f"{run.name}-{seed}", {**run.params, "seed": seed}, {**run.numbers, "heldout": heldout})
+
+
+def test_what_differs_stands_above_the_numbers_and_each_difference_below_its_number():
+    assert comparison([BASE, FP8]).splitlines() == [
+        "                                    main                fp8",
+        "train.use_fp8                      False               True",
+        "held-out nats/char                1.5000             1.5030",
+        "                                          +0.0030 (+0.20 %)",
+        "validation nats/token             3.5000             3.5000",
+        "tokens/s                           3,000              2,400",
+        "                                            -600 (-20.00 %)",
+        "dead experts                           0                  0",
+        "parameters                        37,216             37,216",
+    ]
+
+
+def test_as_markdown_it_is_one_table():
+    lines = comparison([BASE, FP8], markdown=True).splitlines()
+    assert lines[:4] == [
+        "|  | main | fp8 |",
+        "| --- | ---: | ---: |",
+        "| train.use_fp8 | False | True |",
+        "| held-out nats/char | 1.5000 | 1.5030<br>+0.0030 (+0.20 %) |",
+    ]
+    assert {line.count("|") for line in lines} == {4}
+
+
+def test_runs_that_differ_in_their_seed_only_are_one_column_with_an_interval():
+    runs = [BASE, FP8, seeded(BASE, 2, 1.6), seeded(FP8, 2, 1.605), seeded(FP8, 3, 1.7)]
+    groups = grouped(runs)
+    assert [group.name for group in groups] == ["main ×2", "fp8 ×3"]
+    text = comparison(runs)
+    assert "1.5500 ± 0.6353" in text  # 12.706 · 0.0707 / √2
+    assert "+0.0040 ± 0.0127" in text  # of the two pairs: +0.003, +0.005
+    assert "1, 2, 3" in text
+    assert text.endswith(LEGEND)
+
+
+def test_a_run_of_the_same_seed_and_parameters_is_a_column_of_its_own():
+    runs = [BASE, replace(BASE, name="workspace")]
+    assert len(grouped(runs)) == 2
+    assert comparison(runs).endswith("\n\nNo parameter differs.")
+
+
+@pytest.mark.parametrize(
+    ("own", "first", "told"),
+    [
+        ({1: 2.0}, {1: 1.0}, "+1.00 (+100.00 %)"),
+        ({2: 2.0}, {1: 1.0}, "+1.00 (+100.00 %)"),
+        ({1: 2.0, 2: 4.0}, {1: 1.0}, "+1.00 (+100.00 %)"),  # of the seed that both have
+        ({2: 2.0, 3: 4.0}, {1: 1.0}, "+2.00 (+200.00 %)"),  # of the means
+        ({1: 2.0}, {1: 0.0}, "+2.00"),
+        ({1: 2.0}, {1: 2.0}, ""),
+    ],
+)
+def test_a_difference_is_that_of_runs_of_the_same_seed_or_else_of_the_means(own, first, told):
+    assert difference(own, first, ".2f") == told
+
+
+def test_an_interval_is_told_where_values_differ():
+    assert with_interval(Sample((1000.0,)), ",.0f") == "1,000"
+    assert with_interval(Sample((-1.0, -1.0)), "+.1f") == "-1.0"
+
+
+def test_a_number_or_parameter_that_a_run_lacks_is_a_dash():
+    other = Run("old", {**PARAMS, "z_loss_weight": 0.1}, {"heldout": 1.5})
+    text = comparison([BASE, other])
+    assert "z_loss_weight               –     0.1" in text
+    assert [line.split()[-1] for line in text.splitlines() if line.startswith("tokens/s")] == ["–"]
+
+
+def test_many_runs_and_long_values_stay_within_the_terminal():
+    prompts = str(["ROMEO:\n", "First Citizen:\n", "To be, or not to be"] * 3)
+    others = [
+        Run(f"experiment-{at}", {**PARAMS, "train.optim": f"optim-{at}", "sample.prompts": prompts}, BASE.numbers)
+        for at in range(7)
+    ]
+    text = comparison([BASE, *others])
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("main") > 1  # again at the left of each part
+    assert all(f"experiment-{at}" in text for at in range(7))
+    for part in text.split("\n\n"):
+        assert part.count("\ntrain.optim") == 1
+
+
+def test_runs_without_results_are_a_users_mistake():
+    with pytest.raises(UserError, match=r"^main, fp8: no headline numbers; run dvc repro"):
+        comparison([replace(BASE, numbers={}), replace(FP8, numbers={})])
+
+
+def test_parameters_are_named_by_section_and_key():
+    assert flat({"seed": 1, "train": {"optim": "muon"}, "rope": {}}) == {"seed": 1, "train.optim": "muon", "rope": {}}
