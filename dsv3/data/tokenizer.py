@@ -106,11 +106,12 @@ def copy_pretrained(name: str, directory: Path) -> None:
     for file in (TOKENIZER_FILE, TEMPLATE_FILE):
         if file in found:
             shutil.copyfile(found[file], directory / file)
-    config, named = (_json_object(found[file]) if file in found else {} for file in (CONFIG_FILE, MAP_FILE))
-    config = named | config
+    named, stated = (_json_object(found[file]) if file in found else {} for file in (MAP_FILE, CONFIG_FILE))
+    config = named | {key: value for key, value in stated.items() if value is not None}
     if not config.get("eos_token"):
         config = _tokens_of_class(found) | config
     config.pop("auto_map", None)  # code that does not come along
+    config = {key: _content(value) if key.endswith("_token") else value for key, value in config.items()}
     write_json(directory / CONFIG_FILE, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
@@ -130,7 +131,8 @@ def _tokens_of_class(found: dict[str, Path]) -> dict[str, Any]:
 
     with TemporaryDirectory() as folder:
         for file, source in found.items():
-            shutil.copyfile(source, Path(folder, file))
+            text = source.read_text(encoding="utf-8-sig")  # transformers reads no byte order mark
+            Path(folder, file).write_text(text, encoding="utf-8")
         try:
             return dict(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).special_tokens_map)
         except Exception:  # whatever is wrong with it: special_tokens tells that no eos is named
@@ -178,8 +180,13 @@ def special_tokens(tokenizer: Tokenizer, directory: Path) -> SpecialTokens:
 
 def _token_id(tokenizer: Tokenizer, token: Any) -> int | None:
     """Return the id of a token that a configuration states as a string, or as an object with `content`."""
-    content = token.get("content") if isinstance(token, dict) else token
+    content = _content(token)
     return tokenizer.token_to_id(content) if content and isinstance(content, str) else None
+
+
+def _content(token: Any) -> Any:
+    """Return the text of a token that is stated as an object, which transformers reads from some files only."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def num_ids(tokenizer: Tokenizer) -> int:
