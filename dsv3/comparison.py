@@ -59,18 +59,30 @@ class Group:
         return {run.params.get("seed"): run.numbers[number] for run in self.runs if number in run.numbers}
 
 
-def read_run(name: str) -> Run:
-    """Return the run of an experiment, commit, branch or the workspace; raise `UserError` where DVC can't read it."""
-    from dvc.api import metrics_show, params_show
+def read_runs(names: Sequence[str]) -> list[Run]:
+    """Return runs by the names of experiments, commits, branches, or `workspace`; `UserError` where DVC knows none."""
     from dvc.exceptions import DvcException
+    from dvc.repo import Repo
 
-    revision = None if name == WORKSPACE else name
+    revisions = list(names)
     try:
-        params, numbers = params_show(rev=revision), metrics_show(rev=revision)
-    except (DvcException, OSError) as error:
-        raise UserError(f"{name} can't be read: {error}; dvc exp list names the experiments") from None
-    params.pop("runtime", None)
-    return Run(name, flat(params), {name: numbers[name] for name in HEADLINE if name in numbers})
+        with Repo() as repo:
+            params = repo.params.show(revs=revisions, hide_workspace=False)
+            numbers = repo.metrics.show(revs=revisions, hide_workspace=False)
+    except DvcException as error:
+        raise UserError(f"{error}; dvc exp list names the experiments") from None
+    return [_run(name, _of_revision(params, name), _of_revision(numbers, name)) for name in names]
+
+
+def _of_revision(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return what DVC found in the files of a revision, all files together; names of one commit share an entry."""
+    files = next((each.get("data", {}) for names, each in found.items() if name in names.split(",")), {})
+    return {key: value for file in files.values() for key, value in file.get("data", {}).items()}
+
+
+def _run(name: str, params: Mapping[str, Any], numbers: Mapping[str, Any]) -> Run:
+    shaping = {key: value for key, value in params.items() if key != "runtime"}
+    return Run(name, flat(shaping), {key: numbers[key] for key in HEADLINE if key in numbers})
 
 
 def flat(nested: Mapping[str, Any]) -> dict[str, Any]:

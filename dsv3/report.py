@@ -12,7 +12,7 @@ import typer
 
 from dsv3.artifacts import read_json
 from dsv3.cli import run_app
-from dsv3.comparison import WORKSPACE, comparison, read_run
+from dsv3.comparison import WORKSPACE, comparison, read_runs
 from dsv3.params.read import read_yaml
 
 NEXT = (
@@ -144,7 +144,7 @@ def compare(
     """Print runs side by side: what was chosen otherwise, and the numbers beside the first run's."""
     names = runs or [WORKSPACE]
     names = names if len(names) > 1 else ["HEAD", *names]
-    typer.echo(comparison([read_run(name) for name in dict.fromkeys(names)], markdown))
+    typer.echo(comparison(read_runs(list(dict.fromkeys(names))), markdown))
 
 
 if __name__ == "__main__":
