@@ -507,13 +507,14 @@ class DeepseekV3PreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """Load a model, without the MTP modules whose weights the folder lacks: stock transformers saves none."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         model.drop_missing_mtp_modules(info["missing_keys"])
         return (model, info) if output_loading_info else model
 
     def drop_missing_mtp_modules(self, missing: set[str]) -> None:
         """Remove the last MTP modules while all of a module's weights are `missing`, and their names from `missing`."""
-        layers = self.base_model.layers
+        layers: Any = self.base_model.layers
         prefix = next(name for name, module in self.named_modules() if module is layers)
         stated = self.config.num_nextn_predict_layers
         while self.config.num_nextn_predict_layers:

@@ -48,7 +48,7 @@ def padding_token(directory: Path, eos_token_id: int) -> tuple[str, int]:
     stated = read_json(directory / CONFIG_FILE).get("pad_token")
     token = stated["content"] if isinstance(stated, dict) else stated
     token_id = tokenizer.token_to_id(token) if token else None
-    return (tokenizer.id_to_token(eos_token_id), eos_token_id) if token_id is None else (token, token_id)
+    return (str(tokenizer.id_to_token(eos_token_id)), eos_token_id) if token_id is None else (str(token), token_id)
 
 
 def add_missing_fields(path: Path, fields: dict[str, Any]) -> None:
