@@ -24,7 +24,7 @@ class DeepseekV3Config(PreTrainedConfig):
         "mtp_loss",
         "sequence_loss",
     ]
-    base_model_tp_plan: ClassVar[dict[str, Any]] = {  # pyright: ignore[reportIncompatibleVariableOverride]
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = {
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
         "layers.*.mlp.experts.down_proj": "rowwise",
         "layers.*.mlp.experts": "moe_tp_experts",
@@ -35,7 +35,7 @@ class DeepseekV3Config(PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
-    base_model_ep_plan: ClassVar[dict[str, Any]] = {  # pyright: ignore[reportIncompatibleVariableOverride]
+    base_model_ep_plan: ClassVar[dict[str, Any] | None] = {
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",

@@ -140,11 +140,9 @@ def _suggestion(location: tuple[int | str, ...]) -> str:
 def _check_relations(params: Params, architecture: Architecture, path: Path) -> None:
     """Raise `UserError` where two sections, or a section and the architecture, contradict each other."""
     limit, vocabulary = architecture.max_position_embeddings, architecture.vocab_size
-    train, evaluate, tokenize, runtime = params.train, params.evaluate, params.tokenize, params.runtime
+    train, evaluate, tokenize = params.train, params.evaluate, params.tokenize
     config = params.model.config
     trains_tokenizer = tokenize.tokenizer == "byte_level_bpe"
-    accumulation, processes = train.gradient_accumulation_steps, runtime.num_processes
-    smallest = accumulation // train.batch_ramp_levels
     rules = [
         (
             trains_tokenizer and tokenize.vocab_size > vocabulary,
@@ -170,6 +168,24 @@ def _check_relations(params: Params, architecture: Architecture, path: Path) -> 
             "or tokens are skipped",
         ),
         (
+            tokenize.validation_fraction + tokenize.test_fraction >= 1,
+            "tokenize.validation_fraction + tokenize.test_fraction must be < 1",
+        ),
+        *_process_rules(params),
+        *_sample_rules(params, architecture),
+    ]
+    for is_broken, message in rules:
+        if is_broken:
+            raise UserError(f"{path}: {message}")
+
+
+def _process_rules(params: Params) -> list[tuple[bool, str]]:
+    """Return what the batch allows `runtime.num_processes`: whether each rule is broken, and its message."""
+    train, processes = params.train, params.runtime.num_processes
+    accumulation = train.gradient_accumulation_steps
+    smallest = accumulation // train.batch_ramp_levels
+    return [
+        (
             accumulation % processes != 0,
             f"runtime.num_processes is {processes}; must divide train.gradient_accumulation_steps ({accumulation}), "
             "so that the batch stays the same",
@@ -179,15 +195,7 @@ def _check_relations(params: Params, architecture: Architecture, path: Path) -> 
             f"runtime.num_processes is {processes}; must divide {smallest}, the forward passes of the first step: "
             f"train.gradient_accumulation_steps ({accumulation}) / train.batch_ramp_levels ({train.batch_ramp_levels})",
         ),
-        (
-            tokenize.validation_fraction + tokenize.test_fraction >= 1,
-            "tokenize.validation_fraction + tokenize.test_fraction must be < 1",
-        ),
-        *_sample_rules(params, architecture),
     ]
-    for is_broken, message in rules:
-        if is_broken:
-            raise UserError(f"{path}: {message}")
 
 
 def _sample_rules(params: Params, architecture: Architecture) -> list[tuple[bool, str]]:
