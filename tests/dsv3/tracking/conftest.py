@@ -44,9 +44,10 @@ def project(bare_project, empty_repository) -> Path:
 
 @pytest.fixture
 def bare_project(tmp_path, monkeypatch) -> Path:
-    """An empty DVC root, which is where .aim and runs/ go."""
+    """An empty DVC root, which is where .aim and runs/ go, and which later stages run in."""
     root = tmp_path / "project"
     root.mkdir()
+    monkeypatch.chdir(root)
     monkeypatch.setenv("DVC_ROOT", str(root))
     monkeypatch.delenv("DVC_STAGE", raising=False)
     return root
