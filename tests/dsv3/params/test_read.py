@@ -186,7 +186,7 @@ def test_a_file_that_is_missing_or_no_yaml_is_one_line():
         ({"qk_rope_head_dim": 31}, "qk_rope_head_dim is 31; must be a multiple of 2"),
         ({"n_routed_experts": 0}, "n_routed_experts is 0; must be >= 1"),
         ({"q_lora_rank": 0}, "q_lora_rank is 0; must be >= 1"),
-        ({"scoring_func": "softmax"}, "scoring_func is 'softmax'; must be 'sigmoid', the router of DeepSeek-V3"),
+        ({"scoring_func": "tanh"}, "scoring_func is 'tanh'; must be 'sigmoid', the router of DeepSeek-V3"),
         ({"hidden_size": 32.0}, "hidden_size is 32.0; input should be a valid integer"),
         ({"hidden_size": "4"}, "hidden_size is '4'; input should be a valid integer"),
         ({"n_routed_experts": True}, "n_routed_experts is true; input should be a valid integer"),
