@@ -78,7 +78,7 @@ def test_a_finding_is_one_line_and_a_bad_one_names_its_remedy():
     "check",
     [
         *(check_python, check_repository, check_outputs, check_params, check_torch),
-        *(check_experts, check_memory, check_disk, check_aim),
+        *(check_experts, check_memory, check_disk),
     ],
 )
 def test_a_sound_project_on_this_machine_passes(check):
@@ -207,6 +207,8 @@ def test_the_disk_holds_one_checkpoint_more_than_are_kept_and_the_export():
 
 
 def test_aim_tells_where_runs_go_and_whether_its_interface_is_up(monkeypatch):
+    pytest.importorskip("aim", reason="Aim has no wheels for this Python")
+    assert check_aim().is_ok
     assert "will be made by the first run" in check_aim().message
     lock = Path(".aim/meta/index/LOCK")
     lock.parent.mkdir(parents=True)
