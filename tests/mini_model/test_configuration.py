@@ -1,13 +1,13 @@
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
+from tests.committed import PROJECT
 
-SHIPPED = sorted(Path("mini_model").glob("config*.json"))
+SHIPPED = sorted((PROJECT / "mini_model").glob("config*.json"))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_an_architecture_that_cannot_route_is_refused_in_one_line(micro_config, 
 @pytest.mark.parametrize(("file", "parameters"), [("config.json", 5_691_664_384), ("config_tiny.json", 142_435_584)])
 def test_the_headline_sizes_are_true_on_the_meta_device(file, parameters):
     with torch.device("meta"):
-        model = DeepseekV3ForCausalLM(DeepseekV3Config.from_json_file(f"mini_model/{file}"))
+        model = DeepseekV3ForCausalLM(DeepseekV3Config.from_json_file(PROJECT / "mini_model" / file))
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 

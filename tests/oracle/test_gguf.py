@@ -23,7 +23,7 @@ TOPOLOGIES = {
     **{name: sizes for name, sizes in STOCK_TOPOLOGIES.items() if name != "biased projections, other epsilon"},
     "no shared expert": {"n_shared_experts": 0},
     "one expert": {"n_routed_experts": 1, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1},
-    "a prediction module": {"num_nextn_predict_layers": 1},
+    "an MTP module": {"num_nextn_predict_layers": 1},
     "rope in halves, queries in one step": {"rope_interleave": False, "q_lora_rank": None},
     "yarn as DeepSeek's": {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}},
     "yarn with mscale 1": {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
@@ -93,7 +93,7 @@ def export(folder, dtype="f32", **overrides):
     save_trained(train_tokenizer(TEXTS, 272), folder / "model")
     model.save_pretrained(folder / "model")
     summary = export_gguf(folder / "model", folder / "model.gguf", dtype)
-    assert ("without its prediction modules (1)" in summary) == bool(overrides.get("num_nextn_predict_layers"))
+    assert ("without its MTP modules (1)" in summary) == bool(overrides.get("num_nextn_predict_layers"))
     return model, folder / "model.gguf"
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import re
 import shutil
@@ -13,7 +14,8 @@ from tests.exported_model import edit_json, set_params, write_exported
 
 def run(folder: Path, output: Path, dry_run: bool = False) -> None:
     inputs = {"model": folder / "final_model", "tokens": folder / "tokens", "run": folder / "run.json"}
-    evaluate.main(**inputs, output=output, params=folder / "params.yaml", dry_run=dry_run)
+    with contextlib.chdir(folder):
+        evaluate.main(**inputs, output=output, params=folder / "params.yaml", dry_run=dry_run)
 
 
 @pytest.fixture(scope="module")

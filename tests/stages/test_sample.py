@@ -1,3 +1,4 @@
+import contextlib
 import re
 import shutil
 from pathlib import Path
@@ -13,7 +14,8 @@ from tests.exported_model import edit_json, set_params, write_exported
 
 def run(folder: Path, output: Path, dry_run: bool = False) -> None:
     inputs = {"model": folder / "final_model", "run": folder / "run.json", "params": folder / "params.yaml"}
-    sample.main(**inputs, output=output, dry_run=dry_run)
+    with contextlib.chdir(folder):
+        sample.main(**inputs, output=output, dry_run=dry_run)
 
 
 @pytest.fixture(scope="module")

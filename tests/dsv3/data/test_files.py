@@ -95,7 +95,11 @@ def test_another_column_is_read_where_the_parameter_names_it(tmp_path):
         ("a.csv", b"body;n\nx;1\n", "a.csv:2: has no column text; set data.text_field to one of body, n"),
         ("a.txt", "text".encode("utf-16"), r"a.txt: is not UTF-8 \(byte 0\)"),
         ("a.txt.gz", b"no gzip", "a.txt.gz: can't be read .Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 100, mtime=0)[:-20], "a.jsonl.gz: can't be read .Compressed file ended"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "a"}' * 100, mtime=0)[:-20],
+            "a.jsonl.gz: can't be read .Compressed file ended",
+        ),
         ("a.parquet.gz", b"", "a.parquet.gz has an unknown suffix"),
         ("a.jsonl", b'{"body": "a", "n": 1}', "a.jsonl:1: has no column text; set data.text_field to one of body, n"),
         ("a.jsonl", b'{"text": 3}', "a.jsonl:1: column text holds a int; must be text"),

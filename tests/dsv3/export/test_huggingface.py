@@ -59,6 +59,7 @@ def test_the_folder_holds_all_that_loading_it_needs(exported):
     names = {path.name for path in (exported / "final_model").iterdir()}
     assert names == {
         "README.md",
+        "SHA256SUMS",
         "config.json",
         "configuration_deepseek.py",
         "generation_config.json",

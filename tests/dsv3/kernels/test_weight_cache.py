@@ -48,7 +48,7 @@ def num_roundings(monkeypatch) -> list[torch.Size]:
 def test_the_passes_of_a_block_share_one_rounding_of_every_weight(num_roundings, is_checkpointed):
     model = fp8_model()
     if is_checkpointed:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     num_linears = sum(isinstance(module, LowPrecisionLinear) for module in model.modules())
     num_stacks = 2 * sum(isinstance(module, DeepseekV3Experts) for module in model.modules())
     for step in (1, 2):

@@ -1,12 +1,13 @@
 import importlib.util
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from dsv3.params.read import Params
 from dsv3.tracking.identity import RunIdentity, run_identity
-from tests.committed import DEFAULTS
+from tests.committed import DEFAULTS, PROJECT
 
 collect_ignore = [] if importlib.util.find_spec("aim") else ["test_aim.py", "test_rebuild.py"]  # from Python 3.13 on
 
@@ -42,11 +43,23 @@ def project(bare_project, empty_repository) -> Path:
     return bare_project
 
 
+@pytest.fixture(scope="session")
+def committed_project(tmp_path_factory) -> Path:
+    """A Git repository whose last commit holds the parameters and models that experiments are compared with."""
+    root = tmp_path_factory.mktemp("committed") / "project"
+    shutil.copytree(PROJECT, root)
+    author = ["-c", "user.name=n", "-c", "user.email=e@x"]
+    for arguments in (["init"], ["add", "."], [*author, "commit", "-m", "baseline"]):
+        subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True)
+    return root
+
+
 @pytest.fixture
-def bare_project(tmp_path, monkeypatch) -> Path:
-    """An empty DVC root, which is where .aim and runs/ go."""
+def bare_project(tmp_path, monkeypatch, committed_project) -> Path:
+    """A repository without results, which is where .aim and runs/ go, and which later stages run in."""
     root = tmp_path / "project"
-    root.mkdir()
+    shutil.copytree(committed_project, root)
+    monkeypatch.chdir(root)
     monkeypatch.setenv("DVC_ROOT", str(root))
     monkeypatch.delenv("DVC_STAGE", raising=False)
     return root

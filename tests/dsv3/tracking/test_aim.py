@@ -11,6 +11,7 @@ from dsv3.artifacts import write_json
 from dsv3.tracking.aim import AimTracker
 from dsv3.tracking.events import Distribution, Figure, Result, Text
 from dsv3.tracking.recorder import add_to_run, open_recorder
+from tests.committed import ROOT
 
 SCORES = {"nats_per_token": 4.0, "perplexity": 54.6, "nats_per_char": 1.5, "bits_per_byte": 2.2, "tokens": 7}
 
@@ -208,7 +209,8 @@ def test_terminal_and_machine_are_recorded_only_for_a_training_under_dvc(project
 
 def test_processes_that_start_together_initialize_one_repository(bare_project):
     script = "import sys; from dsv3.tracking.aim import initialize; initialize(sys.argv[1])"
-    starts = [subprocess.Popen([sys.executable, "-c", script, str(bare_project)]) for _ in range(3)]
+    command = [sys.executable, "-c", script, str(bare_project)]
+    starts = [subprocess.Popen(command, cwd=ROOT) for _ in range(3)]
     assert [process.wait(timeout=120) for process in starts] == [0, 0, 0]
     assert (bare_project / ".aim" / "VERSION").is_file()
     assert not (bare_project / ".aim.lock").exists()

@@ -222,18 +222,30 @@ def test_no_more_checkpoints_are_kept_than_asked_for(tmp_path, monkeypatch):
     assert sorted(path.name for path in directory.iterdir()) == ["facts.json", "step_6", "step_7"]
 
 
-def test_a_diverged_training_saves_what_reproduces_it(tmp_path, monkeypatch):
+def poisoned(tmp_path, monkeypatch, value: float, match: str) -> list[str]:
+    """Put `value` into a weight after step 4, which ends the training; return the names that are left of it."""
+
     def poison(run: Run, *_: Any) -> None:
         if run.state.step == 4:
             with torch.no_grad():
-                run.model.lm_head.weight[0, 0] = math.inf
+                run.model.lm_head.weight.fill_(value)
 
     monkeypatch.setattr(hooks, "log_curves", poison)
-    with pytest.raises(UserError, match="step 4: loss is"):
-        trained(tmp_path)
-    (directory,) = (tmp_path / ".checkpoints").glob("[!l]*")
-    assert sorted(path.name for path in directory.iterdir()) == ["facts.json", "step_4"]
+    with pytest.raises(UserError, match=match):
+        trained(tmp_path, runtime={"save_steps": 2})
     assert not (tmp_path / "final_model").exists()
+    (directory,) = (tmp_path / ".checkpoints").glob("[!l]*")
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_diverged_training_saves_what_reproduces_it(tmp_path, monkeypatch):
+    names = poisoned(tmp_path, monkeypatch, 3.0e38, "step 4: loss is .*; must be finite")
+    assert names == ["facts.json", "step_2", "step_4"]
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(tmp_path, monkeypatch):
+    names = poisoned(tmp_path, monkeypatch, math.inf, "step 4: lm_head.weight holds a number that is not finite")
+    assert names == ["facts.json", "step_2"]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_the_loss_is_the_sum_over_tokens_whatever_the_batches(tmp_path_factory, 
     folder = tmp_path_factory.mktemp("tokens")
     tokens = np.random.default_rng(0).integers(0, 272, num_tokens, np.uint16)
     write_shards(folder, "validation", [tokens], np.dtype("<u2"), 25)
-    stream = TokenStream.open(folder, "validation")
+    stream = TokenStream(sorted(folder.glob("validation_*.bin")))
     torch.manual_seed(0)
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**{**MICRO, "initializer_range": 0.5})).eval()
     expected = 0.0
