@@ -63,6 +63,8 @@ class AimTracker:
         self._end_time: float | None = None
         if run_hash is not None:
             self._end_time = self._stored(run_hash).get("end_time")  # makes the run's container where it is missing
+            listed: Any = aim.Repo._all_run_hashes  # Aim keeps the list for half a second, in which the run is unknown
+            listed.cache_clear()
         self._run = aim.Run(run_hash, repo=self._repo, **options)
         is_known = self._run.get("params") is not None
         self.has_rows = is_known and mode != "rebuild"  # writing rows again overwrites them, so a rebuild may
