@@ -92,7 +92,8 @@ def work(folder: Path, settings: dict[str, object]) -> None:
     assert (run.layout.world_size, run.layout.accumulation(0)) == (2, 4)
     loads = [load.tolist() for load in loads_of(run)]
     (folder / f"loads-{rank}.json").write_text(json.dumps(loads))
-    run.accelerator.end_training()
+    run.accelerator.wait_for_everyone()
+    os._exit(0)  # Python's shutdown waits for gloo's threads, which do not always end once the other process has
 
 
 if __name__ == "__main__":
