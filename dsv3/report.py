@@ -88,7 +88,7 @@ def _score_rows(evaluate: Mapping[str, Any]) -> list[tuple[str, str]]:
         worst, dead = router["max_vio_global_max"], router["dead_experts"]
         rows.append(("expert balance", f"MaxVio {worst:.3f} in the worst layer, {dead} dead experts"))
     if module := evaluate.get("mtp", {}).get("depth_1"):
-        rows.append(("first prediction module", f"{module['mtp_acceptance']:.1%} of its guesses would be kept"))
+        rows.append(("first MTP module", f"{module['mtp_acceptance']:.1%} of its drafts would be accepted"))
     return rows
 
 

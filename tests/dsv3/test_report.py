@@ -52,7 +52,7 @@ def test_the_table_holds_what_a_newcomer_asks_for(pipeline):
         "cpu x 1, fp32",
         "8,123 tokens/s; 3 min 10 s in all",
         "1.6123 nats/char, 2.3261 bits/byte",
-        "61.2% of its guesses would be kept",
+        "61.2% of its drafts would be accepted",
         "MaxVio 0.120 in the worst layer, 0 dead experts",
         "make ui",
         "dvc exp run -S",
