@@ -3,7 +3,8 @@
 `make repro` and `dvc exp run -S` write results, dvc.lock, params.yaml and the models' configurations, and the first
 thing that README advises is to commit them. A test that read them would ask whether the pipeline has run, and with
 which values. So conftest.py refuses to open those of the working tree, and tests take the values of the last commit
-that changed README: a baseline of the project changes it (test_baseline.py asks), a baseline of yours does not.
+that changed README, as a baseline of the project does (test_baseline.py asks), or what may be a parameter; a baseline
+of yours changes neither.
 """
 
 import contextlib
@@ -35,8 +36,9 @@ def git(*arguments: str) -> str:
     return done.stdout
 
 
-def _last_commit_of(name: str) -> str:
-    return git("log", "-1", "--format=%H", "--", name).strip()
+def _last_or_next_commit(*names: str) -> str:
+    is_next = git("diff", "--cached", "--name-only", "--", *names)
+    return "" if is_next else git("log", "-1", "--format=%H", "--", *names).strip()
 
 
 def committed_text(name: str, revision: str = "") -> str:
@@ -44,8 +46,8 @@ def committed_text(name: str, revision: str = "") -> str:
     return git("show", f"{revision}:{name}")
 
 
-BASELINE = "" if git("diff", "--cached", "--name-only", "--", "README.md") else _last_commit_of("README.md")
-"""The commit whose values are the project's; the next one, where it changes README."""
+BASELINE = _last_or_next_commit("README.md", "dsv3/params")
+"""The commit whose values are the project's; empty, which is the next one, where that changes one of these."""
 
 
 def is_written(name: str) -> bool:
@@ -81,9 +83,11 @@ with contextlib.chdir(PROJECT):
 
 def refuse_what_runs_write(event: str, arguments: tuple) -> None:
     """Raise where a test opens a file of the working tree that a run writes; an audit hook."""
-    # Without a mode it is os.open, by which folders of other places are removed: by names that are relative to those.
-    if event == "open" and arguments[1] and isinstance(arguments[0], str | bytes | os.PathLike):
-        path = os.path.realpath(os.fsdecode(arguments[0]))
-        if path.startswith(f"{ROOT}{os.sep}"):
+    if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
+        given, mode = os.fsdecode(arguments[0]), arguments[1]
+        path = os.path.realpath(given)
+        # Without a mode it is os.open, which shutil.rmtree gives a folder's bare name, relative to another folder.
+        is_of_rmtree = not (mode or Path(given).is_absolute() or Path(path).is_file())
+        if path.startswith(f"{ROOT}{os.sep}") and not is_of_rmtree:
             name = path[len(str(ROOT)) + 1 :]
             assert not is_written(name), f"a test opens the working tree's {name}; tests.committed has Git's"

@@ -20,6 +20,8 @@ def test_what_a_run_writes_is_refused_to_a_test(name: str, tmp_path: Path):
     for path in (ROOT / name, tmp_path / "link" / name, Path(os.path.relpath(ROOT / name))):
         with pytest.raises(AssertionError, match=r"tests\.committed has Git's"):
             path.open()
+    with pytest.raises(AssertionError, match=r"tests\.committed has Git's"):
+        os.open(ROOT / name, os.O_RDONLY)
 
 
 def test_whatever_a_stage_writes_is_refused():

@@ -1,7 +1,6 @@
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import typer
@@ -9,14 +8,13 @@ from typer.testing import CliRunner
 
 from dsv3.artifacts import write_json
 from dsv3.errors import UserError
-from dsv3.params.read import Params, read_yaml
 from dsv3.tracking.aim import AimTracker
 from dsv3.tracking.rebuild import main, rebuild
 from dsv3.tracking.recorder import open_recorder
 from dsv3.tracking.results import read_table
 from dsv3.tracking.revision import applied_experiment
+from tests.committed import DEFAULTS
 
-PARAMS = Path(__file__).parents[3] / "params.yaml"
 PAGE = """# Samples
 
 ## `To be`
@@ -106,7 +104,7 @@ def test_an_applied_experiment_of_other_evaluation_parameters_is_not_written_ove
 @pytest.mark.parametrize("chosen", [[], ["--tracker", "tensorboard"]])
 def test_the_command_rebuilds_the_trackers_of_the_parameters_or_the_named_ones(project, results, chosen, monkeypatch):
     pytest.importorskip("tensorboard")
-    monkeypatch.setattr("dsv3.tracking.rebuild.read_params", lambda path: Params.model_validate(read_yaml(PARAMS)))
+    monkeypatch.setattr("dsv3.tracking.rebuild.read_params", lambda path: DEFAULTS)
     app = typer.Typer()
     app.command()(main)
     done = CliRunner().invoke(app, [*chosen, "--results", str(results)])
@@ -116,7 +114,7 @@ def test_the_command_rebuilds_the_trackers_of_the_parameters_or_the_named_ones(p
 
 
 def test_a_tracker_that_cannot_be_imported_is_a_mistake_here(project, results, monkeypatch):
-    monkeypatch.setattr("dsv3.tracking.rebuild.read_params", lambda path: Params.model_validate(read_yaml(PARAMS)))
+    monkeypatch.setattr("dsv3.tracking.rebuild.read_params", lambda path: DEFAULTS)
     monkeypatch.delitem(sys.modules, "dsv3.tracking.wandb", raising=False)
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"tracker wandb can't be imported .*; pip install -c constraints\.txt wandb"):
