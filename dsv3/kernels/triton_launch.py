@@ -19,6 +19,7 @@ kernels: Any = triton_fp8
 """Triton's launch syntax says nothing to a type checker."""
 ROWS_PER_PROGRAM = 32
 COLUMNS_PER_PROGRAM = 32
+WARPS_PER_WEIGHT_BLOCK = 16
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 """The quantizers' products must be rounded before the addition that follows them."""
 HOPPER: dict[str, Any] = {"num_warps": 8, "num_stages": 4}
@@ -106,7 +107,7 @@ def quantize_weight(w_EOI: Tensor, power_of_two_scales: bool) -> QuantizedWeight
         num_outputs,
         num_inputs,
         POWER_OF_TWO_SCALES=power_of_two_scales,
-        num_warps=8,
+        num_warps=WARPS_PER_WEIGHT_BLOCK,
         **EXACT,
     )
     return QuantizedWeight(forward, transposed)
@@ -146,7 +147,7 @@ def grouped_gemm(
     """Return y (A, O): rows of `a_RI` (or its rows `index_A`) times the transpose of their expert's `b_EOI`."""
     num_outputs, num_inputs = b_EOI.values.shape[1:]
     y_AO = torch.empty(num_rows, num_outputs, dtype=dtype, device=b_EOI.values.device)
-    kernels.grouped_gemm_kernel[num_outputs // BLOCK, len(tiles.expert_Q)](
+    kernels.grouped_gemm_kernel[(num_outputs // BLOCK * len(tiles.expert_Q),)](
         *a_RI,
         tiles.row_Q if index_A is None else index_A,
         *b_EOI,
@@ -157,6 +158,7 @@ def grouped_gemm(
         len(tiles.end_E),
         num_outputs,
         num_inputs,
+        len(tiles.expert_Q),
         GATHERS=index_A is not None,
         **gemm_options(b_EOI.values.device),
     )

@@ -32,7 +32,7 @@ EXACT = triton_launch.EXACT
 FP32_ROWS, FP32_RESULT = {"x_ptr": "*fp32"}, {"y_ptr": "*fp32"}
 QUANTIZERS = {
     "rows": (kernels.quantize_rows_kernel, ROWS, EXACT, {}),
-    "weight": (kernels.quantize_weight_kernel, {}, {"num_warps": 8, **EXACT}, {}),
+    "weight": (kernels.quantize_weight_kernel, {}, {"num_warps": triton_launch.WARPS_PER_WEIGHT_BLOCK, **EXACT}, {}),
     "columns": (kernels.quantize_columns_kernel, {**COLUMNS, "GATHERS": False}, EXACT, {}),
     "columns, gathered": (kernels.quantize_columns_kernel, {**COLUMNS, "GATHERS": True}, EXACT, {}),
     "rows of fp32": (kernels.quantize_rows_kernel, ROWS, EXACT, FP32_ROWS),

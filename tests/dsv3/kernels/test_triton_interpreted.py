@@ -85,6 +85,6 @@ def test_the_operators_pass_opcheck(found):
 
 def test_every_mutation_of_the_kernels_is_noticed(found):
     """The checks above can fail: each of these one-line mistakes moves one of them far past its tolerance."""
-    assert len(found["mutations"]) == 13
+    assert len(found["mutations"]) == 14
     missed = {name: effect for name, effect in found["mutations"].items() if effect < 100 * TOLERANCE}
     assert not missed
