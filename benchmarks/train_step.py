@@ -78,7 +78,8 @@ class Setting:
 def our_step(setting: Setting, optim: str = "adamw", recipe: Recipe | None = None, compiles: bool = False) -> Step:
     """Return this project's step; with a `recipe` its linear layers and experts run in FP8."""
     device, dtype = setting.device, torch.bfloat16 if setting.precision == "bf16" else torch.float32
-    model = build_model(setting.config, seed=0).to(device).train()
+    with device:  # the 5.69B model's random numbers take a CPU most of a minute
+        model = build_model(setting.config, seed=0).train()
     experts = experts_backend("auto", device, dtype, recipe is not None, recipe or Recipe())
     model.set_experts_implementation(experts)
     if recipe is not None:
@@ -122,7 +123,8 @@ def stock_step(setting: Setting, experts: str) -> Step:
     config = StockConfig(**{key: value for key, value in read_json(setting.config).items() if key != "architectures"})
     config._attn_implementation, config._experts_implementation = "sdpa", experts
     torch.manual_seed(0)
-    model = StockModel(config).to(setting.device).train()
+    with setting.device:
+        model = StockModel(config).train()
     if setting.checkpointing:
         model.gradient_checkpointing_enable()
     params, tokens = setting.train_params(), setting.tokens(config.vocab_size)
@@ -167,6 +169,22 @@ def peak_flops_per_s(setting: Setting, rounds: int) -> float:
     return 2 * size**3 / medians_s({"mm": lambda: a @ b}, rounds, setting.device)["mm"]
 
 
+def with_rates(row: dict[str, Any], setting: Setting, peak: float) -> dict[str, Any]:
+    """Add tokens per second and utilisation to a row that has a time; return it."""
+    if "milliseconds" in row:
+        tokens, seconds = setting.batch * setting.block, row["milliseconds"] / 1e3
+        flops = training_flops_per_token(Architecture(**read_json(setting.config)), setting.block) * tokens
+        row |= {"tokens_per_s": round(tokens / seconds), "utilisation": round(flops / seconds / peak, 3)}
+    return row
+
+
+def show(name: str, row: dict[str, Any]) -> None:
+    """Print one contestant's line."""
+    print(
+        f"{name:24}", "  ".join(f"{key} {value:.5g}" if key != "not_measured" else value for key, value in row.items())
+    )
+
+
 def measured(setting: Setting, names: list[str], rounds: int) -> dict[str, Any]:
     """Return for each contestant its time, tokens per second, utilisation and, on a GPU, its peak of memory.
 
@@ -175,16 +193,15 @@ def measured(setting: Setting, names: list[str], rounds: int) -> dict[str, Any]:
     makers = {name: make for name, make in contestants(setting).items() if name in names}
     peak = peak_flops_per_s(setting, rounds)
     if setting.device.type == "cuda":
-        found = {name: _alone(make, rounds, setting.device) for name, make in makers.items()}
+        found = {}
+        for name, make in makers.items():
+            found[name] = _alone(make, rounds, setting.device)
+            show(name, with_rates(found[name], setting, peak))
     else:
         functions: Functions = {name: make() for name, make in makers.items()}
         found = {name: {"milliseconds": s * 1e3} for name, s in medians_s(functions, rounds, setting.device).items()}
-    tokens = setting.batch * setting.block
-    flops = training_flops_per_token(Architecture(**read_json(setting.config)), setting.block) * tokens
-    for row in found.values():
-        if "milliseconds" in row:
-            row["tokens_per_s"] = round(tokens / row["milliseconds"] * 1e3)
-            row["utilisation"] = round(flops / row["milliseconds"] * 1e3 / peak, 3)
+        for name, row in found.items():
+            show(name, with_rates(row, setting, peak))
     return {"peak_tflop_per_s": round(peak / 1e12, 2), "steps": found}
 
 
@@ -244,11 +261,6 @@ def main(  # noqa: PLR0913 (options)
     shown = {name: str(value) for name, value in asdict(setting).items()}
     results = {"conditions": conditions(chosen), "setting": shown, **measured(setting, names, rounds)}
     print(json.dumps({key: value for key, value in results.items() if key != "steps"}))
-    for name, row in results["steps"].items():
-        print(
-            f"{name:24}",
-            "  ".join(f"{key} {value:.5g}" if key != "not_measured" else value for key, value in row.items()),
-        )
     if json_path is not None:
         json_path.write_text(json.dumps(results, indent=2) + "\n")
 

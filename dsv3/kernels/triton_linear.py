@@ -3,6 +3,8 @@
 Letters: R rows, I inputs, O outputs.
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,9 +59,10 @@ def padded(x: Tensor, num_dims: int) -> Tensor:
     return F.pad(x, [side for gap in gaps for side in (0, gap)]) if any(gaps) else x.contiguous()
 
 
-def whole_schedule(x_RI: Tensor) -> Schedule:
-    """Return the tiles of rows that all belong to one expert."""
-    return schedule(torch.full((1,), len(x_RI), dtype=torch.int32, device=x_RI.device), len(x_RI))
+@lru_cache(maxsize=256)
+def whole_schedule(num_rows: int, device: torch.device) -> Schedule:
+    """Return the tiles of rows that all belong to one expert: constants, which 22 small launches make."""
+    return schedule(torch.full((1,), num_rows, dtype=torch.int32, device=device), num_rows)
 
 
 def _quantized_weight(weight_OI: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -82,7 +85,8 @@ def _empty_weight(weight_OI: Tensor, power_of_two_scales: bool) -> tuple[Tensor,
 
 def _forward(x_RI: Tensor, weights: list[Tensor], operands: list[Tensor], recipe: str) -> list[Tensor]:
     """Return the product of the quantized x with each quantized weight."""
-    rows, tiles = quantize_rows(padded(x_RI, 1), RECIPES[recipe].power_of_two_scales), whole_schedule(x_RI)
+    tiles = whole_schedule(len(x_RI), x_RI.device)
+    rows = quantize_rows(padded(x_RI, 1), RECIPES[recipe].power_of_two_scales)
     products = []
     for number, weight_OI in enumerate(weights):
         y_RO = grouped_gemm(rows, None, forward_operand(operands, number), tiles, len(x_RI), x_RI.dtype)
@@ -92,7 +96,7 @@ def _forward(x_RI: Tensor, weights: list[Tensor], operands: list[Tensor], recipe
 
 def _backward(grads: list[Tensor], x_RI: Tensor, operands: list[Tensor], recipe: str) -> tuple[Tensor, list[Tensor]]:
     """Return the gradients by x, in its dtype, and by each master weight, in fp32."""
-    choice, tiles, num_inputs = RECIPES[recipe], whole_schedule(x_RI), x_RI.shape[1]
+    choice, tiles, num_inputs = RECIPES[recipe], whole_schedule(len(x_RI), x_RI.device), x_RI.shape[1]
     scales = choice.power_of_two_scales
     x_IR = quantize_columns(padded(x_RI, 1), tiles, None, scales) if choice.wgrad_quant else None
     grad_xs, grad_weights = [], []

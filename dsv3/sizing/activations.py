@@ -270,7 +270,7 @@ def logits_bytes(a: Architecture, w: Workload) -> int:
     logits = w.num_tokens * a.vocab_size
     hidden = w.num_tokens * a.hidden_size * w.compute_bytes
     if is_loss_chunked(w.num_tokens, a.vocab_size):
-        chunk = (2 * CHUNK_BYTES // FP32) * (FP32 + w.compute_bytes)
+        chunk = 2 * min(CHUNK_BYTES[w.device] // FP32, logits) * (FP32 + w.compute_bytes)
         return num_heads * (hidden + FP32 * a.vocab_size * a.hidden_size) + chunk
     return num_heads * (hidden + FP32 * logits) + 2 * FP32 * logits
 

@@ -115,7 +115,7 @@ def training_memory(a: Architecture, train: TrainParams, device: Device) -> Trai
         weight_casts_bytes=weight_cast_bytes(a, w),
         derived_weights_bytes=derived_weight_bytes(a, w) if has_rounded_weights else 0,
         logits_bytes=logits_bytes(a, w),
-        optimizer_workspace_bytes=optimizer_workspace_bytes(a, train, w.compute_bytes),
+        optimizer_workspace_bytes=optimizer_workspace_bytes(a, train, w),
         holds_gradients=train.gradient_accumulation_steps > 1,
     )
 
@@ -132,20 +132,21 @@ def num_stack_parameters(a: Architecture) -> int:
     return 2 * a.n_routed_experts * a.moe_intermediate_size * a.hidden_size
 
 
-def optimizer_workspace_bytes(a: Architecture, train: TrainParams, compute_bytes: int) -> int:
+def optimizer_workspace_bytes(a: Architecture, train: TrainParams, w: Workload) -> int:
     """Return what an optimizer step needs beside weights, gradients and moments.
 
-    bf16 moments are widened one parameter at a time. Updates that are made of matrix products are in the type that the
-    device multiplies, and a batch of equal shapes is computed at once; the product of a matrix with its own transpose
-    is as wide as the matrix is high.
+    On a CPU AdamW's bf16 moments are widened one parameter at a time; a GPU's kernel widens them in registers. Updates
+    that are made of matrix products are in the type that the device multiplies, and a batch of equal shapes is computed
+    at once; the product of a matrix with its own transpose is as wide as the matrix is high.
     """
     optimizer, batch = OPTIMIZERS[train.optim], largest_batch_numbers(a)
     short, long = sorted((a.hidden_size, a.moe_intermediate_size))
     numbers = optimizer.update_copies * num_matrix_parameters(a) + optimizer.batch_copies * batch
     numbers += optimizer.gram_copies * batch * short // long
     largest_parameter = max(num_stack_parameters(a), a.vocab_size * a.hidden_size)
-    widened = optimizer.widened_copies * largest_parameter if train.adam_moments_dtype == "bf16" else 0
-    return compute_bytes * numbers + FP32 * widened
+    is_widened = train.adam_moments_dtype == "bf16" and w.device == "cpu"
+    widened = optimizer.widened_copies * largest_parameter if is_widened else 0
+    return w.compute_bytes * numbers + FP32 * widened
 
 
 def largest_batch_numbers(a: Architecture) -> int:

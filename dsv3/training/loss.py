@@ -52,7 +52,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grad_TD = torch.empty_like(hidden_TD) if wants_hidden else None
         head_grad_VD = torch.zeros_like(head_weight_VD, dtype=torch.float32) if wants_head else None
         loss = hidden_TD.new_zeros((), dtype=torch.float32)
-        chunk_tokens = max(1, CHUNK_BYTES // (4 * head_VD.shape[0]))
+        chunk_tokens = max(1, CHUNK_BYTES[hidden_TD.device.type] // (4 * head_VD.shape[0]))
         for start in range(0, len(labels_T), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             hidden_RD, labels_R = hidden_TD[chunk], labels_T[chunk]

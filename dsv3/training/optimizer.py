@@ -119,20 +119,24 @@ States = MutableMapping[Tensor, dict[str, Tensor]]
 
 
 def update_by_adamw(group: dict[str, Any], states: States, settings: Settings) -> None:
-    """Apply AdamW: torch's fused one, or with bf16 moments ours."""
+    """Apply AdamW: torch's fused one, or ours for bf16 moments on a CPU, where torch's takes none."""
     parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
     for parameter in parameters:
         if not (state := states[parameter]):
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = settings.zeros(parameter), settings.zeros(parameter)
-    apply = _fused_adamw if settings.moments_dtype == torch.float32 else _adamw_with_bf16_moments
+    is_fused = settings.moments_dtype == torch.float32 or all(parameter.is_cuda for parameter in parameters)
+    apply = _fused_adamw if is_fused else _adamw_with_bf16_moments
     apply(group, parameters, [states[parameter] for parameter in parameters], settings.params)
 
 
 def _fused_adamw(
     group: dict[str, Any], parameters: list[Any], states: list[dict[str, Tensor]], params: TrainParams
 ) -> None:
-    """Apply torch's fused AdamW: one kernel for the whole group on CUDA, one loop per tensor on a CPU."""
+    """Apply torch's fused AdamW: one kernel for the whole group on CUDA, one loop per tensor on a CPU.
+
+    bf16 moments are widened in registers.
+    """
     adamw(
         parameters,
         [parameter.grad for parameter in parameters],

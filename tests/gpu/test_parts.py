@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dsv3.training.loss import chunked_cross_entropy
+from dsv3.training.optimizer import Optimizer
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import (
     DeepseekV3Attention,
@@ -11,6 +12,7 @@ from mini_model.modeling_deepseek import (
     DeepseekV3RotaryEmbedding,
     cross_entropy,
 )
+from tests.committed import DEFAULTS
 from tests.dsv3.kernels.cases import errors
 from tests.training_inputs import MICRO
 
@@ -90,3 +92,25 @@ def test_decoding_on_the_latent_cache_in_bf16_gives_the_logits_of_reading_all_at
             logits.append(out.logits)
     found = errors({"logits": torch.cat(logits, dim=1)}, {"logits": expected})
     assert found["logits"] < BF16, found
+
+
+def test_adamw_with_bf16_moments_is_torchs_kernel_and_follows_the_arithmetic_of_a_cpu(device, is_small):
+    """Two steps: the second one reads moments that the first one rounded."""
+    shape = (64, 48) if is_small else (2048, 1024)
+    params = DEFAULTS.train.model_copy(update={"adam_moments_dtype": "bf16", "optim": "adamw"})
+    start, gradients = torch.randn(shape), [torch.randn(shape) * 1e-3 for _ in range(2)]
+    outcomes = []
+    for place in ("cpu", device):
+        weight = start.to(place).requires_grad_()
+        group = {"name": "adamw", "params": [weight], "weight_decay": params.weight_decay}
+        optimizer = Optimizer([group], params, torch.float32)
+        for gradient in gradients:
+            weight.grad = gradient.to(place)
+            optimizer.step()
+        state = optimizer.state[weight]
+        assert {state[name].dtype for name in ("exp_avg", "exp_avg_sq")} == {torch.bfloat16}
+        moments = {name: state[name].float().cpu() for name in ("exp_avg", "exp_avg_sq")}
+        outcomes.append({"change": (weight.detach().cpu() - start) / params.learning_rate, **moments})
+    # A moment on the border between two bf16 numbers may round either way: 2^-9 of it, for some of them.
+    found = errors(outcomes[1], outcomes[0])
+    assert max(found.values()) < 1e-3, found

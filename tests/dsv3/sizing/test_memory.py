@@ -228,7 +228,7 @@ def test_a_large_vocabulary_costs_a_chunk_of_logits_instead_of_all_of_them():
     large = logits_bytes(mini, Workload(8, 4096, "cuda", "bf16", "grouped_mm"))
     whole = 3 * 4 * mini.vocab_size * 8 * 4096
     assert small > 3 * 4 * mini.vocab_size * 256
-    assert large < whole / 20
+    assert large < whole / 15
 
 
 def test_the_latent_cache_holds_one_latent_and_one_rotary_key_per_layer():

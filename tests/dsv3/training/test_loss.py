@@ -58,7 +58,7 @@ def test_loss_and_gradients_equal_the_plain_forms_whatever_the_chunks(
     labels[: min(num_ignored, num_tokens - 1)] = -100
     expected = loss_and_gradients(cross_entropy, hidden, head, labels)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "CHUNK_BYTES", 4 * vocab_size * chunk_tokens)
+        patch.setitem(loss.CHUNK_BYTES, "cpu", 4 * vocab_size * chunk_tokens)
         actual = loss_and_gradients(chunked_cross_entropy, hidden, head, labels)
     for ours, plain in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, plain, rtol=RTOL, atol=ATOL)
@@ -74,7 +74,7 @@ def test_ignored_labels_alone_give_no_loss_and_no_gradient():
 
 def test_the_logits_never_exist_at_once(monkeypatch):
     num_tokens, vocab_size = 512, 8192
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 1 << 20)
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 1 << 20)
     hidden, head, labels = inputs(num_tokens, 16, vocab_size)
     full_bytes = 4 * num_tokens * vocab_size
     with LargestTensor() as plain:
@@ -87,7 +87,7 @@ def test_the_logits_never_exist_at_once(monkeypatch):
 
 def test_under_autocast_the_products_are_bf16_and_the_heads_gradient_is_summed_in_fp32(monkeypatch):
     hidden, head, labels = inputs(64, 32, 100)
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 100 * 16)
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 4 * 100 * 16)
     with torch.autocast("cpu", torch.bfloat16):
         expected = loss_and_gradients(cross_entropy, hidden, head, labels)
         actual = loss_and_gradients(chunked_cross_entropy, hidden, head, labels)
