@@ -28,8 +28,8 @@ class MatrixOptimizer:
 
 
 OPTIMIZERS = {
-    # Fused: nothing is copied. With bf16 moments: both moments and the denominator.
-    "adamw": MatrixOptimizer(moments=2, widened_copies=3),
+    # Fused: nothing is copied, but with bf16 moments both of them.
+    "adamw": MatrixOptimizer(moments=2, widened_copies=2),
     # Batch: concatenated, normalized, next iterate. Gram: the matrix, its square, their sum.
     "muon": MatrixOptimizer(moments=1, update_copies=1, batch_copies=3, gram_copies=3),
 }

@@ -135,17 +135,16 @@ def num_stack_parameters(a: Architecture) -> int:
 def optimizer_workspace_bytes(a: Architecture, train: TrainParams, w: Workload) -> int:
     """Return what an optimizer step needs beside weights, gradients and moments.
 
-    On a CPU AdamW's bf16 moments are widened one parameter at a time; a GPU's kernel widens them in registers. Updates
-    that are made of matrix products are in the type that the device multiplies, and a batch of equal shapes is computed
-    at once; the product of a matrix with its own transpose is as wide as the matrix is high.
+    bf16 moments are widened one parameter at a time. Updates that are made of matrix products are in the type that the
+    device multiplies, and a batch of equal shapes is computed at once; the product of a matrix with its own transpose
+    is as wide as the matrix is high.
     """
     optimizer, batch = OPTIMIZERS[train.optim], largest_batch_numbers(a)
     short, long = sorted((a.hidden_size, a.moe_intermediate_size))
     numbers = optimizer.update_copies * num_matrix_parameters(a) + optimizer.batch_copies * batch
     numbers += optimizer.gram_copies * batch * short // long
     largest_parameter = max(num_stack_parameters(a), a.vocab_size * a.hidden_size)
-    is_widened = train.adam_moments_dtype == "bf16" and w.device == "cpu"
-    widened = optimizer.widened_copies * largest_parameter if is_widened else 0
+    widened = optimizer.widened_copies * largest_parameter if train.adam_moments_dtype == "bf16" else 0
     return w.compute_bytes * numbers + FP32 * widened
 
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import pytest
 
@@ -37,10 +37,19 @@ ARTEFACTS = [
 
 
 @pytest.fixture(scope="module")
-def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
     lab = Laboratory.at(tmp_path_factory.mktemp("laboratory"))
     lab.run("dvc", "repro")
+    lab.commit("Results")
     return lab
+
+
+@pytest.fixture
+def laboratory(shared: Laboratory) -> Iterator[Laboratory]:
+    """The laboratory as it was committed, also after a test that failed or was skipped on its way."""
+    yield shared
+    if shared.run("git", "status", "--porcelain").stdout:
+        shared.restore()
 
 
 def test_the_pipeline_runs_from_nothing_to_a_model_that_was_scored(laboratory):
@@ -62,7 +71,6 @@ def test_the_pipeline_runs_from_nothing_to_a_model_that_was_scored(laboratory):
 
 
 def test_nothing_runs_a_second_time(laboratory):
-    laboratory.commit("Results")
     assert "up to date" in laboratory.run("dvc", "repro").stdout
     assert laboratory.run("git", "status", "--porcelain").stdout == ""
 
@@ -77,7 +85,6 @@ def test_an_edit_of_a_tracker_or_of_another_view_reruns_nothing(laboratory):
     assert "up to date" in laboratory.run("dvc", "status").stdout
     edit(TRAIN_VIEWS)
     assert "up to date" in laboratory.run("dvc", "status", "train", "evaluate", "sample").stdout
-    laboratory.restore()
 
 
 def test_a_new_parameter_of_the_training_leaves_what_follows_alone_and_one_of_the_machine_everything(laboratory):
@@ -88,7 +95,6 @@ def test_a_new_parameter_of_the_training_leaves_what_follows_alone_and_one_of_th
     laboratory.edit("params.yaml", "  max_steps: 20", "  z_loss_weight: 0.0\n  max_steps: 20")
     assert "up to date" in laboratory.run("dvc", "status", "evaluate", "sample").stdout
     assert "changed deps" in laboratory.run("dvc", "status", "train").stdout
-    laboratory.restore()
 
 
 def test_another_question_to_the_estimate_runs_the_estimate_only(laboratory):
@@ -96,7 +102,6 @@ def test_another_question_to_the_estimate_runs_the_estimate_only(laboratory):
     assert re.findall(r"Running stage '(\w+)'", result.stdout) == ["estimate_size"]
     size = laboratory.json("results/estimate_size/metrics.json")
     assert size["inference_kv_cache_bytes"] == 8192 * size["inference_kv_cache_bytes_per_token"]
-    laboratory.restore()
 
 
 def test_a_memory_budget_stops_a_training_before_it_starts_or_changes_nothing(laboratory):
@@ -106,7 +111,6 @@ def test_a_memory_budget_stops_a_training_before_it_starts_or_changes_nothing(la
     result = laboratory.run("dvc", "repro", "train", status=255)
     assert re.findall(r"Running stage '(\w+)'", result.stdout) == ["estimate_size"]
     assert "estimate_size.memory_budget_gib is 0.001; training needs" in result.stderr
-    laboratory.restore()
 
 
 def test_an_experiment_is_a_run_of_its_own_beside_the_first(laboratory, tmp_path):
@@ -118,7 +122,6 @@ def test_an_experiment_is_a_run_of_its_own_beside_the_first(laboratory, tmp_path
     table = laboratory.run("dvc", "exp", "show", "--csv", "--only-changed").stdout
     assert "slower" in table
     assert "0.001" in table
-    laboratory.restore()
 
 
 def test_an_experiment_stands_beside_its_baseline_on_one_screen(laboratory):
