@@ -44,12 +44,23 @@ def write_gguf(
 
 
 @app.command("fp8")
-def write_fp8(model: ModelArgument, output: Annotated[Path, typer.Argument(help="The folder to write.")]) -> None:
+def write_fp8(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Argument(help="The folder to write.")],
+    power_of_two_scales: Annotated[
+        bool,
+        typer.Option(
+            "--power-of-two-scales",
+            help="Scales as in V3.1 (ue8m0), the choice after train.fp8_power_of_two_scales; default: any fp32 number.",
+        ),
+    ] = False,
+) -> None:
     """Write a folder with the matrices in block-scaled FP8, the form of DeepSeek's release."""
     from dsv3.export.fp8 import export_fp8
 
-    export_fp8(model, output)
-    typer.echo(f"{output}: matrices in e4m3, one scale per block of 128x128")
+    export_fp8(model, output, power_of_two_scales)
+    scale = "power of two (ue8m0)" if power_of_two_scales else "scale"
+    typer.echo(f"{output}: matrices in e4m3, one {scale} per block of 128x128")
 
 
 if __name__ == "__main__":

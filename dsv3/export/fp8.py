@@ -1,7 +1,12 @@
 """Weights in the form that DeepSeek released: e4m3 numbers with one fp32 scale per 128x128 block.
 
 Every quantized `*.weight` has a `*.weight_scale_inv`, which despite its name is what the stored numbers are multiplied
-by, and config.json has a `quantization_config`. Embedding, output head, routers, norms and `eh_proj` are not quantized.
+by, and config.json has a `quantization_config`. Scales are any fp32 number, as in V3, or powers of two, as in V3.1,
+whose config.json says `scale_fmt: ue8m0`: there, too, they are stored as fp32, and activations get such scales as well.
+A training with `train.fp8_power_of_two_scales` multiplied by the latter. The index of the weights is there even for
+one file, since DeepSeek's conversion to bf16 opens it first.
+
+Embedding, output head, routers, norms and `eh_proj` are not quantized.
 Neither are matrices with a dimension that is no multiple of 128 (`kv_a_proj_with_mqa`): transformers derives the block
 size from the shapes, and would apply the scale of a shorter last block to other blocks' numbers. Nor are matrices that
 vLLM and SGLang fuse with such a matrix (`q_a_proj`): they refuse a fused product that is half FP8.
@@ -9,7 +14,7 @@ vLLM and SGLang fuse with such a matrix (`q_a_proj`): they refuse a fused produc
 `modules_to_not_convert` lists the matrices that are not quantized, and the fused products they are part of, under the
 names that each server looks for.
 
-    python -m dsv3.export fp8 outputs/final_model outputs/final_model_fp8
+    python -m dsv3.export fp8 outputs/final_model outputs/final_model_fp8 [--power-of-two-scales]
 """
 
 import shutil
@@ -24,7 +29,7 @@ from torch import Tensor
 from dsv3.artifacts import read_json, replacing_directory, write_json
 from dsv3.errors import UserError
 from dsv3.export.source import check_source
-from dsv3.export.weights import SUMS, write_sums
+from dsv3.export.weights import INDEX, SUMS, write_sums
 from dsv3.fp8.definition import BLOCK
 from dsv3.fp8.quantize import quantized_weight
 from dsv3.kernels.convert import HIGH_PRECISION
@@ -37,10 +42,9 @@ FUSED = {
     ("gate_proj", "up_proj"): ("gate_up_proj",),
 }
 """Matrices that servers multiply as one -> the names of the fused product, in vLLM and in SGLang."""
-INDEX = "model.safetensors.index.json"
 
 
-def export_fp8(model: Path, output: Path) -> None:
+def export_fp8(model: Path, output: Path, power_of_two_scales: bool = False) -> None:
     """Write the folder `model` to `output` with its matrices in FP8; every other file is copied.
 
     Raises `UserError`, before anything is written, for an `output` that exists and is not empty, and for a model that
@@ -57,14 +61,15 @@ def export_fp8(model: Path, output: Path) -> None:
         weight_map: dict[str, str] = {}
         total_bytes = 0
         for file in files:
-            tensors = quantized_tensors(file, kept)
+            tensors = quantized_tensors(file, kept, power_of_two_scales)
             save_file(tensors, folder / file.name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file.name)
             total_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        if len(files) > 1:
-            write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
         config = read_json(model / "config.json")
-        quantization = quantization_config(modules_to_not_convert(kept, config["num_hidden_layers"]))
+        quantization = quantization_config(
+            modules_to_not_convert(kept, config["num_hidden_layers"]), power_of_two_scales
+        )
         write_json(folder / "config.json", {**config, "quantization_config": quantization})
         write_sums(folder)
 
@@ -111,7 +116,7 @@ def modules_to_not_convert(kept: list[str], num_hidden_layers: int) -> list[str]
     return [*names, *sglang_names]
 
 
-def quantized_tensors(file: Path, kept: list[str]) -> dict[str, Tensor]:
+def quantized_tensors(file: Path, kept: list[str], power_of_two_scales: bool) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file with its matrices in FP8, except for the modules in `kept`."""
     tensors: dict[str, Tensor] = {}
     with safe_open(file, framework="pt") as stored:
@@ -120,7 +125,7 @@ def quantized_tensors(file: Path, kept: list[str]) -> dict[str, Tensor]:
             if not is_matrix(key, tensor.dim()) or key.removesuffix(SUFFIX) in kept:
                 tensors[key] = tensor
             else:
-                quantized = quantized_weight(tensor)
+                quantized = quantized_weight(tensor, power_of_two_scales)
                 tensors[key], tensors[f"{key}_scale_inv"] = quantized.values, quantized.scales
     return tensors
 
@@ -130,12 +135,13 @@ def is_matrix(key: str, num_dims: int) -> bool:
     return key.endswith(SUFFIX) and num_dims == 2 and not KEPT_IN_EXPORT.intersection(key.split("."))
 
 
-def quantization_config(kept: list[str]) -> dict[str, Any]:
+def quantization_config(kept: list[str], power_of_two_scales: bool) -> dict[str, Any]:
     """Return config.json's `quantization_config`, as DeepSeek writes it, with the modules that are not quantized."""
     return {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
         "quant_method": "fp8",
+        **({"scale_fmt": "ue8m0"} if power_of_two_scales else {}),
         "weight_block_size": [BLOCK, BLOCK],
         "modules_to_not_convert": ["lm_head", *kept],
     }

@@ -47,6 +47,12 @@ def test_fp8_writes_a_folder(model, tmp_path):
     assert read_json(tmp_path / "fp8" / "config.json")["quantization_config"]["quant_method"] == "fp8"
 
 
+def test_fp8_writes_scales_that_are_powers_of_two_where_asked(model, tmp_path):
+    done = run("fp8", model, tmp_path / "fp8", "--power-of-two-scales")
+    assert done.stdout == f"{tmp_path / 'fp8'}: matrices in e4m3, one power of two (ue8m0) per block of 128x128\n"
+    assert read_json(tmp_path / "fp8" / "config.json")["quantization_config"]["scale_fmt"] == "ue8m0"
+
+
 def test_fp8_replaces_nothing(model, tmp_path):
     precious = tmp_path / "precious" / "thesis.tex"
     precious.parent.mkdir()

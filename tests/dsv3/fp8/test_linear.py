@@ -63,6 +63,25 @@ def test_fp8_errs_by_three_mantissa_bits_in_all_three_products():
         assert 0.015 < relative_error(value, truth) < 0.06
 
 
+def test_a_routing_weight_commutes_with_rounding_only_under_fp32_scales():
+    """Before the down projection's rounding, as here, or after the product, as in DeepSeek's inference code."""
+    activation, weight, _ = inputs(512, 1024, 256)
+    gate = 0.1 + 0.9 * torch.rand(512, 1, generator=torch.Generator().manual_seed(1))
+    exact = (activation * gate) @ weight.t()
+
+    def outputs(recipe):
+        rounding = fp8_rounding(recipe)
+        return rounded_product(activation * gate, weight, rounding), rounded_product(
+            activation, weight, rounding
+        ) * gate
+
+    before, after = outputs(Recipe())
+    assert relative_error(after, before) < 1e-4
+    before, after = outputs(Recipe(power_of_two_scales=True))
+    assert 0.03 < relative_error(after, before) < 0.05
+    assert relative_error(before, exact) == pytest.approx(relative_error(after, exact), rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("recipe", "exact"),
     [
