@@ -74,6 +74,9 @@ def check_replaceable(path: Path, contents: Sequence[str]) -> None:
 def replacing_directory(path: Path, contents: Sequence[str] = ("*",)) -> Iterator[Path]:
     """Yield an empty temporary directory beside `path`; put it in the place of `path` on success, else remove it.
 
+    All of it gets the permissions that the umask gives: safetensors writes files for their owner alone, and a copy has
+    those of its source.
+
     Raises `UserError`, before anything is written, where `path` holds what matches none of `contents`.
     """
     check_replaceable(path, contents)
@@ -82,9 +85,11 @@ def replacing_directory(path: Path, contents: Sequence[str] = ("*",)) -> Iterato
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    permissions = temporary.stat().st_mode & 0o777
     try:
         with reporting_full_disk(path.parent):
             yield temporary
+            set_permissions(temporary, permissions)
             sync_directory(temporary)
             shutil.rmtree(path, ignore_errors=True)
             temporary.replace(path)
@@ -121,6 +126,13 @@ def sync_names(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def set_permissions(path: Path, permissions: int) -> None:
+    """Give the folder `path`, and all below it, these permissions; files those of reading and writing among them."""
+    for each in (path, *path.rglob("*")):
+        if not each.is_symlink():
+            each.chmod(permissions if each.is_dir() else permissions & 0o666)
 
 
 def sync_directory(path: Path) -> None:

@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from dsv3.artifacts import (
     check_replaceable,
@@ -55,6 +57,30 @@ def test_a_directory_is_replaced_as_a_whole(tmp_path):
         assert names(path) == ["stale"]
     assert names(path) == ["deep"]
     assert names(tmp_path) == ["folder"]
+
+
+@pytest.fixture
+def group_reads():
+    """A umask under which a new file has the permissions 640."""
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("group_reads")
+def test_what_is_written_has_the_permissions_that_the_umask_gives(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir(mode=0o700)
+    (source / "copied").touch(mode=0o400)
+    with replacing_directory(tmp_path / "folder") as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+        save_file({"a": np.zeros(2)}, temporary / "weights.safetensors")
+        (temporary / "deep").mkdir(mode=0o700)
+        (temporary / "deep" / "private").touch(mode=0o600)
+    write_text(tmp_path / "folder" / "text", "text")
+    found = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "folder", *tmp_path.glob("folder/**/*"))}
+    assert found.pop("folder") == found.pop("deep") == 0o750
+    assert found == dict.fromkeys(["copied", "weights.safetensors", "private", "text"], 0o640)
 
 
 def test_a_failure_half_way_keeps_the_old_directory(tmp_path):

@@ -27,6 +27,15 @@ def run(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+def modes(folder):
+    return {path.stat().st_mode for path in folder.iterdir()}
+
+
+def mode_of_a_new_file(folder):
+    (folder / "new").touch()
+    return (folder / "new").stat().st_mode
+
+
 def assert_refused(done, message):
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
@@ -38,12 +47,14 @@ def test_gguf_writes_one_file_and_says_what_is_left_out(model, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("model.gguf: 2 layers, matrices in bf16, without its MTP modules (1)\n")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.gguf"]
+    assert modes(tmp_path / "out") == {mode_of_a_new_file(tmp_path)}
     assert GGUFReader(tmp_path / "out" / "model.gguf").fields["general.architecture"].contents() == "deepseek2"
 
 
 def test_fp8_writes_a_folder(model, tmp_path):
     done = run("fp8", model, tmp_path / "fp8")
     assert (done.returncode, done.stderr) == (0, "")
+    assert modes(tmp_path / "fp8") == {mode_of_a_new_file(tmp_path)}
     assert read_json(tmp_path / "fp8" / "config.json")["quantization_config"]["quant_method"] == "fp8"
 
 
