@@ -101,6 +101,15 @@ def test_no_path_of_a_machine_is_named():
     assert [name for name in TEXTS if path.search(TEXTS[name])] == []
 
 
+@pytest.mark.parametrize("name", [".venv", "outputs", ".aim", ".checkpoints", "runs", "wandb", "data"])
+def test_a_link_is_ignored_like_the_folder_it_leads_to(name: str, tmp_path: Path):
+    (tmp_path / ".gitignore").write_text(TEXTS[".gitignore"], encoding="utf-8")
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / name).symlink_to("elsewhere")
+    assert subprocess.run(["git", "check-ignore", "-q", name], cwd=tmp_path, check=False).returncode == 0
+
+
 def test_few_type_errors_are_excused():
     excused = [line for path in SOURCES for line in path.read_text(encoding="utf-8").splitlines() if "ignore[" in line]
     assert len(excused) <= 10, excused
