@@ -1,5 +1,7 @@
 """Says in a line each whether this machine and this checkout can run the pipeline: `python -m dsv3.doctor`.
 
+What keeps several checks from being made (a mistake in params.yaml, a package that is missing) is told once.
+
 Every check is a function without arguments that returns a `Finding`; one that fails names its remedy. Heavy imports
 stand inside the checks, so that a broken package is a finding and not the end of the examination.
 """
@@ -292,11 +294,17 @@ def main(
     if write_schema:
         write_text(SCHEMA, schema_text())
         return
-    findings = []
-    for check in CHECKS:
-        findings.append(finding(check))
-        typer.echo(str(findings[-1]))
-    if not all(found.is_ok for found in findings):
+    told: set[str] = set()
+    prevented: list[str] = []
+    for found in map(finding, CHECKS):
+        if not found.is_ok and found.message in told:
+            prevented.append(found.subject)
+            continue
+        typer.echo(str(found))
+        told |= set() if found.is_ok else {found.message}
+    if prevented:
+        typer.echo(f"--  {', '.join(prevented)}: not checked, for a reason above")
+    if told:
         raise typer.Exit(1)
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from dsv3 import doctor
 from dsv3.doctor import (
@@ -257,8 +258,7 @@ def test_the_programs_own_mistake_is_no_finding():
         finding(check_something)
 
 
-def test_the_command_prints_a_line_per_check_and_ends_with_status_1_where_one_fails():
-    edit("top_p: 0.95", "top_p: 2")
+def lines_of_the_command() -> list[str]:
     result = subprocess.run(
         [sys.executable, "-m", "dsv3.doctor"],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -267,6 +267,29 @@ def test_the_command_prints_a_line_per_check_and_ends_with_status_1_where_one_fa
         check=False,
     )
     lines = result.stdout.splitlines()
+    assert result.returncode == any(line.startswith("!!") for line in lines)
+    return lines
+
+
+def test_the_command_prints_a_line_per_check():
+    lines = lines_of_the_command()
     assert len(lines) == len(CHECKS)
     assert all(line.startswith(("ok  ", "!!  ")) for line in lines)
-    assert result.returncode == 1
+
+
+def test_a_mistake_is_told_once_and_the_checks_that_it_prevents_are_named():
+    edit("top_p: 0.95", "top_p: 2")
+    lines = lines_of_the_command()
+    assert sum("top_p is 2" in line for line in lines) == 1
+    assert lines[-1] == "--  torch, experts, memory, disk, aim: not checked, for a reason above"
+    assert len(lines) == len(CHECKS) - 5 + 1
+
+
+def test_a_package_that_is_missing_is_told_once(monkeypatch, capsys):
+    def missing():
+        raise ModuleNotFoundError("No module named 'torch'")
+
+    monkeypatch.setattr(doctor, "CHECKS", (missing, missing))
+    with pytest.raises(typer.Exit):
+        doctor.main()
+    assert capsys.readouterr().out.count("No module named 'torch'") == 1
