@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv3.errors import UserError
+from dsv3.markdown import escaped
 from dsv3.statistics import Sample
 from dsv3.tracking.metrics import HEADLINE
 
@@ -184,7 +185,7 @@ def _lines(rows: Sequence[Row], label: int, column: int) -> Iterable[str]:
 def markdown_table(groups: Sequence[Group]) -> str:
     """Return the comparison as a Markdown table."""
     rows = table_rows(groups)
-    lines = [[name, *("<br>".join(cell).replace("|", "\\|") for cell in cells)] for name, cells in rows]
+    lines = [[escaped(name), *("<br>".join(map(escaped, cell)) for cell in cells)] for name, cells in rows]
     lines.insert(1, ["---", *["---:" for _ in groups]])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

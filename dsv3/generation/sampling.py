@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dsv3.errors import UserError
 from dsv3.generation.speculative import DraftCounts, check_has_mtp_modules, generate_speculatively
+from dsv3.markdown import code_span, fenced, table
 from dsv3.params.sample import SampleParams
 
 
@@ -123,17 +124,14 @@ def total_drafts(samples: Sequence[Sample]) -> DraftCounts | None:
 
 def markdown(samples: list[Sample], params: SampleParams, seed: int, record: Mapping[str, Any]) -> str:
     """Return the samples as a Markdown page, with the model and the settings that generated them."""
-    lines = ["# Samples", "", "| | |", "|---|---|"]
     drafts = total_drafts(samples)
     speculation = {} if drafts is None else {"speculation": str(drafts)}
     rows = {**training_run(record), **decoding_settings(params, seed), **speculation}
-    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    lines = ["# Samples", "", table(["", ""], ["---", "---"], rows.items())]
     for item in samples:
         for number, continuation in enumerate(item.continuations, start=1):
             suffix = f" ({number} of {len(item.continuations)})" if len(item.continuations) > 1 else ""
-            text = item.prompt + continuation
-            fence = "`" * max(3, _longest_run(text, "`") + 1)
-            lines += ["", f"## {_heading(item.prompt)}{suffix}", "", f"{fence}text", text.rstrip("\n"), fence]
+            lines += ["", f"## {code_span(item.prompt)}{suffix}", "", *fenced(item.prompt + continuation)]
     return "\n".join(lines) + "\n"
 
 
@@ -157,16 +155,3 @@ def decoding_settings(params: SampleParams, seed: int) -> dict[str, str]:
         else "the most probable token each time"
     )
     return {"decoding": chosen, "new tokens": f"at most {params.max_new_tokens}", "seed": str(seed)}
-
-
-def _heading(prompt: str) -> str:
-    return "`" + prompt.strip().replace("\n", " ").replace("`", "'") + "`"
-
-
-def _longest_run(text: str, character: str) -> int:
-    """Return the length of the longest run of `character` in `text`."""
-    longest = current = 0
-    for letter in text:
-        current = current + 1 if letter == character else 0
-        longest = max(longest, current)
-    return longest

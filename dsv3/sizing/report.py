@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3.errors import UserError
+from dsv3.markdown import escaped
 from dsv3.params.architecture import Architecture
 from dsv3.params.estimate_size import EstimateSizeParams
 from dsv3.params.runtime import Device
@@ -123,7 +124,7 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as two Markdown tables: the sizes, and the largest forward pass on each machine."""
     sizes = [
         [
-            row["config"],
+            escaped(row["config"]),
             f"{row['parameters_total']:,}",
             f"{row['parameters_active']:,}",
             f"{row['parameters_mtp']:,}",
@@ -135,7 +136,7 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
     ]
     header = ["config", "parameters", "active per token", "MTP", "training GFLOP per token", "KV cache bytes per token"]
     fits = [[machine.name, *(shown_fit(row["fits"][machine.name]) for row in rows)] for machine in MACHINES]
-    names = [f"{row['config']}, sequences of {row['sequence_tokens']}" for row in rows]
+    names = [f"{escaped(row['config'])}, sequences of {row['sequence_tokens']}" for row in rows]
     return "\n".join(
         [
             "# Sizes",

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsv3.markdown import one_line
 from dsv3.tracking.metrics import Cell
 
 Context = Mapping[str, str | int]
@@ -63,4 +64,4 @@ Event = Row | Result | Text | Figure | Distribution
 
 def path_name(name: str, context: Context) -> str:
     """Return `<name>/<value>/...`, for trackers whose names are paths; values are cut to 40 characters of one line."""
-    return "/".join([name, *(str(value).strip().replace("\n", " ")[:40] for value in context.values())])
+    return "/".join([name, *(one_line(value)[:40] for value in context.values())])

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
+from dsv3.markdown import one_line
 from dsv3.tracking.revision import changed_params, git, has_changed_code, shaping
 
 RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "dvc", "aim")
@@ -111,7 +112,7 @@ def run_identity(
 
 def experiment_name(params: Any) -> str:
     """Return the group under which runs of the validated parameters are filed."""
-    return params.runtime.experiment or Path(params.model.config).stem
+    return one_line(params.runtime.experiment or Path(params.model.config).stem)
 
 
 def later_identity(training: RunIdentity, params: BaseModel, experiment: str | None) -> RunIdentity:
@@ -129,7 +130,7 @@ def later_identity(training: RunIdentity, params: BaseModel, experiment: str | N
     return replace(
         training,
         name=name,
-        experiment=values["runtime"]["experiment"] or Path(values["model"]["config"]).stem,
+        experiment=experiment_name(params),
         params=values,
         dvc={**training.dvc, **experiment_facts(experiment), "training": training.name},
         key=hashlib.sha256(text.encode()).hexdigest(),
@@ -156,13 +157,13 @@ def experiment_facts(experiment: str | None) -> dict[str, str | None]:
 
 def _plain(value: Any) -> str:
     """Return a value as params.yaml writes it, on one line."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return one_line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def _tags(values: Mapping[str, Any], source: str | None, precision: str | None) -> tuple[str, ...]:
     """Return what many runs share: configuration, source, optimizer, precision."""
     tags = (Path(values["model"]["config"]).stem, source, values["train"]["optim"], precision)
-    return tuple(dict.fromkeys(tag for tag in tags if tag))
+    return tuple(dict.fromkeys(one_line(tag) for tag in tags if tag))
 
 
 def software() -> dict[str, str | None]:

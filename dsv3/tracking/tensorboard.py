@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from dsv3.markdown import escaped, table
 from dsv3.params.runtime import RuntimeParams
 from dsv3.tracking.events import Distribution, Event, Figure, Result, Row, Text, path_name
 from dsv3.tracking.identity import RunIdentity, project_root
@@ -35,7 +36,7 @@ class TensorBoardTracker:
         self.has_rows = folder.is_dir()
         self._writer = SummaryWriter(str(folder))
         if not self.has_rows:
-            self._writer.add_text("changes", ", ".join(identity.change_tags), 0)
+            self._writer.add_text("changes", ", ".join(map(escaped, identity.change_tags)), 0)
             self._writer.add_text("params", _table(identity.params), 0)
             self._writer.add_text("architecture", _table(identity.architecture), 0)
 
@@ -49,7 +50,7 @@ class TensorBoardTracker:
                 for subset, name, value in charted(stage, metrics):
                     self._writer.add_scalar(f"{stage}/{subset}/{name}", value, step)
             case Text(name, text, step, context):
-                code = "    " + text.replace("\n", "\n    ")  # line breaks stay
+                code = "\n".join(f"    {line}" for line in text.splitlines())  # as it is, line breaks too
                 self._writer.add_text(path_name(name, context), code, step)
             case Figure(name, path, step, context):
                 self._write_figure(path_name(name, context), path, step)
@@ -83,8 +84,9 @@ class TensorBoardTracker:
 
 def _table(sections: Mapping[str, Any]) -> str:
     """Return nested parameters as a Markdown table."""
-    lines = ["| parameter | value |", "|---|---|"]
-    for section, values in sections.items():
-        for name, value in (values if isinstance(values, Mapping) else {"": values}).items():
-            lines.append(f"| {section}{'.' if name else ''}{name} | {value} |")
-    return "\n".join(lines)
+    rows = [
+        (f"{section}{'.' if name else ''}{name}", value)
+        for section, values in sections.items()
+        for name, value in (values if isinstance(values, Mapping) else {"": values}).items()
+    ]
+    return table(["parameter", "value"], ["---", "---"], rows)

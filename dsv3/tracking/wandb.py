@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv3.markdown import escaped
 from dsv3.params.runtime import RuntimeParams
 from dsv3.tracking.events import Distribution, Event, Figure, Result, Row, Text, path_name
 from dsv3.tracking.identity import RunIdentity, project_root
@@ -33,7 +34,7 @@ class WandbTracker:
             dir=str(project_root()),
             id=run_hash or identity.key[:24],
             name=identity.title,
-            notes=", ".join(identity.change_tags),
+            notes=", ".join(map(escaped, identity.change_tags)),  # Markdown
             group=identity.experiment,
             tags=list(identity.tags),
             resume="allow",

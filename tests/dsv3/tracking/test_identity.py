@@ -1,5 +1,6 @@
 import json
 import subprocess
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -108,6 +109,17 @@ def test_changes_are_the_parameters_and_fields_of_the_architecture_that_differ_f
     assert changed_params(values, architecture) == expected
     values["model"]["config"] = "mini_model/config_tiny.json"
     assert "n_routed_experts" not in changed_params(values, architecture)
+
+
+def test_what_trackers_are_shown_is_one_line_each(identity, params):
+    runtime = params.runtime.model_copy(update={"experiment": "two\nlines"})
+    shown = run_identity(
+        params.model_copy(update={"runtime": runtime}), "f", {}, {"corpus": {"source": "a\nb"}}, {}, {}
+    )
+    assert (shown.experiment, shown.tags[1]) == ("two lines", "a b")
+    changed = replace(identity, changes={"data.path": "a\nb", "sample.prompts": ["a\nb"]})
+    assert changed.change_tags == ["data.path: a b", 'sample.prompts: ["a\\nb"]']
+    assert "\n" not in changed.title
 
 
 def test_nothing_differs_outside_of_a_repository_or_from_a_commit_without_parameters(params, tmp_path, monkeypatch):

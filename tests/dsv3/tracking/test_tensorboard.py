@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -34,6 +35,22 @@ def test_curves_are_named_by_subset_and_layer(bare_project, identity, runtime):
     recorder.close("finished")
     assert [(event.step, event.value) for event in events(bare_project).Scalars("train/loss")] == [(10, 4.0)]
     assert [event.value for event in events(bare_project).Scalars("train/max_vio/layer_1")] == [0.5]
+
+
+def test_texts_which_are_markdown_show_names_and_prompts_as_they_are(bare_project, identity, runtime):
+    hostile = "a | <script>\n# b"
+    changed = replace(identity, changes={"data.path": hostile}, params={"data": {"path": hostile}})
+    recorder = open_recorder(bare_project / "results", runtime, changed)
+    recorder.show(Text("sample", "To be\r<b>or</b>", 1))
+    recorder.close("finished")
+    texts = {
+        name.removesuffix("/text_summary"): event.tensor_proto.string_val[0].decode()
+        for name in events(bare_project).Tags()["tensors"]
+        for event in events(bare_project).Tensors(name)
+    }
+    assert texts["changes"] == r"data.path: a \| &lt;script&gt; # b"
+    assert texts["params"].splitlines()[2:] == [r"| data.path | a \| &lt;script&gt; # b |"]
+    assert texts["sample"] == "    To be\n    <b>or</b>"
 
 
 def test_a_resumed_training_draws_no_point_twice(bare_project, identity, runtime):

@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -57,6 +58,12 @@ def test_rows_have_their_own_step_and_names_by_subset_and_layer(bare_project, id
     assert (options["name"], options["group"]) == ("union-brig", "config_nano")
     assert options["config"]["params"] == identity.params
     assert (run.summary["status"], run.exit_code) == ("finished", 0)
+
+
+def test_notes_which_are_markdown_show_the_changes_as_they_are(bare_project, identity, runtime, wandb):
+    changed = replace(identity, changes={"data.path": "<img src=x>\n# a"})
+    open_recorder(bare_project / "results", runtime, changed).close("finished")
+    assert wandb.runs[0][0]["notes"] == "data.path: &lt;img src=x&gt; # a"
 
 
 def test_later_stages_find_the_run_again_by_its_id(bare_project, identity, runtime, params, wandb):
