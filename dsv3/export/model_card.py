@@ -1,26 +1,85 @@
-"""The model card: the README of an exported model."""
+"""The model card: the README of an exported model, and its metadata, from which the Hub makes search and tables.
+
+The scores are those that a training knows when it ends: the validation loss of the weights that are exported. Stage
+`evaluate` reads the finished folder, so its score of the held-out text can't stand in it; the card says where it is.
+"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
 
-def model_card(facts: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    """Return the model card: what the model is, how it was trained, how to load it.
+from dsv3.markdown import escaped, table
 
-    Nothing in it depends on the time or the machine's speed, so equal trainings export equal folders.
+NAME = "A small DeepSeek-V3"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is known of the text behind a `data.source`."""
+
+    name: str
+    license: str
+    """Of a model that was trained on it, in the Hub's words."""
+    terms: str
+    language: str | None = None
+    hub_id: str | None = None
+    prompt: str = "The"
+
+
+SHAKESPEARE = {
+    "license": "mit",
+    "terms": "The text is in the public domain; code and weights are under the MIT licence.",
+    "language": "en",
+    "prompt": "ROMEO:",
+}
+CORPORA: Mapping[str, Corpus] = MappingProxyType(
+    {
+        "tiny_shakespeare": Corpus("tiny Shakespeare", hub_id="karpathy/tiny_shakespeare", **SHAKESPEARE),
+        "plays": Corpus("nine plays of Shakespeare", **SHAKESPEARE),
+    }
+)
+"""The texts that this project knows; whoever brings another one knows its language and its terms."""
+UNKNOWN_TERMS = (
+    "The code is under the MIT licence. This project does not know the terms of the text, so the licence of the "
+    "weights is unknown: state it, and the language, above."
+)
+
+
+def corpus_of(manifest: Mapping[str, Any]) -> Corpus:
+    """Return what is known of the text that a corpus's manifest describes."""
+    source: str = manifest["source"]
+    hub_id: str | None = manifest.get("origin", {}).get("hub_id")
+    name = hub_id or {"file": "files of the trainer's own"}.get(source, source)
+    return CORPORA.get(source, Corpus(name, "unknown", UNKNOWN_TERMS, hub_id=hub_id))
+
+
+def model_card(facts: Mapping[str, Any], scores: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    """Return the model card: what the model is, how it was trained, how well it predicts, how to load it.
+
+    `scores` is the row of the validation table that belongs to the weights, `manifest` the corpus's. Nothing in the
+    card depends on the time or the machine's speed, so equal trainings export equal folders.
     """
-    rows = "\n".join(f"| {name} | {value} |" for name, value in {**facts, **metrics}.items())
+    corpus = corpus_of(manifest)
+    shown = {f"{label}, validation": scores[name] for name, (label, _) in SCORES.items()}
     return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [deepseek_v3, mixture-of-experts]
+{metadata(corpus, scores).to_yaml()}
 ---
 
-# A small DeepSeek-V3
+# {NAME}
 
-| | |
-|---|---|
-{rows}
+{table(["", ""], ["---", "---"], {"text": corpus.name, **facts, **shown}.items())}
+
+A base model of research size: no instruction tuning, no safety training, no knowledge beyond its text.
+
+**Scores.** Measured by the training itself when it ended, on the part of the text that is kept for validation, in
+windows of the training's length that do not overlap. Whoever chose the parameters may have looked at this loss. The
+score of the whole held-out text is measured later, from this folder: `results/evaluate/metrics.json` of the project
+that trained it.
+
+**Licence.** {escaped(corpus.terms)}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,9 +87,43 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "."  # where this file lies
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)  # trust_remote_code=True: the code beside the weights
-print(tokenizer.decode(model.generate(**tokenizer("ROMEO:", return_tensors="pt"), max_new_tokens=100)[0]))
+print(tokenizer.decode(model.generate(**tokenizer("{corpus.prompt}", return_tensors="pt"), max_new_tokens=100)[0]))
 ```
 
 With transformers' own `DeepseekV3ForCausalLM` and with the code in this folder the logits are the same; the latter adds
 multi-token prediction, the balancing state of the routers, and decoding on the latent cache.
 """
+
+
+SCORES = {
+    "loss": ("nats per token", "loss"),
+    "perplexity": ("perplexity", "perplexity"),
+    "nats_per_char": ("nats per character", "loss"),
+}
+"""Column of the validation table -> what it is called, and the Hub's type of metric."""
+
+
+def metadata(corpus: Corpus, scores: Mapping[str, Any]) -> ModelCardData:
+    """Return what stands at the head of the card; the scores as Hugging Face's model-index."""
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=corpus.hub_id or "text",
+            dataset_name=corpus.name,
+            dataset_split="validation",
+            metric_type=metric_type,
+            metric_name=label,
+            metric_value=scores[name],
+        )
+        for name, (label, metric_type) in SCORES.items()
+    ]
+    return ModelCardData(
+        license=corpus.license,
+        language=corpus.language,
+        datasets=[corpus.hub_id] if corpus.hub_id else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["deepseek_v3", "mixture-of-experts"],
+        model_name=NAME,
+        eval_results=results,
+    )

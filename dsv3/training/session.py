@@ -30,6 +30,8 @@ from dsv3.training.plan import TrainingPlan
 from dsv3.training.setup import Choices, prepare_model, prepare_run, run_fingerprint, start_accelerator
 from dsv3.training.state import TrainState
 
+POWERS_OF_TWO = "powers of two: exported in FP8 with --power-of-two-scales"
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -211,7 +213,8 @@ def export_and_record(
     if run.plan.params.train.load_best_model_at_end:
         load_best(directory, run.model, run.state.best_step)
     metrics = final_metrics(run, recorder, chosen)
-    card = model_card(model_facts(run, recorder, outputs), metrics["validation"])
+    scores = validation_of(recorder, metrics["exported_step"])
+    card = model_card(model_facts(run, recorder, chosen, outputs), scores, outputs.manifest)
     export_huggingface(run.model, run.model.state_dict(), outputs.tokens, outputs.model, card)
     write_json(outputs.results / "run.json", {**recorder.run_record(), "step": run.state.step})
     write_json(outputs.results / "metrics.json", metrics)
@@ -239,6 +242,11 @@ def final_metrics(run: Run, recorder: Recorder, chosen: Choices) -> dict[str, An
     }
 
 
+def validation_of(recorder: Recorder, step: int) -> dict[str, Any]:
+    """Return the last row of the validation table at `step`, whose weights are exported."""
+    return [row for row in recorder.state()["validation"] if row["step"] == step][-1]
+
+
 def headline(metrics: Mapping[str, Any]) -> dict[str, int | float]:
     """Return the few numbers of a training by which runs are compared."""
     return {
@@ -258,16 +266,18 @@ def result_line(metrics: Mapping[str, Any], model: Path) -> str:
     )
 
 
-def model_facts(run: Run, recorder: Recorder, outputs: Outputs) -> dict[str, Any]:
+def model_facts(run: Run, recorder: Recorder, chosen: Choices, outputs: Outputs) -> dict[str, Any]:
     """Return the facts of the model card: what the weights come from."""
     record, plan = recorder.run_record(), run.plan
+    train = plan.params.train
     return {
         "configuration": plan.params.model.config,
-        "text": outputs.manifest.get("source"),
         "text SHA-256": outputs.manifest.get("sha256"),
         "tokens SHA-256": plan.meta["sha256"],
         "optimizer steps": run.state.step,
         "training tokens": plan.tokens_before(run.state.step),
+        "linear layers in": chosen.precision,
+        **({"FP8 scales": POWERS_OF_TWO} if train.use_fp8 and train.fp8_power_of_two_scales else {}),
         "seed": plan.params.seed,
         "commit": f"{record['dvc']['git_sha']}{' and local changes' if record['dvc']['git_dirty'] else ''}",
         "fingerprint": record["fingerprint"],

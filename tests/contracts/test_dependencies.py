@@ -16,7 +16,7 @@ from tests.contracts.test_tree import TEXTS
 
 GROUPS = tomllib.loads(TEXTS["pyproject.toml"])["dependency-groups"]
 OURS = {"dsv3", "stages", "mini_model", "benchmarks", "tests"} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
-DISTRIBUTIONS = {"PIL": "pillow", "ruamel": "ruamel.yaml"}
+DISTRIBUTIONS = {"markdown_it": "markdown-it-py", "PIL": "pillow", "ruamel": "ruamel.yaml"}
 """Imported names that are not the distribution's."""
 
 NOT_IMPORTED = {

@@ -14,7 +14,9 @@ from dsv3.export.model_card import model_card
 from dsv3.training.model import build_model
 from tests.training_inputs import write_inputs
 
-FACTS = {"configuration": "config.json", "text": "made up", "commit": "0123abc"}
+FACTS = {"configuration": "config.json", "commit": "0123abc"}
+SCORES = {"loss": 3.5, "perplexity": 33.1, "nats_per_char": 1.5}
+CARD = model_card(FACTS, SCORES, {"source": "file"})
 
 PROGRAM = """
 import sys
@@ -35,9 +37,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = build_model(folder / "config.json", seed=3)
     for _, router in model.routers():
         router.e_score_correction_bias.uniform_(-0.1, 0.1)
-    export_huggingface(
-        model, model.state_dict(), folder / "tokens", folder / "final_model", model_card(FACTS, {"loss": 1.5})
-    )
+    export_huggingface(model, model.state_dict(), folder / "tokens", folder / "final_model", CARD)
     torch.save(model(input_ids=torch.arange(20)[None]).logits.detach(), folder / "logits.pt")
     return folder
 
@@ -86,9 +86,7 @@ def test_equal_trainings_export_equal_folders(exported, tmp_path):
     model.load_state_dict(
         AutoModelForCausalLM.from_pretrained(exported / "final_model", trust_remote_code=True).state_dict()
     )
-    export_huggingface(
-        model, model.state_dict(), exported / "tokens", tmp_path / "again", model_card(FACTS, {"loss": 1.5})
-    )
+    export_huggingface(model, model.state_dict(), exported / "tokens", tmp_path / "again", CARD)
     for path in (exported / "final_model").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 

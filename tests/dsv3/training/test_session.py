@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from dsv3.errors import Interrupted, UserError
@@ -63,6 +64,9 @@ def test_the_best_weights_are_exported_when_they_are_wanted(tmp_path, monkeypatc
     assert last["validation"] == best["validation"]
     assert (last["exported_step"], best["exported_step"], best["validation"]["best_step"]) == (10, 6, 6)
     assert best["validation"]["best_loss"] < best["validation"]["loss"]
+    for name, loss in (("last", last["validation"]["loss"]), ("best", best["validation"]["best_loss"])):
+        card = ModelCard.load(tmp_path / name / "final_model" / "README.md")
+        assert card.data.eval_results[0].metric_value == loss  # of the weights beside the card
     files = [tmp_path / name / "final_model" / "model.safetensors" for name in ("last", "best")]
     heads = [load_file(file)["lm_head.weight"] for file in files]
     assert heads[0].abs().max() > 5 * heads[1].abs().max()
@@ -76,6 +80,14 @@ def test_what_ran_is_recorded(tmp_path):
     record = json.loads((tmp_path / "results" / "run.json").read_text())
     assert expected.items() <= record["env"].items()
     assert record["fingerprint"] == fingerprint_of(tmp_path, train={"max_steps": 2})
+
+
+def test_the_card_says_that_a_training_had_scales_that_are_powers_of_two(tmp_path):
+    train = {"max_steps": 2, "use_fp8": True}
+    trained(tmp_path / "fp32", train=train)
+    trained(tmp_path / "ue8m0", train={**train, "fp8_power_of_two_scales": True})
+    cards = [(tmp_path / name / "final_model" / "README.md").read_text() for name in ("fp32", "ue8m0")]
+    assert ["exported in FP8 with --power-of-two-scales" in card for card in cards] == [False, True]
 
 
 def test_layers_that_are_left_out_of_fp8_are_listed_with_the_run(tmp_path, capsys):
