@@ -6,6 +6,8 @@ clone that never saw the run, opens the run of a hash that it knows, so a run wh
 that hash. Values are keyed by their step, so writing a step twice overwrites it, and a resumed training needs no care.
 Values are read back through an index that only `aim up` may write: nothing here reads them. Aim sets a run's end when
 it is closed, whatever happened; so the status is a tag too, where it did not finish, and a later stage keeps the end.
+Aim's log of the terminal begins when a run is opened and ends when it is closed, so what the terminal shows before
+(the plan) and after (why a training stopped) is appended to it.
 """
 
 import logging
@@ -16,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import aim
+from aim.ext.resource.log import LogLine
 from filelock import FileLock
 
 from dsv3.params.runtime import RuntimeParams
-from dsv3.tracking.events import Distribution, Event, Figure, Result, Row, Text
+from dsv3.tracking.events import Distribution, Event, Figure, LastLine, Result, Row, Text
 from dsv3.tracking.identity import RunIdentity, project_root
 from dsv3.tracking.metrics import TABLES, charted, place
 from dsv3.tracking.tracker import Mode
@@ -53,19 +56,13 @@ class AimTracker:
         """Create or re-open the run; return its hash."""
         initialize(self._location)
         # Terminal and machine are recorded where the process is ours alone, i.e. a training that DVC started.
-        is_watched = mode == "train" and "DVC_STAGE" in os.environ
-        options: dict[str, Any] = {
-            "log_system_params": False,  # it needs pkg_resources, and stores the environment's variables
-            "capture_terminal_logs": is_watched,
-            "system_tracking_interval": SYSTEM_TRACKING_INTERVAL_S if is_watched else None,
-        }
+        self._is_watched = mode == "train" and "DVC_STAGE" in os.environ
         self._repo = aim.Repo.from_path(self._location)
         self._end_time: float | None = None
-        if run_hash is not None:
-            self._end_time = self._stored(run_hash).get("end_time")  # makes the run's container where it is missing
-            listed: Any = aim.Repo._all_run_hashes  # Aim keeps the list for half a second, in which the run is unknown
-            listed.cache_clear()
-        self._run = aim.Run(run_hash, repo=self._repo, **options)
+        self._last_line = ""
+        if self._is_watched and identity.plan:
+            run_hash = self._append_to_log(run_hash, identity.plan)
+        self._run = self._opened(run_hash, self._is_watched)
         is_known = self._run.get("params") is not None
         self.has_rows = is_known and mode != "rebuild"  # writing rows again overwrites them, so a rebuild may
         self._keeps_end = mode != "train" and self._end_time is not None
@@ -73,6 +70,29 @@ class AimTracker:
             self._run["status"] = "running"
         self._describe(identity)
         return self._run.hash
+
+    def _opened(self, run_hash: str | None, is_watched: bool) -> aim.Run:
+        """Return the run of that hash, or a new one; open it with a record of terminal and machine, or without."""
+        if run_hash is not None:
+            self._end_time = self._stored(run_hash).get("end_time")  # makes the run's container where it is missing
+            listed: Any = aim.Repo._all_run_hashes  # Aim keeps the list for half a second, in which the run is unknown
+            listed.cache_clear()
+        options: dict[str, Any] = {
+            "log_system_params": False,  # it needs pkg_resources, and stores the environment's variables
+            "capture_terminal_logs": is_watched,
+            "system_tracking_interval": SYSTEM_TRACKING_INTERVAL_S if is_watched else None,
+        }
+        return aim.Run(run_hash, repo=self._repo, **options)
+
+    def _append_to_log(self, run_hash: str | None, text: str) -> str:
+        """Append lines to the log of a run that is not open; return its hash, a new one for None."""
+        run = self._opened(run_hash, is_watched=False)
+        logs: Any = run.get_terminal_logs()
+        first = logs.last_step() + 1 if logs else 0
+        for step, line in enumerate(text.splitlines(), start=first):
+            run.track(LogLine(line), name="logs", step=step)
+        run.close()
+        return run.hash
 
     def _stored(self, run_hash: str) -> Any:
         """Return the tree of what is stored about a run."""
@@ -105,6 +125,8 @@ class AimTracker:
             case Distribution(name, heights, step, context):
                 bins = aim.Distribution(hist=list(heights), bin_range=(0, len(heights)))
                 self._track(bins, name, step, context)
+            case LastLine(text):
+                self._last_line = text
 
     def _write_row(self, row: Row) -> None:
         """Track the row's numbers with the table's `subset`, and the row's layer, or module and operand."""
@@ -124,6 +146,8 @@ class AimTracker:
             self._run.report_successful_finish()
         run_hash = self._run.hash
         self._run.close()
+        if self._is_watched and self._last_line:
+            self._append_to_log(run_hash, self._last_line)
         if self._keeps_end:
             self._stored(run_hash)["end_time"] = self._end_time
 

@@ -59,7 +59,14 @@ class Distribution:
     context: Context = field(default_factory=dict)
 
 
-Event = Row | Result | Text | Figure | Distribution
+@dataclass(frozen=True)
+class LastLine:
+    """What the terminal shows after the run was closed, because the training stopped: for trackers that keep a log."""
+
+    text: str
+
+
+Event = Row | Result | Text | Figure | Distribution | LastLine
 
 
 def path_name(name: str, context: Context) -> str:

@@ -59,6 +59,9 @@ class RunIdentity:
     changes: dict[str, Any] = field(default_factory=dict)
     """Parameters that differ from the baseline commit's, with their values here."""
 
+    plan: str = ""
+    """The lines that the terminal showed before the training began."""
+
     @property
     def title(self) -> str:
         """The name, and the first changes."""

@@ -16,8 +16,9 @@ from dsv3.artifacts import read_json, write_json
 from dsv3.errors import Interrupted, UserError
 from dsv3.export.huggingface import export_huggingface
 from dsv3.export.model_card import model_card
+from dsv3.markdown import one_line
 from dsv3.progress import Progress, ProgressMode, shown_progress
-from dsv3.tracking.events import Result
+from dsv3.tracking.events import LastLine, Result
 from dsv3.tracking.identity import experiment_name, project_root, run_identity
 from dsv3.tracking.recorder import Recorder, open_recorder
 from dsv3.training import fp8_hooks, hooks
@@ -79,16 +80,23 @@ def run_training(
 @contextmanager
 def closing_as_it_ends(recorder: Recorder | None) -> Iterator[None]:
     """Close the recorder at the end of the block, as finished, interrupted or failed."""
-    status = "failed"
+    status = "finished"
     try:
         yield
-        status = "finished"
-    except Interrupted:
-        status = "interrupted"
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, Interrupted) else "failed"
+        if recorder is not None:
+            recorder.show(LastLine(last_line(error)))
         raise
     finally:
         if recorder is not None:
             recorder.close(status)
+
+
+def last_line(error: BaseException) -> str:
+    """Return the line that ends a training, as the command line shows it."""
+    is_told = isinstance(error, (Interrupted, UserError))
+    return one_line(error if is_told else f"{type(error).__name__}: {error}")
 
 
 @contextmanager
@@ -179,6 +187,7 @@ def start_recorder(
     data = {**plan.meta, "corpus": {**plan.meta.get("corpus", {}), **outputs.manifest}}
     architecture = read_json(Path(plan.params.model.config))
     identity = run_identity(plan.params, fingerprint.digest, architecture, data, plan.size, asdict(chosen))
+    identity = replace(identity, plan=plan.summary())
     recorder = open_recorder(outputs.results, plan.params.runtime, identity, saved.get("aim_run_hash"))
     if saved:
         recorder.restore(saved["rows"])

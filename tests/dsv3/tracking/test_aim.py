@@ -9,7 +9,7 @@ from PIL import Image
 
 from dsv3.artifacts import write_json
 from dsv3.tracking.aim import AimTracker
-from dsv3.tracking.events import Distribution, Figure, Result, Text
+from dsv3.tracking.events import Distribution, Figure, LastLine, Result, Text
 from dsv3.tracking.recorder import add_to_run, open_recorder
 from tests.committed import ROOT
 
@@ -205,6 +205,28 @@ def test_terminal_and_machine_are_recorded_only_for_a_training_under_dvc(project
     assert sys.stdout.write != out
     tracker.close("finished")
     assert sys.stdout.write == out
+
+
+def test_the_log_begins_with_the_plan_and_ends_with_why_the_training_stopped(
+    project, identity, runtime, indexed, monkeypatch
+):
+    monkeypatch.setenv("DVC_STAGE", "train")
+    planned = replace(identity, plan="model  nano\nsteps  30")
+    first = open_recorder(project / "results", runtime, planned)
+    print("step 10: validation 2.7")
+    first.show(LastLine("stopped after step 12 of 30, saved"))
+    first.close("interrupted")
+    second = open_recorder(project / "results", runtime, planned, first.run_hash)
+    print("step 20: validation 1.7")
+    second.close("finished")
+    (run,) = indexed(project).iter_runs()
+    lines = [line.data for line in run.get_terminal_logs().values.sparse_list()[1]]
+    assert [line for line in lines if line] == [
+        *("model  nano", "steps  30", "step 10: validation 2.7", "stopped after step 12 of 30, saved"),
+        *("model  nano", "steps  30", "step 20: validation 1.7"),
+    ]
+    assert run.hash == first.run_hash == second.run_hash
+    assert run["status"] == "finished"
 
 
 def test_processes_that_start_together_initialize_one_repository(bare_project):

@@ -1,6 +1,8 @@
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,6 +72,37 @@ def test_the_best_weights_are_exported_when_they_are_wanted(tmp_path, monkeypatc
     files = [tmp_path / name / "final_model" / "model.safetensors" for name in ("last", "best")]
     heads = [load_file(file)["lm_head.weight"] for file in files]
     assert heads[0].abs().max() > 5 * heads[1].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (None, ["close finished"]),
+        (
+            Interrupted("stopped after step 2 of 9, saved", 130),
+            ["stopped after step 2 of 9, saved", "close interrupted"],
+        ),
+        (UserError("step 2: loss is nan;\n lower it"), ["step 2: loss is nan; lower it", "close failed"]),
+        (ZeroDivisionError("division"), ["ZeroDivisionError: division", "close failed"]),
+    ],
+    ids=str,
+)
+def test_trackers_are_told_why_a_training_stopped_before_they_are_closed(error, shown):
+    told = []
+    recorder: Any = SimpleNamespace(
+        show=lambda event: told.append(event.text), close=lambda status: told.append(f"close {status}")
+    )
+    with nullcontext() if error is None else pytest.raises(type(error)), session.closing_as_it_ends(recorder):
+        if error is not None:
+            raise error
+    assert told == shown
+
+
+def test_trackers_are_shown_the_plan(tmp_path, monkeypatch):
+    identities, open_recorder = [], session.open_recorder
+    monkeypatch.setattr(session, "open_recorder", lambda *args: identities.append(args[2]) or open_recorder(*args))
+    trained(tmp_path, train={"max_steps": 2})
+    assert identities[0].plan == plan_of(tmp_path, train={"max_steps": 2}).summary()
 
 
 def test_what_ran_is_recorded(tmp_path):
