@@ -166,6 +166,19 @@ def check_aim() -> Finding:
     return Finding("aim", is_writable, message, "it can't be written: set runtime.aim_repo to a folder of yours")
 
 
+def check_trackers() -> Finding:
+    """Check that the other trackers that params.yaml names can be imported: a training goes on without them."""
+    from dsv3.tracking.tracker import remedy
+
+    names = [name for name in read_params(PARAMS).runtime.trackers if name != "aim"]
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # a folder of that name, which W&B itself leaves, is no package
+            return Finding("trackers", False, f"{name} is not installed, so it will show no run", remedy(name))
+    message = f"{', '.join(names)} can be imported" if names else "none beside aim among runtime.trackers"
+    return Finding("trackers", True, message)
+
+
 def is_locked(path: Path) -> bool:
     """Return whether another process holds the lock file at `path`, as `aim up` holds its index."""
     if not path.is_file():
@@ -270,6 +283,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_memory,
     check_disk,
     check_aim,
+    check_trackers,
 )
 
 

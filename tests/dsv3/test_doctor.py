@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -25,6 +26,7 @@ from dsv3.doctor import (
     check_repository,
     check_schema,
     check_torch,
+    check_trackers,
     disk_bytes,
     finding,
     is_locked,
@@ -229,6 +231,19 @@ def test_aim_is_missed_only_where_it_is_asked_for(monkeypatch):
     assert check_aim().is_ok
 
 
+def test_a_tracker_that_is_named_and_not_installed_is_found(monkeypatch):
+    assert check_trackers().is_ok
+    edit("trackers: [aim]", "trackers: [tensorboard, wandb]")
+    installed, folder = SimpleNamespace(origin="__init__.py"), SimpleNamespace(origin=None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: folder if name == "wandb" else installed)
+    assert str(check_trackers()).endswith(
+        "wandb is not installed, so it will show no run; pip install -c constraints.txt wandb, or take wandb from "
+        "runtime.trackers in params.yaml"
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed)
+    assert check_trackers().message == "tensorboard, wandb can be imported"
+
+
 def test_a_lock_is_seen_only_while_another_process_holds_it(tmp_path):
     lock = tmp_path / "LOCK"
     assert not is_locked(lock)
@@ -281,8 +296,8 @@ def test_a_mistake_is_told_once_and_the_checks_that_it_prevents_are_named():
     edit("top_p: 0.95", "top_p: 2")
     lines = lines_of_the_command()
     assert sum("top_p is 2" in line for line in lines) == 1
-    assert lines[-1] == "--  torch, experts, memory, disk, aim: not checked, for a reason above"
-    assert len(lines) == len(CHECKS) - 5 + 1
+    assert lines[-1] == "--  torch, experts, memory, disk, aim, trackers: not checked, for a reason above"
+    assert len(lines) == len(CHECKS) - 6 + 1
 
 
 def test_a_package_that_is_missing_is_told_once(monkeypatch, capsys):
