@@ -7,9 +7,11 @@ that hash. Values are keyed by their step, so writing a step twice overwrites it
 Values are read back through an index that only `aim up` may write: nothing here reads them. Aim sets a run's end when
 it is closed, whatever happened; so the status is a tag too, where it did not finish, and a later stage keeps the end.
 Aim's log of the terminal begins when a run is opened and ends when it is closed, so what the terminal shows before
-(the plan) and after (why a training stopped) is appended to it.
+(the plan) and after (why a training stopped) is appended to it. Its page shows a log as HTML, so these lines, which
+hold what users chose, are escaped.
 """
 
+import html
 import logging
 import os
 from collections.abc import Mapping
@@ -90,7 +92,7 @@ class AimTracker:
         logs: Any = run.get_terminal_logs()
         first = logs.last_step() + 1 if logs else 0
         for step, line in enumerate(text.splitlines(), start=first):
-            run.track(LogLine(line), name="logs", step=step)
+            run.track(LogLine(html.escape(line, quote=False)), name="logs", step=step)
         run.close()
         return run.hash
 

@@ -211,7 +211,7 @@ def test_the_log_begins_with_the_plan_and_ends_with_why_the_training_stopped(
     project, identity, runtime, indexed, monkeypatch
 ):
     monkeypatch.setenv("DVC_STAGE", "train")
-    planned = replace(identity, plan="model  nano\nsteps  30")
+    planned = replace(identity, plan="model  <b>.json\nsteps  30")
     first = open_recorder(project / "results", runtime, planned)
     print("step 10: validation 2.7")
     first.show(LastLine("stopped after step 12 of 30, saved"))
@@ -222,8 +222,8 @@ def test_the_log_begins_with_the_plan_and_ends_with_why_the_training_stopped(
     (run,) = indexed(project).iter_runs()
     lines = [line.data for line in run.get_terminal_logs().values.sparse_list()[1]]
     assert [line for line in lines if line] == [
-        *("model  nano", "steps  30", "step 10: validation 2.7", "stopped after step 12 of 30, saved"),
-        *("model  nano", "steps  30", "step 20: validation 1.7"),
+        *("model  &lt;b&gt;.json", "steps  30", "step 10: validation 2.7", "stopped after step 12 of 30, saved"),
+        *("model  &lt;b&gt;.json", "steps  30", "step 20: validation 1.7"),
     ]
     assert run.hash == first.run_hash == second.run_hash
     assert run["status"] == "finished"
