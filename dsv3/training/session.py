@@ -16,7 +16,6 @@ from dsv3.artifacts import read_json, write_json
 from dsv3.errors import Interrupted, UserError
 from dsv3.export.huggingface import export_huggingface
 from dsv3.export.model_card import model_card
-from dsv3.markdown import one_line
 from dsv3.progress import Progress, ProgressMode, shown_progress
 from dsv3.tracking.events import LastLine, Result
 from dsv3.tracking.identity import experiment_name, project_root, run_identity
@@ -96,7 +95,7 @@ def closing_as_it_ends(recorder: Recorder | None) -> Iterator[None]:
 def last_line(error: BaseException) -> str:
     """Return the line that ends a training, as the command line shows it."""
     is_told = isinstance(error, (Interrupted, UserError))
-    return one_line(error if is_told else f"{type(error).__name__}: {error}")
+    return " ".join(f"{'' if is_told else f'{type(error).__name__}: '}{error}".split())
 
 
 @contextmanager
