@@ -27,6 +27,7 @@ from dsv3.cli import command
 from dsv3.errors import UserError
 from dsv3.params.architecture import read_architecture
 from dsv3.params.read import Params, read_params, read_yaml, schema_text
+from dsv3.params.runtime import TrackerName
 from dsv3.sizing.machines import has_nvidia_driver
 from dsv3.sizing.memory import GIB, training_memory
 
@@ -170,7 +171,7 @@ def check_trackers() -> Finding:
     """Check that the other trackers that params.yaml names can be imported: a training goes on without them."""
     from dsv3.tracking.tracker import remedy
 
-    names = [name for name in read_params(PARAMS).runtime.trackers if name != "aim"]
+    names: list[TrackerName] = [name for name in read_params(PARAMS).runtime.trackers if name != "aim"]
     for name in names:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # a folder of that name, which W&B itself leaves, is no package
