@@ -57,6 +57,14 @@ def test_servers_find_the_fp8_matrices_with_their_scales_and_the_others_without(
         assert any(kind == "F8_E4M3" for kind, _ in found.values())
 
 
+def test_scales_that_are_powers_of_two_fit_the_same_places(folder, tmp_path):
+    """As in V3.1: fp32 parameters, whose values `scale_fmt` describes."""
+    export_fp8(folder.parent / "final_model", tmp_path / "ue8m0", power_of_two_scales=True)
+    for server in SERVERS:
+        found, expected = fits(server, tmp_path / "ue8m0")
+        assert found == expected, server
+
+
 BREAKAGES = {
     "scales absent": lambda tensors: without(tensors, "layers.1.self_attn.o_proj.weight_scale_inv"),
     "scales transposed": lambda tensors: transposed(tensors, "layers.1.self_attn.o_proj.weight_scale_inv"),
