@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
-from dsv3.cli import DryRunOption, command
+from dsv3.cli import DryRunOption, command, command_of, with_defaults
 from dsv3.errors import Interrupted, UserError
+from tests.training_inputs import ROOT
 
 
 def status(main, monkeypatch, *arguments):
@@ -92,3 +93,30 @@ def test_an_unknown_option_is_a_users_mistake(monkeypatch):
         pass
 
     assert status(main, monkeypatch, "--no-such-option") == 2
+
+
+def test_a_stage_takes_from_dvc_yaml_what_is_not_given():
+    defaults = command_of("stages.train", ROOT / "dvc.yaml")
+    assert defaults[:2] == ["--tokens", "data/tokens"]
+    given = with_defaults(["--tokens=elsewhere", "--model", "mine", "--dry-run"], defaults)
+    assert given[:4] == ["--tokens=elsewhere", "--model", "mine", "--dry-run"]
+    assert given[4:] == ["--corpus", "data/corpus", "--sizes", "results/estimate_size/accepted.txt"] + [
+        "--results",
+        "results/train",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "stages: [", "stages: 3", "stages: {train: {}}", "stages: {train: {cmd: 'a \"'}}"]
+)
+def test_without_a_pipeline_that_can_be_read_every_option_has_to_be_given(tmp_path, text):
+    if text is not None:
+        (tmp_path / "dvc.yaml").write_text(text)
+    assert command_of("stages.train", tmp_path / "dvc.yaml") == []
+
+
+@pytest.mark.parametrize("name", ["download", "tokenize", "estimate_size", "train", "evaluate", "sample"])
+def test_every_stage_runs_without_its_paths(name):
+    """In a folder with dvc.yaml; elsewhere it says what is missing."""
+    assert "stage(main)" in (ROOT / "stages" / f"{name}.py").read_text()
+    assert len(command_of(f"stages.{name}", ROOT / "dvc.yaml")) >= 2
