@@ -1,13 +1,18 @@
 """What the documents promise exists: links, commands, parameters, files."""
 
 import ast
+import json
 import re
 import shlex
+import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
+from dsv3.params.read import read_params
+from tests.committed import PROJECT
 from tests.contracts.import_closure import ROOT
 from tests.contracts.package_graph import picture
 from tests.contracts.test_tree import TEXTS
@@ -75,6 +80,33 @@ def test_parameters_that_are_set_exist(page: str):
             for part in key.split("."):
                 assert part in value, f"{page}: {command}"
                 value = value[part]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_values_that_are_set_are_valid_together(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A stand-in for running the experiment, which would train: what `-S` sets is validated as every stage would."""
+    for number, command in enumerate(commands(page)):
+        words = shlex.split(command, posix=True) if " -S " in command and "presets" not in command else []
+        if "-S" not in words:
+            continue
+        folder = shutil.copytree(PROJECT, tmp_path / str(number))
+        monkeypatch.chdir(folder)
+        for flag, assignment in pairwise(words):
+            if flag == "-S":
+                key, _, value = assignment.partition("=")
+                file, _, path = key.rpartition(":")
+                set_value(folder / (file or "params.yaml"), path.split("."), value.split(",")[0])
+        read_params(Path("params.yaml"))
+
+
+def set_value(file: Path, path: list[str], value: str) -> None:
+    """Change one value of a YAML or JSON file (JSON is YAML), as `dvc exp run -S` does."""
+    yaml = YAML(typ="safe")
+    values = target = yaml.load(file.read_text())
+    for section in path[:-1]:
+        target = target[section]
+    target[path[-1]] = yaml.load(value)
+    file.write_text(json.dumps(values))
 
 
 @pytest.mark.parametrize("page", PAGES)
