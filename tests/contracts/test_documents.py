@@ -150,6 +150,15 @@ def test_files_that_are_named_exist(page: str):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_tests_that_are_named_exist(page: str):
+    sources = "".join(text for name, text in TEXTS.items() if name.startswith("tests/") and name.endswith(".py"))
+    named = (
+        re.findall(r"`(test_\w+)`", TEXTS[page]) if page != "docs/log.md" else []
+    )  # the log names others' tests, too
+    assert [name for name in named if f"def {name}(" not in sources] == []
+
+
 def test_the_readme_starts_with_two_commands():
     first_block = re.search(r"```bash\n(.*?)```", TEXTS["README.md"], flags=re.DOTALL)
     assert first_block
