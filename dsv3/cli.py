@@ -106,6 +106,11 @@ def without_eof(main: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether torch could not allocate: on a GPU it has a type for it, on a CPU a text."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
 @ending_despite_hanging_threads()
 def run_app(app: typer.Typer) -> None:
     """Run a command line; a `UserError` is printed as one line and ends the process with status 2.
@@ -128,6 +133,12 @@ def run_app(app: typer.Typer) -> None:
             f"out of memory{f' ({error})' if str(error) else ''}; use a machine with more, or less data at a time",
             file=sys.stderr,
         )
+        raise SystemExit(2) from None
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        what = ". ".join(" ".join(str(error).split()).split(". ")[:2])  # torch goes on for ten lines
+        print(f"out of memory ({what}); take smaller batches, or set train.gradient_checkpointing", file=sys.stderr)
         raise SystemExit(2) from None
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)

@@ -34,7 +34,14 @@ def main(
 
     from dsv3.export.model_folder import check_model_folder
     from dsv3.training.launch import check_environment, is_worker, run_workers
-    from dsv3.training.plan import check_output, check_tokens, check_unlinked, read_manifest, read_training_plan
+    from dsv3.training.plan import (
+        check_output,
+        check_tokens,
+        check_unlinked,
+        introduction,
+        read_manifest,
+        read_training_plan,
+    )
 
     check_environment(parameters.runtime)
     plan = read_training_plan(parameters, tokens)
@@ -44,7 +51,7 @@ def main(
     for folder in (model, results):
         check_unlinked(folder)
     if not is_worker():
-        print(plan.summary())
+        print(introduction(plan))
     starts_workers = parameters.runtime.num_processes > 1 and not is_worker()
     if dry_run or (not starts_workers and os.environ.get("LOCAL_RANK", "0") == "0"):
         print(check_tokens(tokens))  # once on each machine

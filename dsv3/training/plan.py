@@ -11,10 +11,13 @@ from dsv3.artifacts import read_model
 from dsv3.data.batches import Batches
 from dsv3.data.meta import check_shards, open_stream, read_meta
 from dsv3.data.shards import TokenStream
+from dsv3.devices import free_bytes, torch_device
 from dsv3.errors import UserError
 from dsv3.params.architecture import Architecture, read_architecture
 from dsv3.params.read import Params
+from dsv3.params.runtime import Device
 from dsv3.sizing.flops import training_flops_per_token
+from dsv3.sizing.memory import training_memory
 from dsv3.sizing.report import training_size
 from dsv3.tracking.identity import project_root
 from dsv3.training.budget import Budget, budget_of
@@ -97,6 +100,40 @@ class TrainingPlan:
                 f"{size['training_cuda_peak_gib']} GiB on a GPU",
             )
         )
+
+
+def introduction(plan: TrainingPlan) -> str:
+    """Return the plan in a few lines, for the device that it would run on."""
+    runtime = plan.params.runtime
+    device = torch_device(runtime)
+    device_type = runtime.device_type(has_cuda=device.type == "cuda")
+    note = memory_note(plan, device_type, free_bytes(device), runtime.num_processes)
+    return "\n".join([plan.summary(), *([note] if note else [])])
+
+
+def memory_note(plan: TrainingPlan, device_type: Device, free: int, num_processes: int) -> str | None:
+    """Return a line where the training's estimate exceeds the `free` bytes, with what would fit; None where it fits.
+
+    The processes of a machine share a CPU's memory, and each has a GPU of its own. It is a note, not an error: memory
+    that others hold now may be free later, and a system may have more than it says.
+    """
+    sharing = num_processes if device_type == "cpu" else 1
+
+    def needed(**changes: int | bool) -> int:
+        train = plan.params.train.model_copy(update=changes)
+        return sharing * training_memory(plan.architecture, train, device_type).peak_bytes
+
+    if needed() <= free:
+        return None
+    batch = plan.params.train.per_device_train_batch_size
+    fitting = next((n for n in range(batch - 1, 0, -1) if needed(per_device_train_batch_size=n) <= free), None)
+    remedies = [f"train.per_device_train_batch_size {fitting}"] if fitting else []
+    if needed(gradient_checkpointing=True) <= free:
+        remedies.append("train.gradient_checkpointing true")
+    gib = 2**30
+    return f"note     needs {needed() / gib:.2f} GiB on {device_type}, {free / gib:.2f} are free: try " + (
+        " or ".join(remedies) or "train.adam_moments_dtype bf16, or a smaller model"
+    )
 
 
 class Described(BaseModel):

@@ -3,6 +3,7 @@ import os
 import sys
 
 import pytest
+import torch
 
 from dsv3.cli import DryRunOption, command, command_of, with_defaults
 from dsv3.errors import Interrupted, UserError
@@ -42,6 +43,29 @@ def test_a_full_disk_is_one_line_even_where_no_file_is_named(monkeypatch, capsys
 
     assert status(main, monkeypatch) == 2
     assert capsys.readouterr().err.rstrip("\n").endswith(f": {os.strerror(number)}")
+
+
+@pytest.mark.parametrize("error", ["cpu", "cuda"])
+def test_what_torch_cannot_allocate_is_one_line_with_a_remedy(monkeypatch, capsys, error):
+    def main() -> None:
+        if error == "cpu":
+            torch.empty(1 << 60, dtype=torch.uint8)
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a capacity of 79 GiB.\nIf"
+        )
+
+    assert status(main, monkeypatch) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and line.startswith("out of memory (") and "smaller batches" in line
+    assert ("Tried to allocate 2.00 GiB" if error == "cuda" else "allocate 1152921504606846976 bytes") in line
+
+
+def test_another_runtime_error_keeps_its_traceback(monkeypatch):
+    def main() -> None:
+        raise RuntimeError("a fault of the program")
+
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        status(main, monkeypatch)
 
 
 def test_missing_memory_is_one_line(monkeypatch, capsys):
