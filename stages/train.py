@@ -48,8 +48,7 @@ def main(
     check_output(sizes, "estimate_size")
     manifest = read_manifest(corpus)
     check_model_folder(model, tokens)
-    for folder in (model, results):
-        check_unlinked(folder)
+    check_unlinked(model, results)
     if not is_worker():
         print(introduction(plan))
     starts_workers = parameters.runtime.num_processes > 1 and not is_worker()

@@ -186,16 +186,17 @@ def read_manifest(corpus: Path) -> dict[str, Any]:
     return read_model(corpus / "manifest.json", Described, "run the download stage again").model_dump()
 
 
-def check_unlinked(path: Path) -> None:
-    """Raise `UserError` where a link leads `path` out of the project: DVC would refuse the finished output."""
+def check_unlinked(*paths: Path) -> None:
+    """Raise `UserError` where a link leads one of the paths out of the project: DVC would refuse the output."""
     root = project_root().absolute()
-    if not path.absolute().is_relative_to(root) or path.parent.resolve().is_relative_to(root.resolve()):
-        return
-    link = next(parent for parent in path.absolute().parents if parent.is_symlink())
-    raise UserError(
-        f"{path}: the link {link} leads out of the project, where DVC takes no outputs; remove it, and run: dvc "
-        "cache dir --local FOLDER && dvc config --local cache.type symlink, to keep large files on another disk"
-    )
+    for path in paths:
+        if not path.absolute().is_relative_to(root) or path.parent.resolve().is_relative_to(root.resolve()):
+            continue
+        link = next(parent for parent in path.absolute().parents if parent.is_symlink())
+        raise UserError(
+            f"{path}: the link {link} leads out of the project, where DVC takes no outputs; remove it, and run: dvc "
+            "cache dir --local FOLDER && dvc config --local cache.type symlink, to keep large files on another disk"
+        )
 
 
 def check_output(path: Path, stage: str) -> None:

@@ -77,7 +77,7 @@ def test_bf16_is_chosen_where_it_is_native_and_emulated_where_it_is_asked_for(
 
 
 def test_a_training_that_does_not_fit_the_free_memory_says_what_would(tmp_path):
-    plan = plan_of(tmp_path, train={"per_device_train_batch_size": 8, "block_size": 256})
+    plan = plan_of(tmp_path, train={"per_device_train_batch_size": 8, "block_size": 64})
 
     def peak(**changes):
         return training_memory(plan.architecture, plan.params.train.model_copy(update=changes), "cpu").peak_bytes
