@@ -266,6 +266,7 @@ def model_facts(run: Run, recorder: Recorder, outputs: Outputs) -> dict[str, Any
         "text": outputs.manifest.get("source"),
         "text SHA-256": outputs.manifest.get("sha256"),
         "tokens SHA-256": plan.meta["sha256"],
+        **({"initial weights": str(plan.initial_weights)} if plan.initial_weights else {}),
         "optimizer steps": run.state.step,
         "training tokens": plan.tokens_before(run.state.step),
         "seed": plan.params.seed,
