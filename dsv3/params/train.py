@@ -130,7 +130,9 @@ class TrainParams(Section):
     (dvc repro -f train). null: new weights."""
 
     resume_from_checkpoint: str | None
-    """A checkpoint's folder (step_N) to go on from, of the same architecture, whatever its precision; null: none."""
+    """A checkpoint's folder (step_N) to go on from, of the same architecture, whatever its precision; null: none.
+    Schedules are those of the new training from there on: where it is longer, the learning rate is that of its own step
+    and may rise again."""
 
     gradient_checkpointing: bool
     """Recompute each layer in the backward pass instead of keeping its activations."""
