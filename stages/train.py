@@ -33,6 +33,7 @@ def main(
     parameters = read_params(params)
 
     from dsv3.export.model_folder import check_model_folder
+    from dsv3.training.initial_weights import check_not_replaced
     from dsv3.training.launch import check_environment, is_worker, run_workers
     from dsv3.training.plan import (
         check_output,
@@ -44,6 +45,7 @@ def main(
     )
 
     check_environment(parameters.runtime)
+    check_not_replaced(parameters.train.init_from, model)
     plan = read_training_plan(parameters, tokens)
     check_output(sizes, "estimate_size")
     manifest = read_manifest(corpus)

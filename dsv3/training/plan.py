@@ -21,6 +21,7 @@ from dsv3.sizing.memory import training_memory
 from dsv3.sizing.report import training_size
 from dsv3.tracking.identity import project_root
 from dsv3.training.budget import Budget, budget_of
+from dsv3.training.initial_weights import InitialWeights, read_initial_weights
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class TrainingPlan:
     batches: Batches
     validation: TokenStream
     budget: Budget
+    initial_weights: InitialWeights | None
+    """The model that the training starts from; None: from new weights."""
 
     @property
     def total_steps(self) -> int:
@@ -95,6 +98,7 @@ class TrainingPlan:
                 f"{total_tokens:,} tokens, {self.epochs_before(self.total_steps):.2f} epochs",
                 f"cost     {self.flops_per_token:.3g} FLOPs per token, "
                 f"{self.flops_per_token * total_tokens:.3g} in all",
+                *([f"weights  those of {self.initial_weights}"] if self.initial_weights else []),
                 *self.notes(),
                 f"memory   {size['training_cpu_peak_gib']} GiB estimated on a CPU, "
                 f"{size['training_cuda_peak_gib']} GiB on a GPU",
@@ -165,7 +169,9 @@ def read_training_plan(params: Params, tokens: Path) -> TrainingPlan:
     if len(validation) < 2:
         raise UserError(f"{tokens}: {len(validation)} tokens for validation; must be >= 2; raise validation_fraction")
     budget = budget_of(params.train, batches.num_blocks_per_epoch)
-    plan = TrainingPlan(params, meta.model_dump(), architecture, batches, validation, budget)
+    name = params.train.init_from
+    initial_weights = read_initial_weights(name, Path(params.model.config), tokens) if name is not None else None
+    plan = TrainingPlan(params, meta.model_dump(), architecture, batches, validation, budget, initial_weights)
     check_steps(plan)
     return plan
 
