@@ -56,16 +56,14 @@ def main(
     starts_workers = parameters.runtime.num_processes > 1 and not is_worker()
     if dry_run or (not starts_workers and os.environ.get("LOCAL_RANK", "0") == "0"):
         print(check_tokens(tokens))  # once on each machine
-    if dry_run:
-        return
-    if starts_workers:
+    if starts_workers and not dry_run:
         run_workers(parameters.runtime.num_processes, "stages.train", sys.argv[1:])
+    if starts_workers or dry_run:
         return
 
     from dsv3.training.session import Outputs, run_training
 
-    mode = ProgressMode.none if quiet else progress
-    run_training(plan, Outputs(tokens, model, results, manifest), mode)
+    run_training(plan, Outputs(tokens, model, results, manifest), ProgressMode.none if quiet else progress)
 
 
 if __name__ == "__main__":
