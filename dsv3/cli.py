@@ -6,6 +6,7 @@ Kept free of heavy imports: `python -m stages.<name> --help` must answer at once
 import errno
 import logging
 import os
+import shlex
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -63,6 +64,35 @@ def command(main: Callable[..., None]) -> None:
     run_app(app)
 
 
+def stage(main: Callable[..., None]) -> None:
+    """Run `main` as a stage's command line. What is not given of its options is what dvc.yaml gives them.
+
+    Where no dvc.yaml lies in the working directory, every option has to be given.
+    """
+    spec = main.__globals__["__spec__"]  # None for `python stages/train.py`
+    sys.argv[1:] = with_defaults(sys.argv[1:], command_of(spec.name if spec else "", Path("dvc.yaml")))
+    command(main)
+
+
+def command_of(module: str, pipeline: Path) -> list[str]:
+    """Return the arguments of `module` in the pipeline's file; none if it can't be read or has no such stage."""
+    from ruamel.yaml import YAML, YAMLError
+
+    try:
+        stages = YAML(typ="safe").load(pipeline.read_text(encoding="utf-8"))["stages"].values()
+        commands = [shlex.split(described["cmd"]) for described in stages]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, YAMLError):
+        return []  # the file is DVC's to judge
+    return next((words[3:] for words in commands if words[:3] == ["python", "-m", module]), [])
+
+
+def with_defaults(given: list[str], defaults: list[str]) -> list[str]:
+    """Return the arguments with those of `defaults`, options with a value each, whose option is not among them."""
+    names = {word.split("=")[0] for word in given}
+    pairs = zip(defaults[::2], defaults[1::2], strict=True)
+    return given + [word for option, value in pairs if option not in names for word in (option, value)]
+
+
 def without_eof(main: Callable[..., None]) -> Callable[..., None]:
     """Return `main` with `EOFError` as another error: Typer takes it for the end of a dialogue and says "Aborted!"."""
 
@@ -74,6 +104,11 @@ def without_eof(main: Callable[..., None]) -> Callable[..., None]:
             raise RuntimeError(f"unexpected end of a file: {error}") from error
 
     return run
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether torch could not allocate: on a GPU it has a type for it, on a CPU a text."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 @ending_despite_hanging_threads()
@@ -98,6 +133,12 @@ def run_app(app: typer.Typer) -> None:
             f"out of memory{f' ({error})' if str(error) else ''}; use a machine with more, or less data at a time",
             file=sys.stderr,
         )
+        raise SystemExit(2) from None
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        what = ". ".join(" ".join(str(error).split()).split(". ")[:2])  # torch goes on for ten lines
+        print(f"out of memory ({what}); take smaller batches, or set train.gradient_checkpointing", file=sys.stderr)
         raise SystemExit(2) from None
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)

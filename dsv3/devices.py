@@ -1,5 +1,8 @@
 """The device that a stage runs on, and what it multiplies natively."""
 
+from pathlib import Path
+
+import psutil
 import torch
 
 from dsv3.errors import UserError
@@ -22,6 +25,22 @@ def torch_device(runtime: RuntimeParams) -> torch.device:
 def device_name(device: torch.device) -> str:
     """Return the device as results name it: the GPU's name, or cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that a process may still take on `device`; on a CPU at most what a container leaves it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(psutil.virtual_memory().available, _container_bytes(Path("/sys/fs/cgroup")))
+
+
+def _container_bytes(cgroup: Path) -> float:
+    """Return what the control group's limit leaves; infinity where there is none (version 2 of the interface)."""
+    try:
+        limit, used = ((cgroup / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        return int(limit) - int(used)
+    except (OSError, ValueError):  # no control groups, or "max"
+        return float("inf")
 
 
 def multiplies_fp8(device: torch.device) -> bool:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dsv3.cli import DryRunOption, ParamsOption, command
+from dsv3.cli import DryRunOption, ParamsOption, stage
 
 
 def main(
@@ -52,4 +52,4 @@ def main(
 
 
 if __name__ == "__main__":
-    command(main)
+    stage(main)

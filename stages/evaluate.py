@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dsv3.cli import DryRunOption, ParamsOption, command
+from dsv3.cli import DryRunOption, ParamsOption, stage
 from dsv3.progress import ProgressMode, ProgressOption, QuietOption, counted, shown_progress
 
 
@@ -62,4 +62,4 @@ def main(
 
 
 if __name__ == "__main__":
-    command(main)
+    stage(main)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dsv3.cli import DryRunOption, ParamsOption, command
+from dsv3.cli import DryRunOption, ParamsOption, stage
 from dsv3.progress import ProgressMode, ProgressOption, QuietOption, counted, shown_progress
 
 
@@ -59,4 +59,4 @@ def main(
 
 
 if __name__ == "__main__":
-    command(main)
+    stage(main)

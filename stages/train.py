@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from dsv3.cli import DryRunOption, ParamsOption, command
+from dsv3.cli import DryRunOption, ParamsOption, stage
 from dsv3.progress import ProgressMode, ProgressOption, QuietOption
 
 
@@ -33,32 +33,38 @@ def main(
     parameters = read_params(params)
 
     from dsv3.export.model_folder import check_model_folder
+    from dsv3.training.initial_weights import check_not_replaced
     from dsv3.training.launch import check_environment, is_worker, run_workers
-    from dsv3.training.plan import check_output, check_tokens, check_unlinked, read_manifest, read_training_plan
+    from dsv3.training.plan import (
+        check_output,
+        check_tokens,
+        check_unlinked,
+        introduction,
+        read_manifest,
+        read_training_plan,
+    )
 
     check_environment(parameters.runtime)
+    check_not_replaced(parameters.train.init_from, model)
     plan = read_training_plan(parameters, tokens)
     check_output(sizes, "estimate_size")
     manifest = read_manifest(corpus)
     check_model_folder(model, tokens)
-    for folder in (model, results):
-        check_unlinked(folder)
+    check_unlinked(model, results)
     if not is_worker():
-        print(plan.summary())
+        print(introduction(plan))
     starts_workers = parameters.runtime.num_processes > 1 and not is_worker()
     if dry_run or (not starts_workers and os.environ.get("LOCAL_RANK", "0") == "0"):
         print(check_tokens(tokens))  # once on each machine
-    if dry_run:
-        return
-    if starts_workers:
+    if starts_workers and not dry_run:
         run_workers(parameters.runtime.num_processes, "stages.train", sys.argv[1:])
+    if starts_workers or dry_run:
         return
 
     from dsv3.training.session import Outputs, run_training
 
-    mode = ProgressMode.none if quiet else progress
-    run_training(plan, Outputs(tokens, model, results, manifest), mode)
+    run_training(plan, Outputs(tokens, model, results, manifest), ProgressMode.none if quiet else progress)
 
 
 if __name__ == "__main__":
-    command(main)
+    stage(main)

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from dsv3.errors import UserError
 from dsv3.generation.speculative import DraftCounts, check_has_mtp_modules, generate_speculatively
@@ -99,19 +100,26 @@ def sample(
         results = [generate_speculatively(model, ids, params, end_of_text) for _ in range(params.num_return_sequences)]
         rows, drafts = [row for row, _ in results], sum((counts for _, counts in results), DraftCounts())
     else:
-        rows = _generate(model, ids, params, end_of_text)
+        rows = generate(model, ids, params, end_of_text)
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     return Sample(prompt, tuple(texts), sum(token != end_of_text for row in rows for token in row), drafts)
 
 
-def _generate(model: PreTrainedModel, ids: list[int], params: SampleParams, end_of_text: int) -> list[list[int]]:
+def generate(
+    model: PreTrainedModel,
+    ids: list[int],
+    params: SampleParams,
+    end_of_text: int,
+    streamer: BaseStreamer | None = None,
+) -> list[list[int]]:
     """Return the continuations of `ids` by transformers' `generate`, padded with `end_of_text` to equal lengths."""
     prompt_ids = torch.tensor([ids], device=model.device)
-    generate = cast(Callable[..., torch.Tensor], model.generate)  # torch annotates a module's attributes as tensors
-    sequences = generate(
+    own_generate = cast(Callable[..., torch.Tensor], model.generate)  # torch annotates attributes as tensors
+    sequences = own_generate(
         prompt_ids,
         attention_mask=torch.ones_like(prompt_ids),
         generation_config=generation_config(params, end_of_text),
+        streamer=streamer,
     )
     return sequences[:, len(ids) :].tolist()
 

@@ -90,11 +90,16 @@ def check_has_mtp_modules(model: PreTrainedModel) -> None:
 
 @torch.inference_mode()
 def generate_speculatively(
-    model: PreTrainedModel, prompt: Sequence[int], params: SampleParams, end_of_text: int
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    params: SampleParams,
+    end_of_text: int,
+    tell: Callable[[list[int]], None] | None = None,
 ) -> tuple[list[int], DraftCounts]:
     """Return the tokens after `prompt`, up to an end of text or `params.max_new_tokens`, and the drafts' counts.
 
-    Draws from torch's global generator. `model` must have MTP modules (`check_has_mtp_modules`).
+    Draws from torch's global generator; calls `tell` with the tokens of each round. `model` must have MTP modules
+    (`check_has_mtp_modules`).
     """
     exported = cast(ExportedModel, model)
     distribution = distribution_of(params)
@@ -115,6 +120,8 @@ def generate_speculatively(
         ids_BS = torch.cat([ids_BS, new_S[None]], dim=1)
         new = up_to(new_S.tolist(), end_of_text)
         generated += new
+        if tell is not None:
+            tell(new)
         counts += DraftCounts(len(draft_J), min(len(new), len(new_S) - 1), len(new), 1)
     return generated, counts
 

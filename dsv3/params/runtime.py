@@ -36,6 +36,10 @@ class RuntimeParams(Section):
     save_total_limit: int = Field(ge=1)
     """Most checkpoints kept."""
 
+    keep_last_checkpoint: bool
+    """Keep the last checkpoint of a finished training: a longer one, which is another training with a schedule of its
+    own, may go on from it (train.resume_from_checkpoint)."""
+
     resume: Literal["auto", "never", "must"]
     """auto: go on from a checkpoint of the same fingerprint where there is one."""
 

@@ -124,8 +124,15 @@ class TrainParams(Section):
     experts: Annotated[str, OneOf(["auto", *BACKENDS])]
     """Backend of the expert computation; auto chooses by device and precision, and is recorded."""
 
+    init_from: str | None
+    """An exported model, a folder or Hub id, whose weights the training starts from instead of new ones: weights alone,
+    of the same architecture and tokenizer. A change of them is another training to checkpoints; DVC does not see it
+    (dvc repro -f train). null: new weights."""
+
     resume_from_checkpoint: str | None
-    """A checkpoint's folder (step_N) to go on from, of the same architecture, whatever its precision; null: none."""
+    """A checkpoint's folder (step_N) to go on from, of the same architecture, whatever its precision; null: none.
+    Schedules are those of the new training from there on: where it is longer, the learning rate is that of its own step
+    and may rise again."""
 
     gradient_checkpointing: bool
     """Recompute each layer in the backward pass instead of keeping its activations."""
@@ -142,6 +149,10 @@ class TrainParams(Section):
             raise ValueError(
                 f"weight_decay is {self.weight_decay:g}; must be < {1 / self.learning_rate:g}, 1 / learning_rate, "
                 "or a step shrinks weights past zero"
+            )
+        if self.init_from is not None and self.resume_from_checkpoint is not None:
+            raise ValueError(
+                "init_from must be null beside resume_from_checkpoint, whose weights would replace its own"
             )
         if self.warmup_ratio + self.bias_freeze_ratio > 1:
             raise ValueError("warmup_ratio + bias_freeze_ratio exceeds 1; together they are shares of the same steps")

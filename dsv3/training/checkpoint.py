@@ -15,7 +15,7 @@ The same fingerprint resumes; any other starts afresh. A folder is written under
 complete and renamed; only then are older ones removed. `complete` holds the fingerprint, the step, and SHA-256 and size
 of every other file. They are compared before anything is loaded: a checkpoint that differs is set aside with a line,
 and the next older one is taken. Folders with other names are left alone. After the export all of it is deleted, or a
-repeated training would find itself finished.
+repeated training would find itself finished: with `runtime.keep_last_checkpoint` it does.
 
 No state of data or random numbers is saved: both are functions of the seed and the step.
 """
@@ -24,7 +24,7 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -235,10 +235,10 @@ def prune(directory: Path, save_total_limit: int, best_step: int) -> None:
             _remove(path)
 
 
-def delete_checkpoints(directory: Path) -> None:
-    """Remove all that was saved in `directory`, whole, half-written or damaged."""
+def delete_checkpoints(directory: Path, kept: Collection[Path] = ()) -> None:
+    """Remove all that was saved in `directory`, whole, half-written or damaged, but for the folders in `kept`."""
     for path in directory.iterdir():
-        if REMOVABLE_NAME.fullmatch(path.name):
+        if REMOVABLE_NAME.fullmatch(path.name) and path not in kept:
             _remove(path)
 
 

@@ -52,11 +52,13 @@ def flattened(facts: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator
 
 
 def difference(place: tuple[str, ...], there: Any, here: Any) -> str:
-    """Return one difference as the user knows it: a parameter with both values, a file of code, the token data."""
+    """Return one difference as the user knows it: a parameter with both values, a file of code, data, weights."""
     if place[0] == "code":
         return f"{place[1]} is other code"
     if place[0] == "tokens":
         return "the token data is other data"
+    if place[0] == "initial_weights":
+        return "the weights of train.init_from are others"
     return f"{'.'.join(place)} is {json.dumps(there)} there and {json.dumps(here)} here"
 
 

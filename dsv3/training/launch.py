@@ -11,6 +11,7 @@ in silence, under the same fingerprint; so everything that is not as a launcher 
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dsv3.errors import UserError
 from dsv3.params.runtime import RuntimeParams
+
+logger = logging.getLogger(__name__)
 
 SHUTDOWN_S = 600
 """Longest wait for workers that were told to stop: they finish a step and save."""
@@ -138,4 +141,9 @@ def run_workers(num_processes: int, module: str, arguments: Sequence[str]) -> No
     except ChildFailedError as failed:
         # In the order in which they were noticed: the others were only told to stop, because of the first.
         status = next(iter(failed.failures.values())).exitcode
+        if status == -signal.SIGKILL:
+            logger.error(
+                "a process was killed (SIGKILL), as systems do when memory runs out; dvc repro goes on from the last "
+                "checkpoint; lower train.per_device_train_batch_size or set train.gradient_checkpointing"
+            )
         raise SystemExit(status if status > 0 else 128 - status) from None

@@ -13,11 +13,16 @@ from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 
 def build_model(config_path: Path, seed: int) -> DeepseekV3ForCausalLM:
     """Return a newly initialized fp32 model, on the CPU, so that a seed gives the same weights on every device."""
-    try:
-        values = json.loads(read_small_text(config_path))
-        values.pop("quantization_config", None)  # DeepSeek's own file has one, of its FP8 weights; these are fp32
-        config = DeepseekV3Config(**values)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{config_path}: {error}") from None
+    config = read_config(config_path)
     torch.manual_seed(seed)
     return DeepseekV3ForCausalLM(config)
+
+
+def read_config(path: Path) -> DeepseekV3Config:
+    """Return the configuration of the model that is built from an architecture's file."""
+    try:
+        values = json.loads(read_small_text(path))
+        values.pop("quantization_config", None)  # DeepSeek's own file has one, of its FP8 weights; these are fp32
+        return DeepseekV3Config(**values)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None

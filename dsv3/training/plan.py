@@ -11,13 +11,17 @@ from dsv3.artifacts import read_model
 from dsv3.data.batches import Batches
 from dsv3.data.meta import check_shards, open_stream, read_meta
 from dsv3.data.shards import TokenStream
+from dsv3.devices import free_bytes, torch_device
 from dsv3.errors import UserError
 from dsv3.params.architecture import Architecture, read_architecture
 from dsv3.params.read import Params
+from dsv3.params.runtime import Device
 from dsv3.sizing.flops import training_flops_per_token
+from dsv3.sizing.memory import training_memory
 from dsv3.sizing.report import training_size
 from dsv3.tracking.identity import project_root
 from dsv3.training.budget import Budget, budget_of
+from dsv3.training.initial_weights import InitialWeights, read_initial_weights
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class TrainingPlan:
     batches: Batches
     validation: TokenStream
     budget: Budget
+    initial_weights: InitialWeights | None
+    """The model that the training starts from; None: from new weights."""
 
     @property
     def total_steps(self) -> int:
@@ -92,11 +98,46 @@ class TrainingPlan:
                 f"{total_tokens:,} tokens, {self.epochs_before(self.total_steps):.2f} epochs",
                 f"cost     {self.flops_per_token:.3g} FLOPs per token, "
                 f"{self.flops_per_token * total_tokens:.3g} in all",
+                *([f"weights  those of {self.initial_weights}"] if self.initial_weights else []),
                 *self.notes(),
                 f"memory   {size['training_cpu_peak_gib']} GiB estimated on a CPU, "
                 f"{size['training_cuda_peak_gib']} GiB on a GPU",
             )
         )
+
+
+def introduction(plan: TrainingPlan) -> str:
+    """Return the plan in a few lines, for the device that it would run on."""
+    runtime = plan.params.runtime
+    device = torch_device(runtime)
+    device_type = runtime.device_type(has_cuda=device.type == "cuda")
+    note = memory_note(plan, device_type, free_bytes(device), runtime.num_processes)
+    return "\n".join([plan.summary(), *([note] if note else [])])
+
+
+def memory_note(plan: TrainingPlan, device_type: Device, free: int, num_processes: int) -> str | None:
+    """Return a line where the training's estimate exceeds the `free` bytes, with what would fit; None where it fits.
+
+    The processes of a machine share a CPU's memory, and each has a GPU of its own. It is a note, not an error: memory
+    that others hold now may be free later, and a system may have more than it says.
+    """
+    sharing = num_processes if device_type == "cpu" else 1
+
+    def needed(**changes: int | bool) -> int:
+        train = plan.params.train.model_copy(update=changes)
+        return sharing * training_memory(plan.architecture, train, device_type).peak_bytes
+
+    if needed() <= free:
+        return None
+    batch = plan.params.train.per_device_train_batch_size
+    fitting = next((n for n in range(batch - 1, 0, -1) if needed(per_device_train_batch_size=n) <= free), None)
+    remedies = [f"train.per_device_train_batch_size {fitting}"] if fitting else []
+    if needed(gradient_checkpointing=True) <= free:
+        remedies.append("train.gradient_checkpointing true")
+    gib = 2**30
+    return f"note     needs {needed() / gib:.2f} GiB on {device_type}, {free / gib:.2f} are free: try " + (
+        " or ".join(remedies) or "train.adam_moments_dtype bf16, or a smaller model"
+    )
 
 
 class Described(BaseModel):
@@ -128,7 +169,9 @@ def read_training_plan(params: Params, tokens: Path) -> TrainingPlan:
     if len(validation) < 2:
         raise UserError(f"{tokens}: {len(validation)} tokens for validation; must be >= 2; raise validation_fraction")
     budget = budget_of(params.train, batches.num_blocks_per_epoch)
-    plan = TrainingPlan(params, meta.model_dump(), architecture, batches, validation, budget)
+    name = params.train.init_from
+    initial_weights = read_initial_weights(name, Path(params.model.config), tokens) if name is not None else None
+    plan = TrainingPlan(params, meta.model_dump(), architecture, batches, validation, budget, initial_weights)
     check_steps(plan)
     return plan
 
@@ -149,16 +192,17 @@ def read_manifest(corpus: Path) -> dict[str, Any]:
     return read_model(corpus / "manifest.json", Described, "run the download stage again").model_dump()
 
 
-def check_unlinked(path: Path) -> None:
-    """Raise `UserError` where a link leads `path` out of the project: DVC would refuse the finished output."""
+def check_unlinked(*paths: Path) -> None:
+    """Raise `UserError` where a link leads one of the paths out of the project: DVC would refuse the output."""
     root = project_root().absolute()
-    if not path.absolute().is_relative_to(root) or path.parent.resolve().is_relative_to(root.resolve()):
-        return
-    link = next(parent for parent in path.absolute().parents if parent.is_symlink())
-    raise UserError(
-        f"{path}: the link {link} leads out of the project, where DVC takes no outputs; remove it, and run: dvc "
-        "cache dir --local FOLDER && dvc config --local cache.type symlink, to keep large files on another disk"
-    )
+    for path in paths:
+        if not path.absolute().is_relative_to(root) or path.parent.resolve().is_relative_to(root.resolve()):
+            continue
+        link = next(parent for parent in path.absolute().parents if parent.is_symlink())
+        raise UserError(
+            f"{path}: the link {link} leads out of the project, where DVC takes no outputs; remove it, and run: dvc "
+            "cache dir --local FOLDER && dvc config --local cache.type symlink, to keep large files on another disk"
+        )
 
 
 def check_output(path: Path, stage: str) -> None:

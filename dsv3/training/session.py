@@ -21,7 +21,15 @@ from dsv3.tracking.events import LastLine, Result
 from dsv3.tracking.identity import experiment_name, project_root, run_identity
 from dsv3.tracking.recorder import Recorder, open_recorder
 from dsv3.training import fp8_hooks, hooks
-from dsv3.training.checkpoint import check_checkpoint, delete_checkpoints, load_best, load_checkpoint, newest_whole
+from dsv3.training.checkpoint import (
+    best_folder,
+    check_checkpoint,
+    checkpoints,
+    delete_checkpoints,
+    load_best,
+    load_checkpoint,
+    newest_whole,
+)
 from dsv3.training.fingerprint import Fingerprint, other_checkpoints, write_facts
 from dsv3.training.interruption import caught_signals
 from dsv3.training.lock import hold_lock
@@ -71,9 +79,19 @@ def run_training(
                     train(run, hooks_of_run, checkpoint_writer(recorder, directory))
                 metrics = export_and_record(run, recorder, chosen, directory, outputs)
             if accelerator.is_main_process:
-                delete_checkpoints(directory)
+                leave_checkpoints(run, directory)
             accelerator.wait_for_everyone()
     return metrics
+
+
+def leave_checkpoints(run: Run, directory: Path) -> None:
+    """Delete the checkpoints of a finished training; keep its last one, and say so, where that is wanted."""
+    if not run.plan.params.runtime.keep_last_checkpoint:
+        delete_checkpoints(directory)
+        return
+    (last,) = checkpoints(directory)[-1:]
+    delete_checkpoints(directory, {last, best_folder(directory, run.state.best_step)})
+    tqdm.write(f"kept {last}; a longer training goes on from it by train.resume_from_checkpoint")
 
 
 @contextmanager
@@ -282,6 +300,7 @@ def model_facts(run: Run, recorder: Recorder, chosen: Choices, outputs: Outputs)
         "configuration": plan.params.model.config,
         "text SHA-256": outputs.manifest.get("sha256"),
         "tokens SHA-256": plan.meta["sha256"],
+        **({"initial weights": str(plan.initial_weights)} if plan.initial_weights else {}),
         "optimizer steps": run.state.step,
         "training tokens": plan.tokens_before(run.state.step),
         "linear layers in": chosen.precision,

@@ -116,6 +116,8 @@ def prepare_model(plan: TrainingPlan, device: torch.device) -> tuple[DeepseekV3F
     """
     train = plan.params.train
     model = build_model(Path(plan.params.model.config), plan.params.seed)
+    if plan.initial_weights is not None:
+        plan.initial_weights.copy_into(model)
     precision = resolved_precision(train.precision, device)
     recipe = fp8_recipe(train)
     widths = plan.architecture.hidden_size, plan.architecture.moe_intermediate_size
@@ -144,13 +146,15 @@ def prepare_model(plan: TrainingPlan, device: torch.device) -> tuple[DeepseekV3F
 
 
 def run_fingerprint(plan: TrainingPlan, chosen: Choices) -> Fingerprint:
-    """Return what shapes the weights: parameters, architecture, data, formats, and the syntax of the code.
+    """Return what shapes the weights: parameters, architecture, first weights, data, formats, the code's syntax.
 
     Not in it: `runtime`, the device and the number of processes, which change at most the rounding, so that a training
     may go on elsewhere.
     """
+    initial = {} if plan.initial_weights is None else {"initial_weights": plan.initial_weights.sha256}
     return Fingerprint(
         {
+            **initial,
             "format": FORMAT_VERSION,
             "seed": plan.params.seed,
             "train": plan.params.train.model_dump(),

@@ -1,13 +1,18 @@
 """What the documents promise exists: links, commands, parameters, files."""
 
 import ast
+import json
 import re
 import shlex
+import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
+from dsv3.params.read import read_params
+from tests.committed import PROJECT
 from tests.contracts.import_closure import ROOT
 from tests.contracts.package_graph import picture
 from tests.contracts.test_tree import TEXTS
@@ -78,6 +83,33 @@ def test_parameters_that_are_set_exist(page: str):
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_values_that_are_set_are_valid_together(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A stand-in for running the experiment, which would train: what `-S` sets is validated as every stage would."""
+    for number, command in enumerate(commands(page)):
+        words = shlex.split(command, posix=True) if " -S " in command and "presets" not in command else []
+        if "-S" not in words:
+            continue
+        folder = shutil.copytree(PROJECT, tmp_path / str(number))
+        monkeypatch.chdir(folder)
+        for flag, assignment in pairwise(words):
+            if flag == "-S":
+                key, _, value = assignment.partition("=")
+                file, _, path = key.rpartition(":")
+                set_value(folder / (file or "params.yaml"), path.split("."), value.split(",")[0])
+        read_params(Path("params.yaml"))
+
+
+def set_value(file: Path, path: list[str], value: str) -> None:
+    """Change one value of a YAML or JSON file (JSON is YAML), as `dvc exp run -S` does."""
+    yaml = YAML(typ="safe")
+    values = target = yaml.load(file.read_text())
+    for section in path[:-1]:
+        target = target[section]
+    target[path[-1]] = yaml.load(value)
+    file.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_stages_that_are_run_exist(page: str):
     for command in commands(page):
         for stage in re.findall(r"^dvc repro(?: -\S+)* ([a-z]\w*)", command):
@@ -116,6 +148,15 @@ def test_code_that_is_named_exists(page: str):
 def test_files_that_are_named_exist(page: str):
     named = re.findall(r"`((?:dsv3|mini_model|stages|tests|configs|presets|docs|benchmarks)/[\w./]+)`", TEXTS[page])
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tests_that_are_named_exist(page: str):
+    sources = "".join(text for name, text in TEXTS.items() if name.startswith("tests/") and name.endswith(".py"))
+    named = (
+        re.findall(r"`(test_\w+)`", TEXTS[page]) if page != "docs/log.md" else []
+    )  # the log names others' tests, too
+    assert [name for name in named if f"def {name}(" not in sources] == []
 
 
 def test_the_readme_starts_with_two_commands():

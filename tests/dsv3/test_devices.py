@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from dsv3.devices import device_name, torch_device
+from dsv3 import devices
+from dsv3.devices import device_name, free_bytes, torch_device
 from dsv3.errors import UserError
 from tests.committed import DEFAULTS
 
@@ -38,3 +39,17 @@ def test_a_gpu_that_is_asked_for_and_missing_is_told_in_one_line(monkeypatch):
         UserError, match=r"runtime\.device is cuda; this machine has no CUDA device; set it to auto or cpu"
     ):
         torch_device(runtime("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "left"), [("1000", "400", 600), ("max", "400", None), (None, None, None), ("1000", "", None)]
+)
+def test_a_container_leaves_what_its_limit_leaves(tmp_path, limit, used, left):
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text(f"{used}\n")
+    assert devices._container_bytes(tmp_path) == (float("inf") if left is None else left)
+
+
+def test_the_free_memory_of_a_cpu_is_between_nothing_and_all():
+    assert 0 < free_bytes(torch.device("cpu")) < 1 << 50

@@ -190,6 +190,47 @@ def test_experiments_are_held_against_the_last_commit_or_against_each_other(labo
     assert unknown == "unknown Git revision 'faster'; dvc exp list names the experiments\n"
 
 
+def test_a_second_clone_pulls_a_run_and_an_experiment_and_computes_nothing_again(laboratory, tmp_path):
+    """docs/sharing.md's commands, with a folder for the storage and a bare repository for the Git server."""
+    server, storage, clone = tmp_path / "server.git", tmp_path / "storage", Laboratory(tmp_path / "clone")
+    laboratory.run("git", "init", "--quiet", "--bare", "--initial-branch", "main", str(server))
+    laboratory.run("git", "remote", "add", "origin", str(server))  # neither changes a file that Git knows
+    laboratory.run("dvc", "remote", "add", "--local", "--default", "storage", str(storage))
+    laboratory.run("git", "push", "--quiet", "origin", "main")
+    laboratory.run("dvc", "push")
+    laboratory.run("dvc", "exp", "push", "origin", "slower")
+
+    laboratory.run("git", "clone", "--quiet", str(server), str(clone.root))
+    for place in ("--local", "--project"):  # the experiment's commit has no remote of its own
+        clone.run("dvc", "remote", "add", place, "--default", "storage", str(storage))
+    clone.commit("A place for the results")
+    clone.run("git", "tag", "--annotate", "model@v1.0.0", "--message", "The first one")
+    clone.run("git", "push", "--quiet", "--follow-tags", "origin", "main")
+    clone.run("dvc", "pull")
+    assert "up to date" in clone.run("dvc", "repro").stdout
+    own = clone.json("results/evaluate/headline.json")
+    clone.run("dvc", "exp", "pull", "origin", "slower")
+    clone.run("dvc", "exp", "apply", "slower")
+    assert "up to date" in clone.run("dvc", "status").stdout
+    pulled = clone.json("results/evaluate/headline.json")
+    assert pulled["heldout"] != own["heldout"]
+    clone.run("dvc", "repro", "--force", "--single-item", "evaluate")
+    assert clone.json("results/evaluate/headline.json") == pulled
+
+    got = tmp_path / "got"
+    weights = "model.safetensors"
+    laboratory.run("dvc", "artifacts", "get", str(server), "model", "--rev", "v1.0.0", "--out", str(got))
+    assert (got / weights).read_bytes() == (laboratory.root / "outputs/final_model" / weights).read_bytes()
+
+    clone.run(sys.executable, "-m", "dsv3.tracking.rebuild")
+    clone.restore()
+    clone.run(sys.executable, "-m", "dsv3.tracking.rebuild")
+    runs = clone.aim_runs(tmp_path)
+    assert sorted(round(run["evaluate"]["heldout"]["nats_per_char"], 6) for run in runs.values()) == sorted(
+        round(headline["heldout"], 6) for headline in (own, pulled)
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

@@ -15,7 +15,7 @@ from tests.training_inputs import run_stage, started_run, write_inputs
         ({1: -9, 0: 143}, 137),  # the second was killed for its memory; the first saved and went
     ],
 )
-def test_the_status_is_that_of_the_worker_that_failed_first(statuses, told, monkeypatch, tmp_path):
+def test_the_status_is_that_of_the_worker_that_failed_first(statuses, told, monkeypatch, tmp_path, caplog):
     def fail(*_: object) -> None:
         failures = {
             rank: ProcessFailure(local_rank=rank, pid=1, exitcode=status, error_file=str(tmp_path / "none"))
@@ -27,6 +27,7 @@ def test_the_status_is_that_of_the_worker_that_failed_first(statuses, told, monk
     with pytest.raises(SystemExit) as stopped:
         launch.run_workers(2, "stages.train", [])
     assert stopped.value.code == told
+    assert ("memory runs out" in caplog.text) == (told == 128 + 9)
 
 
 WORKER = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}

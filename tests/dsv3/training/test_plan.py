@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from dsv3.errors import UserError
+from dsv3.sizing.memory import training_memory
 from dsv3.training import precision
-from dsv3.training.plan import check_unlinked
+from dsv3.training.plan import check_unlinked, memory_note
 from dsv3.training.precision import autocast_dtype, resolved_precision
 from tests.training_inputs import plan_of
 
@@ -73,3 +74,23 @@ def test_bf16_is_chosen_where_it_is_native_and_emulated_where_it_is_asked_for(
     monkeypatch.setattr(precision, "multiplies_bf16", lambda device: is_native)
     assert resolved_precision(asked, torch.device(device)) == resolved
     assert autocast_dtype(asked, torch.device(device)) == autocast
+
+
+def test_a_training_that_does_not_fit_the_free_memory_says_what_would(tmp_path):
+    plan = plan_of(tmp_path, train={"per_device_train_batch_size": 8, "block_size": 64})
+
+    def peak(**changes):
+        return training_memory(plan.architecture, plan.params.train.model_copy(update=changes), "cpu").peak_bytes
+
+    whole, smaller, recomputed = peak(), peak(per_device_train_batch_size=5), peak(gradient_checkpointing=True)
+    assert peak(per_device_train_batch_size=6) > smaller
+    assert memory_note(plan, "cpu", whole, 1) is None
+    note = memory_note(plan, "cpu", smaller, 1)
+    assert note is not None and "train.per_device_train_batch_size 5" in note
+    assert ("train.gradient_checkpointing true" in note) == (recomputed <= smaller)
+    assert memory_note(plan, "cpu", whole, 2) is not None  # two processes share a CPU's memory
+    assert memory_note(plan, "cuda", whole, 2) is None
+    hopeless = memory_note(plan, "cpu", 0, 1)
+    assert hopeless is not None and hopeless.endswith(
+        "0.00 are free: try train.adam_moments_dtype bf16, or a smaller model"
+    )

@@ -242,6 +242,48 @@ def test_a_training_that_goes_on_from_another_exports_its_own_best_weights(tmp_p
     assert metrics["validation"]["best_step"] == metrics["exported_step"]
 
 
+EVEN = {
+    "lr_scheduler_type": "constant",
+    "warmup_ratio": 0.0,
+    "bias_freeze_ratio": 0.0,
+    "mtp_loss_weight": 0.1,
+    "mtp_loss_weight_final": 0.1,
+}
+"""Schedules that do not depend on the length of the training."""
+
+
+def test_the_last_checkpoint_is_kept_on_request_and_a_longer_training_goes_on_from_it(tmp_path, capsys):
+    whole = trained(tmp_path / "whole", train={**EVEN, "max_steps": 16})
+    assert list((tmp_path / ".checkpoints").glob("*/step_*")) == []
+    keeps = {"keep_last_checkpoint": True}
+    trained(tmp_path / "first", train={**EVEN, "max_steps": 12}, runtime=keeps)
+    (last,) = (tmp_path / ".checkpoints").glob("[!l]*/*_*")
+    assert last.name == "step_12"
+    assert f"kept {last}; a longer training goes on from it" in capsys.readouterr().out
+    longer = {**EVEN, "max_steps": 16, "resume_from_checkpoint": str(last.relative_to(tmp_path))}
+    metrics = trained(tmp_path / "longer", train=longer)
+    assert (metrics["step"], metrics["validation"]) == (16, whole["validation"])
+    files = [tmp_path / name / "final_model" / "model.safetensors" for name in ("whole", "longer")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert last.is_dir()
+
+
+def test_a_training_whose_last_checkpoint_was_kept_is_finished_when_it_is_repeated(tmp_path, monkeypatch):
+    best = {"load_best_model_at_end": True, "eval_steps": 5, "learning_rate": 0.5}
+    first = trained(tmp_path, train=best, runtime={"keep_last_checkpoint": True})
+    names = {path.name for path in next((tmp_path / ".checkpoints").glob("[!l]*")).iterdir()}
+    assert names == {"facts.json", "step_12", f"best_{first['exported_step']}"}
+    before = (tmp_path / "final_model" / "model.safetensors").read_bytes()
+    steps: list[int] = []
+    original = session.train
+    monkeypatch.setattr(session, "train", lambda run, *rest: (steps.append(run.state.step), original(run, *rest)))
+    second = trained(tmp_path, train=best)  # and is not kept any longer
+    assert steps == [12]
+    assert (second["validation"], second["exported_step"]) == (first["validation"], first["exported_step"])
+    assert (tmp_path / "final_model" / "model.safetensors").read_bytes() == before
+    assert list((tmp_path / ".checkpoints").glob("*/*_*")) == []
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
