@@ -44,9 +44,8 @@ format: .venv/.dev ## format the code and mend what can be mended
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-ui: setup ## compare runs in Aim, on this machine only: it asks for no password
-	@test -d .aim || { echo "no run has been tracked yet; make repro makes one" >&2; exit 2; }
-	$(BIN)/aim up --host 127.0.0.1
+ui: setup ## compare runs in Aim, in prepared views; on this machine only: it asks for no password
+	@$(BIN)/python -m dsv3.tracking.views
 
 bench: .venv/.dev ## measure what the README claims, on this machine
 	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do \
