@@ -32,7 +32,8 @@ HOST = "127.0.0.1"
 
 PRECISION, RUN = "run.params.env.precision", "run.props.name"
 HELDOUT, VALIDATION = "evaluate.heldout.nats_per_char", "train.validation.loss"
-SPEED, SECONDS, MAX_VIO = "train.tokens_per_s", "train.train_s", "evaluate.router.max_vio_global_max"
+SPEED, SECONDS = "train.tokens_per_s", "train.train_s"
+MAX_VIO, DEAD = "evaluate.router.max_vio_global_max", "evaluate.router.dead_experts"
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,10 @@ def param(name: str) -> dict[str, Any]:
 
 def table(*columns: str, charts: float = 0.6) -> dict[str, Any]:
     """Return a table of the run, these columns, then all others, below charts that take this share of the page."""
-    hidden = {"hash", "description", "creator", "experiment", "experiment_description"} - set(columns)
+    hidden = {"groups", "hash", "description", "creator", "experiment", "experiment_description"}
+    hidden |= {"metric", "context", "date", "duration", "tags"}
     order = {"left": ["run"], "middle": list(columns), "right": []}
-    return {"hiddenColumns": sorted(hidden), "columnsOrder": order, "height": str(charts)}
+    return {"hiddenColumns": sorted(hidden - set(columns)), "columnsOrder": order, "height": str(charts)}
 
 
 VIEWS = (
@@ -91,7 +93,7 @@ VIEWS = (
         state={
             "select": {"options": [metric("loss", subset="train"), metric("loss", subset="val")]},
             "grouping": {"color": [PRECISION], "stroke": [RUN], "chart": ["context.subset"]},
-            "table": table(),
+            "table": table("context", HELDOUT, VALIDATION, SPEED),
         },
     ),
     View(
@@ -113,7 +115,7 @@ VIEWS = (
         state={
             "select": {"options": [metric("max_vio")]},
             "grouping": {"color": [RUN], "chart": ["context.layer"]},
-            "table": table(),
+            "table": table(MAX_VIO, DEAD),
         },
     ),
     View(
@@ -135,7 +137,7 @@ VIEWS = (
         explorer="params",
         state={
             "select": {"options": [param(name) for name in ("env.precision", SPEED, MAX_VIO, VALIDATION, HELDOUT)]},
-            "table": table("description", HELDOUT, VALIDATION, SPEED, SECONDS, MAX_VIO, charts=0.4),
+            "table": table("description", HELDOUT, VALIDATION, SPEED, SECONDS, MAX_VIO, DEAD, "date", charts=0.4),
         },
     ),
 )
