@@ -34,6 +34,8 @@ PRECISION, RUN = "run.params.env.precision", "run.props.name"
 HELDOUT, VALIDATION = "evaluate.heldout.nats_per_char", "train.validation.loss"
 SPEED, SECONDS = "train.tokens_per_s", "train.train_s"
 MAX_VIO, DEAD = "evaluate.router.max_vio_global_max", "evaluate.router.dead_experts"
+EVALUATED = f"run.{HELDOUT} > 0"
+"""Query for runs with the number: one without it (still running, or stopped) would make names of the axis's numbers."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,10 @@ VIEWS = (
     View(
         key="cost",
         name="Held-out loss against cost",
-        description="A point per run: nats/char of the held-out text over the seconds of the training",
+        description="A point per evaluated run: nats/char of the held-out text over the seconds of the training",
         explorer="scatters",
         state={
-            "select": {"options": [param(HELDOUT), param(SECONDS)]},
+            "select": {"options": [param(HELDOUT), param(SECONDS)], "query": EVALUATED},
             "grouping": {"color": [RUN]},
             "table": table(HELDOUT, SECONDS, SPEED),
         },
@@ -133,10 +135,13 @@ VIEWS = (
     View(
         key="runs",
         name="Runs and their headline numbers",
-        description="What each run changed, and what it reached",
+        description="What each evaluated run changed, and what it reached",
         explorer="params",
         state={
-            "select": {"options": [param(name) for name in ("env.precision", SPEED, MAX_VIO, VALIDATION, HELDOUT)]},
+            "select": {
+                "options": [param(name) for name in ("env.precision", SPEED, VALIDATION, HELDOUT)],
+                "query": EVALUATED,
+            },
             "table": table("description", HELDOUT, VALIDATION, SPEED, SECONDS, MAX_VIO, DEAD, "date", charts=0.4),
         },
     ),

@@ -33,7 +33,14 @@ MARKS = {
 }
 """What each view draws, of which both runs have at least one."""
 
-WAIT_S = 60
+STOPPED = """import aim
+run = aim.Run(repo=".", system_tracking_interval=None, log_system_params=False, capture_terminal_logs=False)
+run.name = "stopped"
+run["env"] = {"precision": "fp32"}
+run.close()"""
+"""A run that was never evaluated."""
+
+WAIT_S = 120
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ class Pages:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
-    """A baseline in fp32 and an experiment in FP8."""
+    """A baseline in fp32, an experiment in FP8, and a run that stopped before it had any number."""
     if CHROMIUM is None or DRIVER is None:
         pytest.skip("no Chromium with its driver; Debian: apt-get install chromium chromium-driver")
     pytest.importorskip("selenium", reason="a group of its own: make test-ui")
@@ -89,6 +96,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
     lab.run("dvc", "repro")
     lab.commit("My baseline")
     lab.run("dvc", "exp", "run", "--name", "fp8", "-S", "train.use_fp8=true")
+    lab.run(sys.executable, "-c", STOPPED)
     return lab
 
 
@@ -110,7 +118,7 @@ def address(lab: Laboratory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def pages(address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pages]:
-    """A headless Chromium without network beside the interface, after both runs were indexed."""
+    """A headless Chromium without network beside the interface, after all runs were indexed."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -144,9 +152,9 @@ def wait_until_indexed(pages: Pages) -> None:
         except WebDriverException:  # not up yet
             return False
         time.sleep(2)
-        return len(pages.texts(".RunNameColumn__runName")) == 2
+        return len(pages.texts(".RunNameColumn__runName")) == 3
 
-    pages.wait(is_indexed, "two runs")
+    pages.wait(is_indexed, "three runs")
     pages.driver.execute_script("localStorage.setItem('communityPopupSeen', 'true')")  # an advertisement of Aim's
 
 
@@ -157,11 +165,10 @@ def names(lab: Laboratory) -> list[str]:
     return ["fp8 · train.use_fp8: true", f"workspace-{commit[:7]}"]
 
 
-def test_the_table_of_runs_names_both_and_says_what_differs(pages: Pages, names: list[str]):
+def test_the_table_of_runs_names_them_and_says_what_differs(pages: Pages, names: list[str]):
     pages.open("/runs")
-    pages.wait(lambda: len(pages.texts(".RunNameColumn__runName")) == 2, "runs")
-    assert pages.texts(".RunNameColumn__runName") == names
     pages.wait(lambda: len(pages.texts(".AttachedTagsList__tags")) == 2, "tags")
+    assert pages.texts(".RunNameColumn__runName") == ["stopped", *names]
     tags = pages.texts(".AttachedTagsList__tags")
     assert "fp8_emulated" in tags[0] and "train.use_fp8: true" in tags[0]
     assert "fp32" in tags[1] and "use_fp8" not in tags[1]
@@ -195,9 +202,17 @@ def test_each_loss_has_a_curve_per_run_in_its_precisions_color(pages: Pages, nam
     assert all(name in legends for name in names)
 
 
+def test_the_held_out_loss_is_a_number_beside_its_cost_whatever_other_runs_lack(pages: Pages):
+    pages.open(PATHS["cost"])
+    pages.wait(lambda: len(pages.attributes(MARKS["cost"], "1")) == 2, "points")
+    ticks = pages.texts(".ScatterPlot .yAxis .tick")
+    assert len(ticks) > 2 and all(re.fullmatch(r"\d[\d.]*", tick) for tick in ticks)
+
+
 def test_the_runs_stand_beside_their_headline_numbers(pages: Pages, names: list[str]):
     pages.open(PATHS["runs"])
     pages.wait(lambda: len(pages.texts(".RunNameColumn__runName")) == 2, "runs")
+    assert pages.texts(".RunNameColumn__runName") == names
     columns = pages.texts(".Table__pane--middle .Table__column .Table__cell--header")
     headline = ["evaluate.heldout.nats_per_char", "train.validation.loss", "train.tokens_per_s"]
     assert [name for name in columns if name in headline] == headline
