@@ -1,6 +1,6 @@
 # One word per need; `make help` lists them. Everything runs in .venv, which the first one that needs it makes.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro compare test check format ui bench ablations clean
+.PHONY: help setup repro compare test test-ui check format ui bench ablations clean
 
 BIN := .venv/bin
 # The first that runs and can make an environment: a name on the PATH may be a shim without a Python behind it. Those
@@ -17,7 +17,7 @@ TORCH = $$(nvidia-smi >/dev/null 2>&1 && echo 'torch!=$(shell sed -n s/^torch==/
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/.pipeline ## make .venv with the pinned dependencies
 
@@ -33,6 +33,10 @@ compare: setup ## all experiments in one table: what differs in parameters and a
 test: .venv/.dev ## run all tests, a real pipeline among them (those marked gpu need a GPU: pytest -m gpu)
 	$(BIN)/python -m pytest --numprocesses auto
 
+# On Debian: apt-get install chromium chromium-driver. SCREENSHOTS=folder keeps what was seen; docs/figures has one of them.
+test-ui: .venv/.ui ## test what Aim shows of two experiments, in a real browser (Chromium)
+	$(BIN)/python -m pytest tests/browser -m browser -rs
+
 check: .venv/.dev ## check format, lint, types, import rules and contracts, as pre-commit does
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -44,9 +48,8 @@ format: .venv/.dev ## format the code and mend what can be mended
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-ui: setup ## compare runs in Aim, on this machine only: it asks for no password
-	@test -d .aim || { echo "no run has been tracked yet; make repro makes one" >&2; exit 2; }
-	$(BIN)/aim up --host 127.0.0.1
+ui: setup ## compare runs in Aim, in prepared views; on this machine only: it asks for no password
+	@$(BIN)/python -m dsv3.tracking.views
 
 bench: .venv/.dev ## measure what the README claims, on this machine
 	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do \
@@ -74,4 +77,8 @@ clean: ## remove caches and the checkpoints of unfinished trainings; data, resul
 .venv/.dev: .venv/.pipeline
 	@echo "installing what tests and checks need (a minute, once)"
 	@$(INSTALL) --group dev
+	@touch $@
+
+.venv/.ui: .venv/.dev
+	@$(INSTALL) --group ui
 	@touch $@

@@ -144,7 +144,7 @@ def check_schema() -> Finding:
 
 def check_aim() -> Finding:
     """Check that Aim can be imported where it is asked for, and where its runs go; tell whether its interface is up."""
-    from dsv3.tracking.identity import project_root
+    from dsv3.tracking.identity import aim_folder
 
     runtime = read_params(PARAMS).runtime
     if "aim" not in runtime.trackers:
@@ -154,11 +154,9 @@ def check_aim() -> Finding:
         return Finding("aim", False, "has no wheels for Python 3.13 and later", remedy)
     importlib.import_module("aim")
     version = importlib.metadata.version("aim")
-    location = runtime.aim_repo or str(project_root())
-    if "://" in location:
-        return Finding("aim", True, f"{version}, runs go to {location} (not contacted)")
-    folder = Path(location).expanduser()
-    repository = folder if folder.name == ".aim" else folder / ".aim"
+    repository = aim_folder(runtime.aim_repo)
+    if repository is None:
+        return Finding("aim", True, f"{version}, runs go to {runtime.aim_repo} (not contacted)")
     if not repository.is_dir():
         return Finding("aim", True, f"{version}, {repository} will be made by the first run")
     is_writable = os.access(repository, os.W_OK)

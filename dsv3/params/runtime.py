@@ -46,6 +46,9 @@ class RuntimeParams(Section):
     trackers: list[TrackerName]
     """Views of the run; the truth is in results/."""
 
+    track_fp8_operands: bool
+    """Show trackers what FP8 does to each operand of each module; false: to the whole model. results/ has both."""
+
     aim_repo: str | None
     """Aim repository: a folder or aim://host:port; null: .aim at the root of the DVC repository."""
 

@@ -16,7 +16,6 @@ import logging
 import os
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from pathlib import Path
 from typing import Any
 
 import aim
@@ -25,7 +24,7 @@ from filelock import FileLock
 
 from dsv3.params.runtime import RuntimeParams
 from dsv3.tracking.events import Distribution, Event, Figure, LastLine, Result, Row, Text
-from dsv3.tracking.identity import RunIdentity, project_root
+from dsv3.tracking.identity import RunIdentity, aim_folder, project_root
 from dsv3.tracking.metrics import TABLES, charted, place
 from dsv3.tracking.tracker import Mode
 
@@ -167,11 +166,11 @@ class AimTracker:
 
 def initialize(location: str) -> None:
     """Create the Aim repository in the folder `location` unless it is there; one process at a time."""
-    if location.startswith(("aim://", "ssh://")):
+    repository = aim_folder(location)
+    if repository is None:
         return
-    folder = Path(location).expanduser()
-    folder = folder.parent if folder.name == ".aim" else folder
-    is_complete = (folder / ".aim" / "VERSION").is_file  # what Aim writes last
+    folder = repository.parent
+    is_complete = (repository / "VERSION").is_file  # what Aim writes last
     if is_complete():
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -195,6 +195,14 @@ def project_root() -> Path:
     return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
 
 
+def aim_folder(aim_repo: str | None) -> Path | None:
+    """Return the folder `.aim` that `runtime.aim_repo` means; None for a server."""
+    if aim_repo and "://" in aim_repo:
+        return None
+    folder = Path(aim_repo).expanduser() if aim_repo else project_root()
+    return folder if folder.name == ".aim" else folder / ".aim"
+
+
 def native(value: Any) -> Any:
     """Return `value` with its containers copied and every leaf as None, bool, int, float or str.
 

@@ -99,6 +99,9 @@ METRICS = MappingProxyType(
     }
 )
 
+WHOLE_MODEL = "model"
+"""Module under which the sums over all modules with FP8 products are recorded; every module's name begins with it."""
+
 TABLES = MappingProxyType(
     {
         "history": Table(index=("step",), subset="train"),

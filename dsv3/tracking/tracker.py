@@ -13,8 +13,9 @@ from typing import Literal, Protocol, TypeVar, get_args
 
 from dsv3.cli import end_despite
 from dsv3.params.runtime import RuntimeParams, TrackerName
-from dsv3.tracking.events import Event
+from dsv3.tracking.events import Event, Row
 from dsv3.tracking.identity import RunIdentity
+from dsv3.tracking.metrics import WHOLE_MODEL
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,31 @@ class Tracker(Protocol):
 
 def load_tracker(name: TrackerName, runtime: RuntimeParams) -> Tracker:
     """Return the tracker of that name, made by `tracker(runtime)` of its module; raise what its package raises."""
-    return importlib.import_module(f"dsv3.tracking.{name}").tracker(runtime)
+    tracker = importlib.import_module(f"dsv3.tracking.{name}").tracker(runtime)
+    return tracker if runtime.track_fp8_operands else WithoutOperands(tracker)
+
+
+class WithoutOperands:
+    """A tracker that is shown what FP8 does to the whole model, and not to each operand: that is hundreds of curves."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+        self.has_rows = False
+
+    def open(self, identity: RunIdentity, run_hash: str | None, mode: Mode) -> str | None:
+        """Open the tracker."""
+        opened = self._tracker.open(identity, run_hash, mode)
+        self.has_rows = self._tracker.has_rows
+        return opened
+
+    def write(self, event: Event) -> None:
+        """Show the event unless it is a row of one module's operand."""
+        if not (isinstance(event, Row) and event.cells.get("module", WHOLE_MODEL) != WHOLE_MODEL):
+            self._tracker.write(event)
+
+    def close(self, status: str) -> None:
+        """Close the tracker."""
+        self._tracker.close(status)
 
 
 def remedy(name: TrackerName) -> str:

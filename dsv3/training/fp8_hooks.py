@@ -11,14 +11,12 @@ from contextlib import contextmanager
 import torch
 
 from dsv3.fp8.statistics import Found, Statistics, fp8_statistics
-from dsv3.tracking.metrics import Cell
+from dsv3.tracking.metrics import WHOLE_MODEL, Cell
 from dsv3.tracking.recorder import Recorder
 from dsv3.training.loop import Run, micro_batch_output, step_seed
 from dsv3.training.schedule import mtp_loss_weight
 from dsv3.training.setup import fp8_recipe
 
-WHOLE_MODEL = "model"
-"""Module under which the sums over all modules are recorded; every module's name begins with it."""
 OPERAND_KINDS = {"gate_up": "weight", "down": "weight"}
 """Operand -> its name in the sums over all modules; others keep theirs."""
 

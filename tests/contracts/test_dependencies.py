@@ -79,7 +79,7 @@ PINS = {
         ("dsv3", ["pipeline", "wandb"]),
         ("stages", ["pipeline"]),
         ("benchmarks", ["pipeline", "dev"]),
-        ("tests", ["pipeline", "dev"]),
+        ("tests", ["pipeline", "dev", "ui"]),
     ],
 )
 def test_what_is_imported_is_declared(package: str, groups: list[str]):
@@ -93,6 +93,7 @@ def test_what_is_imported_is_declared(package: str, groups: list[str]):
         ("pipeline", ["mini_model", "dsv3", "stages"]),
         ("dev", ["tests"]),
         ("tensorboard", ["tests"]),
+        ("ui", ["tests"]),
         ("wandb", ["dsv3"]),
     ],
 )
@@ -126,7 +127,9 @@ def test_the_pins_were_made_by_the_command_that_contributing_tells():
     header = re.match(r"# .*\n#    (uv pip compile .*)\n", TEXTS["constraints.txt"])
     assert header
     assert f"\n{header[1]}\n" in TEXTS["CONTRIBUTING.md"]
-    assert {f"--group {group}" for group in ("pipeline", "dev", "wandb")} <= set(re.findall(r"--group \w+", header[1]))
+    assert {f"--group {group}" for group in ("pipeline", "dev", "ui", "wandb")} <= set(
+        re.findall(r"--group \w+", header[1])
+    )
     assert "://" not in TEXTS["constraints.txt"]  # of a registry
 
 

@@ -51,9 +51,9 @@ def test_links_lead_somewhere(page: str):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_make_targets_exist(page: str):
-    targets = set(re.findall(r"^([a-z]+):", TEXTS["Makefile"], flags=re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", TEXTS["Makefile"], flags=re.MULTILINE))
     for command in commands(page):
-        if words := re.match(r"make ([a-z ]+)$", command):
+        if words := re.match(r"make ([a-z -]+)$", command):
             assert set(words[1].split()) <= targets, f"{page}: {command}"
 
 

@@ -11,6 +11,7 @@ from dsv3.artifacts import write_json
 from dsv3.tracking.aim import AimTracker
 from dsv3.tracking.events import Distribution, Figure, LastLine, Result, Text
 from dsv3.tracking.recorder import add_to_run, open_recorder
+from dsv3.tracking.results import read_table
 from tests.committed import ROOT
 
 SCORES = {"nats_per_token": 4.0, "perplexity": 54.6, "nats_per_char": 1.5, "bits_per_byte": 2.2, "tokens": 7}
@@ -34,7 +35,7 @@ def test_a_run_carries_its_identity_and_curves_with_subset_and_layer(project, id
     recorder.log("history", {"step": 20, "epoch": 1.0, "loss": 3.5, "learning_rate": 1e-3})
     recorder.log("validation", {"step": 20, "loss": 3.75})
     recorder.log("router", {"step": 20, "layer": 2, "max_vio": 0.5})
-    recorder.log("fp8", {"step": 20, "module": "model.layers.0", "operand": "input", "relative_error": 0.25})
+    recorder.log("fp8", {"step": 20, "module": "model", "operand": "input", "relative_error": 0.25})
     recorder.close("finished")
     (run,) = indexed(project).iter_runs()
     assert run.hash == recorder.run_hash
@@ -50,8 +51,23 @@ def test_a_run_carries_its_identity_and_curves_with_subset_and_layer(project, id
     assert curve(run, "loss", {"subset": "train"}) == {10: 4.0, 20: 3.5}
     assert curve(run, "loss", {"subset": "val"}) == {20: 3.75}
     assert curve(run, "max_vio", {"subset": "train", "layer": 2}) == {20: 0.5}
-    context = {"subset": "train", "module": "model.layers.0", "operand": "input"}
+    context = {"subset": "train", "module": "model", "operand": "input"}
     assert curve(run, "relative_error", context) == {20: 0.25}
+
+
+@pytest.mark.parametrize(("is_asked", "shown"), [(False, ["model"]), (True, ["model", "model.layers.0"])])
+def test_fp8s_curves_of_each_operand_are_shown_on_request_and_always_in_the_table(
+    project, identity, runtime, indexed, is_asked, shown
+):
+    runtime = runtime.model_copy(update={"track_fp8_operands": is_asked})
+    recorder = open_recorder(project / "results", runtime, identity)
+    rows = [{"step": 20, "module": module, "operand": "input"} for module in ("model", "model.layers.0")]
+    for row in rows:
+        recorder.log("fp8", {**row, "relative_error": 0.25})
+    recorder.close("finished")
+    (run,) = indexed(project).iter_runs()
+    assert sorted(metric.context["module"] for metric in run.metrics() if metric.name == "relative_error") == shown
+    assert [row["module"] for row in read_table(project / "results" / "fp8.tsv")] == ["model", "model.layers.0"]
 
 
 def test_a_resumed_training_goes_on_in_its_run_without_doubles(project, identity, runtime, indexed):

@@ -13,6 +13,7 @@ from dsv3.tracking.rebuild import main, rebuild
 from dsv3.tracking.recorder import open_recorder
 from dsv3.tracking.results import read_table
 from dsv3.tracking.revision import applied_experiment
+from dsv3.tracking.tracker import load_tracker
 from tests.committed import DEFAULTS
 
 PAGE = """# Samples
@@ -74,6 +75,16 @@ def test_a_run_that_aim_still_has_is_completed_not_doubled(project, results, par
     (run,) = indexed(project).iter_runs()
     assert run["evaluate", "heldout", "nats_per_char"] == 1.5
     assert run.end_time == before.end_time  # nor stretched
+
+
+def test_fp8s_curves_of_each_operand_come_with_a_rebuild_after_they_are_asked_for(project, results, params, indexed):
+    rows = ["step\tmodule\toperand\trelative_error", "20\tmodel\tinput\t0.1", "20\tmodel.lm_head\tinput\t0.2"]
+    (results / "train" / "fp8.tsv").write_text("\n".join(rows) + "\n")
+    for is_asked, shown in ((False, ["model"]), (True, ["model", "model.lm_head"])):
+        runtime = params.runtime.model_copy(update={"track_fp8_operands": is_asked})
+        rebuild(results, project / "samples.md", params, load_tracker("aim", runtime))
+        (run,) = indexed(project).iter_runs()
+        assert sorted(curve.context["module"] for curve in run.metrics() if curve.name == "relative_error") == shown
 
 
 def test_an_applied_experiment_of_other_evaluation_parameters_is_not_written_over_the_trainings_run(

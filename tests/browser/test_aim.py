@@ -1,0 +1,231 @@
+"""What a person sees after README's first experiment: two real runs, `make ui`, and Aim's pages in Chromium."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv3.tracking.views import HOST, VIEWS, samples_path
+from tests.pipeline.laboratory import Laboratory
+
+pytestmark = pytest.mark.browser
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+PATHS = {view.key: view.path for view in VIEWS} | {"samples": samples_path()}
+MARKS = {
+    "loss": ".LineChart path.Line",
+    "cost": ".ScatterPlot circle.Circle",
+    "balance": ".LineChart path.Line",
+    "figures": ".ImageBox img",
+    "runs": ".HighPlot__container path.Line",
+    "samples": ".TextBox pre",
+}
+"""What each view draws, of which both runs have at least one."""
+
+STOPPED = """import aim
+run = aim.Run(repo=".", system_tracking_interval=None, log_system_params=False, capture_terminal_logs=False)
+run.name = "stopped"
+run["env"] = {"precision": "fp32"}
+run.close()"""
+"""A run that was never evaluated."""
+
+WAIT_S = 120
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Aim's pages in a browser."""
+
+    driver: Any
+    address: str
+    screenshots: Path
+
+    def open(self, path: str) -> None:
+        """Go to a page."""
+        self.driver.get(self.address + path)
+
+    def texts(self, selector: str) -> list[str]:
+        """The texts of the elements that a CSS selector finds, without the empty ones."""
+        script = "return [...document.querySelectorAll(arguments[0])].map(element => element.textContent.trim())"
+        return list(filter(None, self.driver.execute_script(script, selector)))
+
+    def attributes(self, selector: str, expression: str) -> list[Any]:
+        """The value of a JavaScript expression for each `element` that a CSS selector finds."""
+        script = f"return [...document.querySelectorAll(arguments[0])].map(element => {expression})"
+        return self.driver.execute_script(script, selector)
+
+    def wait(self, found: Callable[[], bool], what: str) -> None:
+        """Wait until `found`; fail with what the page shows instead."""
+        end = time.monotonic() + WAIT_S
+        while not found():
+            assert time.monotonic() < end, f"no {what}:\n{self.driver.find_element('tag name', 'body').text}"
+            time.sleep(0.2)
+
+    def errors(self) -> list[str]:
+        """Messages of mistakes, and of pages with nothing to show."""
+        boxes = self.texts(".NotificationContainer, .MuiAlert-root, .IllustrationBlock")
+        return boxes + re.findall("Something went wrong", self.driver.page_source)
+
+    def save(self, name: str) -> None:
+        """Save a screenshot, after the bar that tells of the query has faded out."""
+        self.wait(lambda: self.attributes(".ProgressBar", "1") == [], "end of the query")
+        assert self.driver.save_screenshot(str(self.screenshots / f"aim_{name}.png"))
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
+    """A baseline in fp32, an experiment in FP8, and a run that stopped before it had any number."""
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("no Chromium with its driver; Debian: apt-get install chromium chromium-driver")
+    pytest.importorskip("selenium", reason="a group of its own: make test-ui")
+    pytest.importorskip("aim", reason="Aim has no wheels for this Python")
+    lab = Laboratory.at(tmp_path_factory.mktemp("laboratory"))
+    lab.set_params({"train": {"max_steps": 60, "eval_steps": 6}, "sample": {"max_new_tokens": 50}})
+    lab.commit("My baseline's parameters")
+    lab.run("dvc", "repro")
+    lab.commit("My baseline")
+    lab.run("dvc", "exp", "run", "--name", "fp8", "-S", "train.use_fp8=true")
+    lab.run(sys.executable, "-c", STOPPED)
+    return lab
+
+
+@pytest.fixture(scope="module")
+def address(lab: Laboratory) -> Iterator[str]:
+    """Where Aim's interface answers, started as `make ui` does."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    process = lab.start(sys.executable, "-m", "dsv3.tracking.views", "--port", str(port))
+    yield f"http://{HOST}:{port}"
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def pages(address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pages]:
+    """A headless Chromium without network beside the interface, after all runs were indexed."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    closed = f"--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE {HOST}"
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--window-size=1440,900",
+        "--hide-scrollbars",
+        closed,
+    ):
+        options.add_argument(argument)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    screenshots = Path(os.environ.get("SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    pages = Pages(driver, address, screenshots)
+    try:
+        wait_until_indexed(pages)
+        yield pages
+    finally:
+        driver.quit()
+
+
+def wait_until_indexed(pages: Pages) -> None:
+    from selenium.common.exceptions import WebDriverException
+
+    def is_indexed() -> bool:
+        try:
+            pages.open("/runs")
+        except WebDriverException:  # not up yet
+            return False
+        time.sleep(2)
+        return len(pages.texts(".RunNameColumn__runName")) == 3
+
+    pages.wait(is_indexed, "three runs")
+    pages.driver.execute_script("localStorage.setItem('communityPopupSeen', 'true')")  # an advertisement of Aim's
+
+
+@pytest.fixture
+def names(lab: Laboratory) -> list[str]:
+    """The runs' names: the experiment's, with what it changed, and the baseline's."""
+    commit = lab.run("git", "rev-parse", "HEAD~1").stdout
+    return ["fp8 · train.use_fp8: true", f"workspace-{commit[:7]}"]
+
+
+def test_the_table_of_runs_names_them_and_says_what_differs(pages: Pages, names: list[str]):
+    pages.open("/runs")
+    pages.wait(lambda: len(pages.texts(".AttachedTagsList__tags")) == 2, "tags")
+    assert pages.texts(".RunNameColumn__runName") == ["stopped", *names]
+    tags = pages.texts(".AttachedTagsList__tags")
+    assert "fp8_emulated" in tags[0] and "train.use_fp8: true" in tags[0]
+    assert "fp32" in tags[1] and "use_fp8" not in tags[1]
+    assert pages.errors() == []
+    pages.save("table")
+
+
+@pytest.mark.parametrize(("path", "titles"), [("/bookmarks", "h3"), ("/", ".DashboardBookmarks__list__ListItem__Text")])
+def test_the_prepared_views_are_there_when_aim_opens(pages: Pages, path: str, titles: str):
+    pages.open(path)
+    expected = [view.name for view in VIEWS]
+    pages.wait(lambda: set(expected) <= set(pages.texts(titles)), "bookmarks")
+    assert [text for text in pages.texts(titles) if text in expected] == expected
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_view_draws_both_runs_and_no_error(pages: Pages, key: str):
+    pages.open(PATHS[key])
+    pages.wait(lambda: len(pages.attributes(MARKS[key], "1")) >= 2, key)
+    assert pages.errors() == []
+    pages.save(key if key != "loss" else "comparison")
+
+
+def test_each_loss_has_a_curve_per_run_in_its_precisions_color(pages: Pages, names: list[str]):
+    pages.open(PATHS["loss"])
+    pages.wait(lambda: len(pages.attributes(MARKS["loss"], "1")) == 4, "curves")
+    charts = pages.attributes(".LineChart", "[...element.querySelectorAll('path.Line')].map(line => line.style.stroke)")
+    assert len(charts) == 2 and charts[0] == charts[1] and len(set(charts[0])) == 2
+    legends = " ".join(pages.texts(".Legends text"))
+    assert '"fp32"' in legends and '"fp8_emulated"' in legends
+    assert all(name in legends for name in names)
+
+
+def test_the_held_out_loss_is_a_number_beside_its_cost_whatever_other_runs_lack(pages: Pages):
+    pages.open(PATHS["cost"])
+    pages.wait(lambda: len(pages.attributes(MARKS["cost"], "1")) == 2, "points")
+    ticks = pages.texts(".ScatterPlot .yAxis .tick")
+    assert len(ticks) > 2 and all(re.fullmatch(r"\d[\d.]*", tick) for tick in ticks)
+
+
+def test_the_runs_stand_beside_their_headline_numbers(pages: Pages, names: list[str]):
+    pages.open(PATHS["runs"])
+    pages.wait(lambda: len(pages.texts(".RunNameColumn__runName")) == 2, "runs")
+    assert pages.texts(".RunNameColumn__runName") == names
+    columns = pages.texts(".Table__pane--middle .Table__column .Table__cell--header")
+    headline = ["evaluate.heldout.nats_per_char", "train.validation.loss", "train.tokens_per_s"]
+    assert [name for name in columns if name in headline] == headline
+
+
+def test_figures_and_samples_stand_side_by_side_under_the_runs_names(pages: Pages, names: list[str]):
+    pages.open(PATHS["figures"])
+    loaded = "element.complete && element.naturalWidth > 100"
+    pages.wait(lambda: pages.attributes(MARKS["figures"], loaded) == [True] * 4, "figures")
+    titles = " ".join(pages.texts(".MediaSet__container__path"))
+    assert all(name in titles for name in names)
+    pages.open(PATHS["samples"])
+    pages.wait(lambda: len(pages.texts(MARKS["samples"])) == 2, "samples")
+    assert all(text.startswith("ROMEO:\n") and len(text) > 30 for text in pages.texts(MARKS["samples"]))
+    titles = " ".join(pages.texts(".BoxVirtualizer__container__horizontalRuler"))
+    assert all(name in titles for name in names)
