@@ -5,7 +5,7 @@ The scores are those that a training knows when it ends: the validation loss of 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -47,6 +47,13 @@ UNKNOWN_TERMS = (
     "weights is unknown: state it, and the language, above."
 )
 
+INHERITED_TERMS = (
+    "The code is under the MIT licence. The training began with the weights of another model, whose terms this project "
+    "does not know, so the licence of these weights is unknown: state it above."
+)
+INITIAL_WEIGHTS = "initial weights"
+"""The fact that names the model with which a training began."""
+
 
 def corpus_of(manifest: Mapping[str, Any]) -> Corpus:
     """Return what is known of the text that a corpus's manifest describes."""
@@ -63,6 +70,8 @@ def model_card(facts: Mapping[str, Any], scores: Mapping[str, Any], manifest: Ma
     card depends on the time or the machine's speed, so equal trainings export equal folders.
     """
     corpus = corpus_of(manifest)
+    if INITIAL_WEIGHTS in facts:
+        corpus = replace(corpus, license="unknown", terms=INHERITED_TERMS)
     shown = {f"{label}, validation": scores[name] for name, (label, _) in SCORES.items()}
     return f"""---
 {metadata(corpus, scores).to_yaml()}

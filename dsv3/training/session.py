@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dsv3.artifacts import read_json, write_json
 from dsv3.errors import Interrupted, UserError
 from dsv3.export.huggingface import export_huggingface
-from dsv3.export.model_card import model_card
+from dsv3.export.model_card import INITIAL_WEIGHTS, model_card
 from dsv3.progress import Progress, ProgressMode, shown_progress
 from dsv3.tracking.events import LastLine, Result
 from dsv3.tracking.identity import experiment_name, project_root, run_identity
@@ -300,7 +300,7 @@ def model_facts(run: Run, recorder: Recorder, chosen: Choices, outputs: Outputs)
         "configuration": plan.params.model.config,
         "text SHA-256": outputs.manifest.get("sha256"),
         "tokens SHA-256": plan.meta["sha256"],
-        **({"initial weights": str(plan.initial_weights)} if plan.initial_weights else {}),
+        **({INITIAL_WEIGHTS: str(plan.initial_weights)} if plan.initial_weights else {}),
         "optimizer steps": run.state.step,
         "training tokens": plan.tokens_before(run.state.step),
         "linear layers in": chosen.precision,

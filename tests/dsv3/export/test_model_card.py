@@ -2,7 +2,7 @@ import pytest
 from huggingface_hub import ModelCard
 from ruamel.yaml import YAML
 
-from dsv3.export.model_card import CORPORA, model_card
+from dsv3.export.model_card import CORPORA, INITIAL_WEIGHTS, model_card
 from dsv3.markdown import one_line
 from dsv3.params.data import REQUIRED_KEY
 from tests.dsv3.test_markdown import HOSTILE, read
@@ -60,6 +60,12 @@ def test_of_another_text_nothing_is_claimed(manifest, datasets):
     assert card.data.language is None
     assert card.data.to_dict().get("datasets") == datasets
     assert "does not know the terms of the text" in text
+
+
+def test_a_model_that_began_with_another_models_weights_is_under_unknown_terms():
+    card, text = read_card({**FACTS, INITIAL_WEIGHTS: "someone/model"})
+    assert (card.data.license, card.data.language) == ("unknown", "en")
+    assert "began with the weights of another model" in text
 
 
 def test_it_says_where_the_scores_come_from():
