@@ -5,16 +5,20 @@ flushed to the disk, and renamed over it; a rename within one folder is atomic o
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dsv3.errors import UserError
@@ -34,11 +38,27 @@ class FileContent(BaseModel):
 Content = TypeVar("Content", bound=BaseModel)
 
 
+def temporary_name(path: Path) -> Path:
+    """Return the path beside `path` under which this process writes it; remove what killed processes left of theirs.
+
+    Only processes of this host can be asked whether they live, so the name has the host in it.
+    """
+    host = re.sub(r"[^\w-]", "_", socket.gethostname())
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{host}.*.tmp"):
+        number = left.name.split(".")[-2]
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{host}.{os.getpid()}.tmp")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with reporting_full_disk(path.parent):
             yield temporary
@@ -82,7 +102,7 @@ def replacing_directory(path: Path, contents: Sequence[str] = ("*",)) -> Iterato
     check_replaceable(path, contents)
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     permissions = temporary.stat().st_mode & 0o777

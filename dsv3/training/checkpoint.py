@@ -47,7 +47,7 @@ STEP_FILES = frozenset({WEIGHTS, "optimizer.pt", "scheduler.pt", "config.json", 
 BEST_FILES = frozenset({WEIGHTS})
 OWN_NAME = re.compile(r"(step|best)_(0|[1-9][0-9]*)")
 """Names of checkpoints and of best weights."""
-REMOVABLE_NAME = re.compile(rf"damaged_{OWN_NAME.pattern}|\.{OWN_NAME.pattern}\.[0-9]+\.tmp|{OWN_NAME.pattern}")
+REMOVABLE_NAME = re.compile(rf"damaged_{OWN_NAME.pattern}|\.{OWN_NAME.pattern}\..+\.tmp|{OWN_NAME.pattern}")
 """Names of all folders that are made here."""
 SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",

@@ -3,6 +3,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +25,7 @@ from dsv3.artifacts import (
     write_text,
 )
 from dsv3.errors import UserError
+from tests.training_inputs import ROOT
 
 
 def names(folder):
@@ -219,3 +222,33 @@ def test_the_new_name_is_flushed_too(tmp_path, monkeypatch, replace):
     with replace(tmp_path / "new") as temporary:
         (temporary / "file" if replace is replacing_directory else temporary).touch()
     assert flushed[-1] == str(tmp_path)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dsv3.artifacts import replacing, replacing_directory
+writer = {"file": replacing, "folder": replacing_directory}[sys.argv[1]]
+with writer(Path(sys.argv[2])) as temporary:
+    (temporary / "part" if sys.argv[1] == "folder" else temporary).write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_process_left_half_written_is_removed_by_the_next_one_and_nothing_else(tmp_path, kind):
+    path = tmp_path / "model[1].bin"
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", KILLED, kind, str(path)], cwd=ROOT, check=False)
+        assert done.returncode == -9
+    (left,) = tmp_path.iterdir()  # the second has removed the first one's
+    others = [
+        left.with_name(name) for name in (f".model[1].bin.elsewhere.{2**22 + 1}.tmp", ".model.bin.x.1.tmp", "own.tmp")
+    ]
+    living = left.with_name(left.name.replace(left.name.split(".")[-2], str(os.getppid())))
+    for other in (*others, living):
+        other.write_text("somebody's")
+    writer = replacing if kind == "file" else replacing_directory
+    with writer(path) as temporary:
+        (temporary / "part" if kind == "folder" else temporary).write_text("whole")
+    assert set(tmp_path.iterdir()) == {path, living, *others}
