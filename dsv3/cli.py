@@ -9,15 +9,17 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from inspect import Parameter, signature
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dsv3.errors import Interrupted, UserError
+from dsv3.errors import Interrupted, UserError, one_line
 
 ParamsOption = Annotated[
     Path, typer.Option("--params", help="The parameters, validated whole before anything else happens.")
@@ -65,13 +67,25 @@ def command(main: Callable[..., None]) -> None:
 
 
 def stage(main: Callable[..., None]) -> None:
-    """Run `main` as a stage's command line. What is not given of its options is what dvc.yaml gives them.
+    """Run `main` as a stage's command line; required options that are not given have the values of dvc.yaml.
 
-    Where no dvc.yaml lies in the working directory, every option has to be given.
+    Where dvc.yaml does not lie in the working directory, they have to be given.
     """
     spec = main.__globals__["__spec__"]  # None for `python stages/train.py`
-    sys.argv[1:] = with_defaults(sys.argv[1:], command_of(spec.name if spec else "", Path("dvc.yaml")))
+    if spec is not None and "--help" not in sys.argv:
+        sys.argv += missing_options(main, sys.argv[1:], spec.name, Path("dvc.yaml"))
     command(main)
+
+
+def missing_options(main: Callable[..., None], given: Sequence[str], module: str, pipeline: Path) -> list[str]:
+    """Return the required options of `main` that are not `given`, with the pipeline's values, as far as it has them."""
+    required = [name for name, option in signature(main).parameters.items() if option.default is Parameter.empty]
+    options = [f"--{name.replace('_', '-')}" for name in required]
+    missing = set(options) - {word.split("=")[0] for word in given}
+    if not missing:
+        return []  # as DVC calls it: its file is not read again
+    words = command_of(module, pipeline)
+    return [word for option, value in pairwise(words) if option in missing for word in (option, value)]
 
 
 def command_of(module: str, pipeline: Path) -> list[str]:
@@ -84,13 +98,6 @@ def command_of(module: str, pipeline: Path) -> list[str]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, YAMLError):
         return []  # the file is DVC's to judge
     return next((words[3:] for words in commands if words[:3] == ["python", "-m", module]), [])
-
-
-def with_defaults(given: list[str], defaults: list[str]) -> list[str]:
-    """Return the arguments with those of `defaults`, options with a value each, whose option is not among them."""
-    names = {word.split("=")[0] for word in given}
-    pairs = zip(defaults[::2], defaults[1::2], strict=True)
-    return given + [word for option, value in pairs if option not in names for word in (option, value)]
 
 
 def without_eof(main: Callable[..., None]) -> Callable[..., None]:
@@ -121,7 +128,7 @@ def run_app(app: typer.Typer) -> None:
     try:
         app()
     except UserError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
         if error.filename is None and error.errno not in MACHINE_ERRORS:
@@ -137,7 +144,7 @@ def run_app(app: typer.Typer) -> None:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        what = ". ".join(" ".join(str(error).split()).split(". ")[:2])  # torch goes on for ten lines
+        what = ". ".join(one_line(error).split(". ")[:2])  # torch goes on for ten lines
         print(f"out of memory ({what}); take smaller batches, or set train.gradient_checkpointing", file=sys.stderr)
         raise SystemExit(2) from None
     except Interrupted as interrupted:

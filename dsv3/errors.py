@@ -5,9 +5,16 @@ command line prints it as one line and exits with status 2. Anything else that i
 and keeps its traceback.
 """
 
+from typing import Any
+
 
 class UserError(Exception):
     """A mistake of the user's: where, the value, the bound, the remedy, in one line."""
+
+
+def one_line(value: Any) -> str:
+    """Return a message, or another value, as one line of printable characters: a name in it can't steer a terminal."""
+    return " ".join("".join(each if each.isprintable() else " " for each in str(value)).split())
 
 
 class Interrupted(Exception):

@@ -1,12 +1,15 @@
 import errno
 import os
+import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
 
-from dsv3.cli import DryRunOption, command, command_of, with_defaults
+from dsv3.cli import DryRunOption, command, missing_options
 from dsv3.errors import Interrupted, UserError
+from tests.committed import PROJECT
 from tests.training_inputs import ROOT
 
 
@@ -119,26 +122,61 @@ def test_an_unknown_option_is_a_users_mistake(monkeypatch):
     assert status(main, monkeypatch, "--no-such-option") == 2
 
 
-def test_a_stage_takes_from_dvc_yaml_what_is_not_given():
-    defaults = command_of("stages.train", ROOT / "dvc.yaml")
-    assert defaults[:2] == ["--tokens", "data/tokens"]
-    given = with_defaults(["--tokens=elsewhere", "--model", "mine", "--dry-run"], defaults)
-    assert given[:4] == ["--tokens=elsewhere", "--model", "mine", "--dry-run"]
-    assert given[4::2] == ["--corpus", "--sizes", "--results"]
-    assert given[5::2] == ["data/corpus", "results/estimate_size/accepted.txt", "results/train"]
+def example(tokens: str, final_model: str, params: str = "params.yaml", dry_run: DryRunOption = False) -> None:
+    """A stage with two required options."""
 
 
 @pytest.mark.parametrize(
-    "text", [None, "", "stages: [", "stages: 3", "stages: {train: {}}", "stages: {train: {cmd: 'a \"'}}"]
+    ("given", "added"),
+    [
+        ([], ["--tokens", "data/tokens", "--final-model", "outputs/model"]),
+        (["--tokens", "own", "--dry-run"], ["--final-model", "outputs/model"]),
+        (["--final-model=own"], ["--tokens", "data/tokens"]),
+        (["--tokens", "own", "--final-model", "own"], []),  # the optional --params stays what the signature says
+    ],
 )
+def test_required_options_that_are_not_given_are_dvc_yamls(tmp_path, given, added):
+    """Whatever else stands in its command: a flag, an optional option, quotes."""
+    command_line = (
+        "python -m stages.example --quiet --tokens data/tokens --params 'other params.yaml' --final-model outputs/model"
+    )
+    (tmp_path / "dvc.yaml").write_text(
+        f"stages:\n  a:\n    cmd: python -m stages.a --tokens no\n  b:\n    cmd: {command_line}\n"
+    )
+    assert missing_options(example, given, "stages.example", tmp_path / "dvc.yaml") == added
+
+
+@pytest.mark.parametrize("text", [None, "", "stages: [", "stages: 3", "stages: {a: {}}", "stages: {a: {cmd: 'a \"'}}"])
 def test_without_a_pipeline_that_can_be_read_every_option_has_to_be_given(tmp_path, text):
     if text is not None:
         (tmp_path / "dvc.yaml").write_text(text)
-    assert command_of("stages.train", tmp_path / "dvc.yaml") == []
+    assert missing_options(example, [], "stages.example", tmp_path / "dvc.yaml") == []
 
 
-@pytest.mark.parametrize("name", ["download", "tokenize", "estimate_size", "train", "evaluate", "sample"])
-def test_every_stage_runs_without_its_paths(name):
-    """In a folder with dvc.yaml; elsewhere it says what is missing."""
-    assert "stage(main)" in (ROOT / "stages" / f"{name}.py").read_text()
-    assert len(command_of(f"stages.{name}", ROOT / "dvc.yaml")) >= 2
+def test_a_pipeline_is_not_read_where_all_is_given(tmp_path, monkeypatch):
+    monkeypatch.setattr("dsv3.cli.command_of", None)
+    assert missing_options(example, ["--tokens=a", "--final-model", "b"], "stages.example", tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("download", "into data/corpus"),
+        ("tokenize", "data/corpus/manifest.json: "),
+        ("estimate_size", "mini_model/config_nano.json"),
+        ("train", "data/tokens/meta.json: "),
+        ("evaluate", "outputs/final_model: "),
+        ("sample", "outputs/final_model: "),
+    ],
+)
+def test_every_stage_runs_without_its_paths(tmp_path, name, told):
+    """In a folder with dvc.yaml: it gets to its first input, by the name that dvc.yaml gives it."""
+    folder = shutil.copytree(PROJECT, tmp_path / "project")
+    shutil.copy(ROOT / "dvc.yaml", folder)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command_line = [sys.executable, "-m", f"stages.{name}", "--dry-run"]
+    done = subprocess.run(command_line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert told in done.stdout + done.stderr
+    (folder / "dvc.yaml").unlink()
+    done = subprocess.run(command_line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert "Missing option" in done.stderr
