@@ -24,7 +24,7 @@ import typer
 
 from dsv3.artifacts import write_text
 from dsv3.cli import command
-from dsv3.errors import UserError
+from dsv3.errors import UserError, one_line
 from dsv3.params.architecture import read_architecture
 from dsv3.params.read import Params, read_params, read_yaml, schema_text
 from dsv3.params.runtime import TrackerName
@@ -292,7 +292,7 @@ def finding(check: Callable[[], Finding]) -> Finding:
     try:
         return check()
     except UserError as error:
-        message = " ".join(str(error).split())
+        message = one_line(error)
         return Finding(subject, False, message, "mend params.yaml" if message.startswith(str(PARAMS)) else "mend it")
     except (ImportError, OSError) as error:
         return Finding(subject, False, f"{type(error).__name__}: {error}", "install the dependencies: make setup")

@@ -8,15 +8,12 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from dsv3.errors import one_line
+
 MARKUP = re.compile(r"[\\`*\[\]|]|(?<!\w)_|_(?!\w)")
 """What begins or ends markup within a line; an underscore within a word does not."""
 DIALECTS = str.maketrans({"~": "&#126;", "$": "&#36;"})
 """What only some readers take for markup (struck out, formula); the others would show a backslash before it."""
-
-
-def one_line(value: Any) -> str:
-    """Return a value as one line of printable characters."""
-    return " ".join("".join(each if each.isprintable() else " " for each in str(value)).split())
 
 
 def escaped(value: Any) -> str:

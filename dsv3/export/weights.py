@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
 from dsv3.artifacts import check_weights, read_json, read_model, sha256_file
-from dsv3.errors import UserError
+from dsv3.errors import UserError, one_line
 from dsv3.params.section import error_line
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
@@ -205,4 +205,4 @@ def non_finite_weight(file: Path) -> str:
 
 def short_line(error: BaseException) -> str:
     """Return an error's message as one short line."""
-    return " ".join(str(error).split())[:200]
+    return one_line(error)[:200]

@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
-from dsv3.errors import UserError
+from dsv3.errors import UserError, one_line
 from dsv3.params.architecture import Architecture, read_architecture
 from dsv3.params.data import DataParams
 from dsv3.params.estimate_size import EstimateSizeParams
@@ -100,11 +100,6 @@ def _check_size(values: Any, path: Path) -> None:
             left += value.values()
         elif isinstance(value, list):
             left += value
-
-
-def one_line(message: object) -> str:
-    """Return a message of a library, or a text of the user's, as one line."""
-    return " ".join(str(message).split())
 
 
 def validated(values: Any, path: Path) -> Params:

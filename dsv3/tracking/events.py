@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv3.markdown import one_line
+from dsv3.errors import one_line
 from dsv3.tracking.metrics import Cell
 
 Context = Mapping[str, str | int]

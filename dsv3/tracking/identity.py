@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from dsv3.markdown import one_line
+from dsv3.errors import one_line
 from dsv3.tracking.revision import changed_params, git, has_changed_code, shaping
 
 RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "dvc", "aim")
@@ -60,7 +60,7 @@ class RunIdentity:
     """Parameters that differ from the baseline commit's, with their values here."""
 
     plan: str = ""
-    """The lines that the terminal showed before the training began."""
+    """The training's plan in a few lines, which the terminal showed before it began."""
 
     @property
     def title(self) -> str:

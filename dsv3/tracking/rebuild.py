@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from dsv3.cli import ParamsOption, command
-from dsv3.errors import UserError
+from dsv3.errors import UserError, one_line
 from dsv3.params.read import Params, read_params
 from dsv3.params.runtime import TrackerName
 from dsv3.tracking.events import Event, Row
@@ -60,7 +60,7 @@ def main(
         try:
             loaded = load_tracker(name, parameters.runtime)
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = one_line(f"{type(error).__name__}: {error}")
             raise UserError(f"tracker {name} can't be imported ({reason}); {remedy(name)}") from None
         run_hash = rebuild(results, samples, parameters, loaded)
         typer.echo(f"{name}: run {run_hash or 'rebuilt'} holds {results} again")

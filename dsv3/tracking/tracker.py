@@ -12,6 +12,7 @@ from functools import partial
 from typing import Literal, Protocol, TypeVar, get_args
 
 from dsv3.cli import end_despite
+from dsv3.errors import one_line
 from dsv3.params.runtime import RuntimeParams, TrackerName
 from dsv3.tracking.events import Event, Row
 from dsv3.tracking.identity import RunIdentity
@@ -136,7 +137,7 @@ class IsolatedTracker:
 
     def _report(self, error: Exception) -> None:
         """Log one line."""
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(f"{type(error).__name__}: {error}")
         hint = f"{remedy(self._name)}; " if isinstance(error, ImportError) else ""
         logger.warning(
             "tracker %s failed (%s); %sthe run goes on, results/ are complete, and "

@@ -35,7 +35,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from dsv3.artifacts import FileContent, difference_from, file_content, read_json, read_model, replacing_directory
-from dsv3.errors import UserError
+from dsv3.errors import UserError, one_line
 from dsv3.export.weights import non_finite_weight
 
 FORMAT_VERSION = 2
@@ -177,7 +177,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         load_model(model, folder / WEIGHTS)
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
     except (SafetensorError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise UserError(f"{folder}: does not fit this training ({reason}); name another checkpoint") from None
     return read_state(folder).model_dump(exclude_unset=True)
 

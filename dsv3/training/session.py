@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from dsv3.artifacts import read_json, write_json
-from dsv3.errors import Interrupted, UserError
+from dsv3.errors import Interrupted, UserError, one_line
 from dsv3.export.huggingface import export_huggingface
 from dsv3.export.model_card import INITIAL_WEIGHTS, model_card
 from dsv3.progress import Progress, ProgressMode, shown_progress
@@ -113,7 +113,7 @@ def closing_as_it_ends(recorder: Recorder | None) -> Iterator[None]:
 def last_line(error: BaseException) -> str:
     """Return the line that ends a training, as the command line shows it."""
     is_told = isinstance(error, (Interrupted, UserError))
-    return " ".join(f"{'' if is_told else f'{type(error).__name__}: '}{error}".split())
+    return one_line(error if is_told else f"{type(error).__name__}: {error}")
 
 
 @contextmanager
