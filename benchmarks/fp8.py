@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from benchmarks.fp8_peers import GPU_SHAPES, Product, contestants, layers, unavailable
 from benchmarks.moe import Layer, Shape
 from benchmarks.timing import Functions, best_device, conditions, medians_s
+from benchmarks.train_step import Setting, our_step
 from dsv3.cli import command
 from dsv3.devices import multiplies_fp8
 from dsv3.fp8 import quantize
@@ -34,9 +35,8 @@ from dsv3.fp8.linear import LowPrecisionLinear
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE
 from dsv3.fp8.rounding import BF16, fp8_rounding
 from dsv3.kernels import emulated_linear
-from dsv3.kernels.convert import convert, emulate_bf16
 from dsv3.kernels.registry import experts_backend
-from dsv3.kernels.weight_cache import cached_weights
+from dsv3.params.read import read_params
 
 ROOT = Path(__file__).parent.parent
 LINEARS = {"nano": (2048, 256, 512), "tiny": (2048, 768, 2048)}
@@ -136,35 +136,18 @@ def cpu_experts(shape: Shape, rounds: int) -> Result:
 
 def nano_step(precision: str) -> Callable[[], object]:
     """Return a function that does one optimizer step of nano, as params.yaml trains it, in fp32 or an emulation."""
-    from dsv3.params.read import read_params
-    from dsv3.training.model import build_model
-    from dsv3.training.optimizer import Optimizer, parameter_groups
-
-    train, device = read_params(ROOT / "params.yaml").train, torch.device("cpu")
-    model = build_model(ROOT / "mini_model/config_nano.json", seed=0).train()
-    experts = "cpu" if precision == "fp32" else precision
-    dtype = torch.bfloat16 if precision == "bf16_emulated" else torch.float32
-    model.set_experts_implementation(experts_backend(experts, device, dtype, precision == "fp8_emulated"))
-    if precision == "fp8_emulated":
-        convert(model, DEEPSEEK_RECIPE, device)
-    elif precision == "bf16_emulated":
-        emulate_bf16(model)
-    optimizer = Optimizer(parameter_groups(model, train), train, torch.float32)
-    shape = train.per_device_train_batch_size, train.block_size + 1
-    tokens = torch.randint(0, model.config.vocab_size, shape)
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-
-    def step() -> None:
-        with cached_weights(model):
-            for _ in range(train.gradient_accumulation_steps):
-                output = model(inputs, shift_labels=targets, sequence_loss_weight=train.sequence_loss_weight)
-                assert output.loss is not None, "targets were given"
-                output.loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    train = read_params(ROOT / "params.yaml").train
+    is_fp8 = precision == "fp8_emulated"
+    setting = Setting(
+        config=ROOT / "mini_model/config_nano.json",
+        batch=train.per_device_train_batch_size,
+        block=train.block_size,
+        precision="fp32" if is_fp8 else precision,
+        checkpointing=False,
+        bf16_moments=False,
+        device=torch.device("cpu"),
+    )
+    return our_step(setting, train.optim, DEEPSEEK_RECIPE if is_fp8 else None)
 
 
 def cpu_results(rounds: int) -> dict[str, Result]:

@@ -6,7 +6,7 @@ share of one large bf16 product's (fp32 on a CPU) speed in the same run.
 
     python -m benchmarks.train_step                                                   nano as params.yaml trains it
     python -m benchmarks.train_step --config mini_model/config_tiny.json --batch 16 --block 4096
-    python -m benchmarks.train_step --only ours,fp8 --profile                         where the time goes, by kernel
+    python -m benchmarks.train_step --only "ours;ours, fp8" --profile                 where the time goes, by kernel
 
 Stock is transformers' own class with torch's fused AdamW, by its default experts and by its `grouped_mm`.
 """
@@ -29,7 +29,7 @@ from dsv3.artifacts import read_json
 from dsv3.cli import command
 from dsv3.devices import multiplies_fp8
 from dsv3.fp8.recipe import Recipe
-from dsv3.kernels.convert import convert
+from dsv3.kernels.convert import convert, emulate_bf16
 from dsv3.kernels.registry import experts_backend
 from dsv3.kernels.weight_cache import cached_weights
 from dsv3.params.architecture import Architecture
@@ -37,10 +37,10 @@ from dsv3.params.read import read_params
 from dsv3.params.train import TrainParams
 from dsv3.sizing.chunked_loss import is_loss_chunked
 from dsv3.sizing.flops import training_flops_per_token
+from dsv3.training.balancing import pop_expert_load
 from dsv3.training.loss import chunked_cross_entropy
 from dsv3.training.model import build_model
 from dsv3.training.optimizer import Optimizer, parameter_groups
-from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 
 ROOT = Path(__file__).parent.parent
 PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -56,7 +56,7 @@ class Setting:
     batch: int
     block: int
     precision: str
-    """fp32 | bf16 (autocast)"""
+    """fp32 | bf16 (autocast) | bf16_emulated"""
     checkpointing: bool
     bf16_moments: bool
     device: torch.device
@@ -77,13 +77,16 @@ class Setting:
 
 def our_step(setting: Setting, optim: str = "adamw", recipe: Recipe | None = None, compiles: bool = False) -> Step:
     """Return this project's step; with a `recipe` its linear layers and experts run in FP8."""
-    device, dtype = setting.device, torch.bfloat16 if setting.precision == "bf16" else torch.float32
+    device, is_emulated = setting.device, setting.precision == "bf16_emulated"
+    dtype = torch.float32 if setting.precision == "fp32" else torch.bfloat16
     with device:  # the 5.69B model's random numbers take a CPU most of a minute
         model = build_model(setting.config, seed=0).train()
-    experts = experts_backend("auto", device, dtype, recipe is not None, recipe or Recipe())
-    model.set_experts_implementation(experts)
+    experts = "bf16_emulated" if is_emulated else "auto"
+    model.set_experts_implementation(experts_backend(experts, device, dtype, recipe is not None, recipe or Recipe()))
     if recipe is not None:
         convert(model, recipe, device)
+    elif is_emulated:
+        emulate_bf16(model)
     if is_loss_chunked(setting.batch * setting.block, model.config.vocab_size):
         model.cross_entropy = chunked_cross_entropy
     if setting.checkpointing:
@@ -91,10 +94,8 @@ def our_step(setting: Setting, optim: str = "adamw", recipe: Recipe | None = Non
     if compiles:
         model.compile()
     params = setting.train_params(optim=optim)
-    optimizer, tokens = (
-        Optimizer(parameter_groups(model, params), params, dtype),
-        setting.tokens(model.config.vocab_size),
-    )
+    optimizer = Optimizer(parameter_groups(model, params), params, torch.float32 if is_emulated else dtype)
+    tokens = setting.tokens(model.config.vocab_size)
 
     def step() -> Tensor:
         with cached_weights(model):
@@ -107,15 +108,10 @@ def our_step(setting: Setting, optim: str = "adamw", recipe: Recipe | None = Non
         nn.utils.clip_grad_norm_(model.parameters(), params.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        _forget_loads(model)
+        pop_expert_load(model.routers(), lambda load_LE: load_LE)
         return output.loss.detach()
 
     return step
-
-
-def _forget_loads(model: DeepseekV3ForCausalLM) -> None:
-    for _, router in model.routers():
-        router.expert_load.zero_()
 
 
 def stock_step(setting: Setting, experts: str) -> Step:
