@@ -42,6 +42,7 @@ MUTATIONS = {
     "weight not transposed": ("outputs[None, :] * num_inputs + inputs[:, None]",
         "outputs[:, None] * num_inputs + inputs[None, :]"),
     "first tile of a group for all": ("first + within % size", "first + within * 0"),
+    "first group of tiles for all": ("return first + within % size", "return within % size"),
     "scale of another format": ("tl.constexpr(448.0)", "tl.constexpr(240.0)"),
     "NaN lost by the largest magnitude": ("tl.max(_magnitude_bits(x), 1), POWER_OF_TWO_SCALES)",
         "tl.max(tl.minimum(_magnitude_bits(x), 0x7F7FFFFF), 1), POWER_OF_TWO_SCALES)"),
@@ -68,7 +69,8 @@ def mutation_effects() -> dict[str, float]:
         for name, replacement in MUTATIONS.items():
             triton_launch.kernels = mutated(*replacement, Path(folder))
             rows = map(checks.differing, triton_launch.quantize_rows(x, False), quantize.quantized_rows(x))
-            effects[name] = max(sum(rows), *checks.gemm_errors(checks.SMALL, CPU, outlier=3.0).values())
+            found = [checks.gemm_errors(groups, CPU, outlier=3.0) for groups in (checks.SMALL, checks.MANY)]
+            effects[name] = max(sum(rows), *(error for errors in found for error in errors.values()))
     triton_launch.kernels = triton_fp8
     return effects
 
@@ -108,6 +110,7 @@ def main() -> None:
         experts[f"two tiles, {name}"] = checks.expert_errors(many, recipe, CPU)
     found["experts"] = experts
     found["gemms"] = checks.gemm_errors(checks.SMALL, CPU)
+    found["many tiles"] = checks.gemm_errors(checks.MANY, CPU)
     found["cache"] = checks.cache_differences(many)
     found["linear"] = checks.linear_errors(ODD_LINEAR, Recipe(), CPU)
     inputs, recipe = case("empty experts", 128, 128), Recipe(wgrad_quant=False)

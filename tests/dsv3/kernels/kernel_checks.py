@@ -50,6 +50,8 @@ class Groups:
 
 SMALL = Groups(rows=(130, 0, 1, 27), num_tokens=60, num_inputs=256, num_outputs=128)
 """Two tiles, the second not full; no row; one row; several blocks in every direction but one."""
+MANY = Groups(rows=(1,) * 12, num_tokens=8, num_inputs=256, num_outputs=256)
+"""More tiles than are taken together, the last few of them not as many; several blocks of outputs."""
 
 
 def hostile(num_rows: int, num_columns: int) -> Tensor:

@@ -47,7 +47,8 @@ def test_hypothesis_finds_no_block_that_kernels_emulation_and_definition_store_d
 
 
 def test_all_three_gemms_agree_with_float64_products_of_the_same_quantized_operands(found):
-    assert max(found["gemms"].values()) < TOLERANCE, found["gemms"]
+    for sizes in ("gemms", "many tiles"):
+        assert max(found[sizes].values()) < TOLERANCE, found[sizes]
 
 
 def test_the_weight_gradient_of_an_expert_without_tokens_is_exactly_zero(found):
@@ -85,6 +86,6 @@ def test_the_operators_pass_opcheck(found):
 
 def test_every_mutation_of_the_kernels_is_noticed(found):
     """The checks above can fail: each of these one-line mistakes moves one of them far past its tolerance."""
-    assert len(found["mutations"]) == 14
+    assert len(found["mutations"]) == 15
     missed = {name: effect for name, effect in found["mutations"].items() if effect < 100 * TOLERANCE}
     assert not missed
