@@ -39,25 +39,34 @@ Content = TypeVar("Content", bound=BaseModel)
 
 
 def temporary_name(path: Path) -> Path:
-    """Return the path beside `path` under which this process writes it; remove what killed processes left of theirs.
+    """Return the path beside `path` under which this process writes it; one that is killed leaves it there.
 
     Only processes of this host can be asked whether they live, so the name has the host in it.
     """
-    host = re.sub(r"[^\w-]", "_", socket.gethostname())
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{host}.*.tmp"):
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what killed processes of this host have left of `path` under its temporary names."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{_host()}.*.tmp"):
         number = left.name.split(".")[-2]
-        if number.isdecimal() and not psutil.pid_exists(int(number)):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
-    return path.with_name(f".{path.name}.{host}.{os.getpid()}.tmp")
+        if not number.isdecimal() or psutil.pid_exists(int(number)):
+            continue
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    return re.sub(r"[^\w-]", "_", socket.gethostname())
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path)
     temporary = temporary_name(path)
     try:
         with reporting_full_disk(path.parent):
@@ -102,6 +111,7 @@ def replacing_directory(path: Path, contents: Sequence[str] = ("*",)) -> Iterato
     check_replaceable(path, contents)
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path)
     temporary = temporary_name(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()

@@ -115,7 +115,7 @@ def training_memory(a: Architecture, train: TrainParams, device: Device) -> Trai
         weight_casts_bytes=weight_cast_bytes(a, w),
         derived_weights_bytes=derived_weight_bytes(a, w) if has_rounded_weights else 0,
         logits_bytes=logits_bytes(a, w),
-        optimizer_workspace_bytes=optimizer_workspace_bytes(a, train, w),
+        optimizer_workspace_bytes=optimizer_workspace_bytes(a, train, w.compute_bytes),
         holds_gradients=train.gradient_accumulation_steps > 1,
     )
 
@@ -132,7 +132,7 @@ def num_stack_parameters(a: Architecture) -> int:
     return 2 * a.n_routed_experts * a.moe_intermediate_size * a.hidden_size
 
 
-def optimizer_workspace_bytes(a: Architecture, train: TrainParams, w: Workload) -> int:
+def optimizer_workspace_bytes(a: Architecture, train: TrainParams, compute_bytes: int) -> int:
     """Return what an optimizer step needs beside weights, gradients and moments.
 
     bf16 moments are widened one parameter at a time. Updates that are made of matrix products are in the type that the
@@ -145,7 +145,7 @@ def optimizer_workspace_bytes(a: Architecture, train: TrainParams, w: Workload) 
     numbers += optimizer.gram_copies * batch * short // long
     largest_parameter = max(num_stack_parameters(a), a.vocab_size * a.hidden_size)
     widened = optimizer.widened_copies * largest_parameter if train.adam_moments_dtype == "bf16" else 0
-    return w.compute_bytes * numbers + FP32 * widened
+    return compute_bytes * numbers + FP32 * widened
 
 
 def largest_batch_numbers(a: Architecture) -> int:
