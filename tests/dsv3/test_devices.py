@@ -1,3 +1,4 @@
+import psutil
 import pytest
 import torch
 
@@ -51,5 +52,8 @@ def test_a_container_leaves_what_its_limit_leaves(tmp_path, limit, used, left):
     assert devices._container_bytes(tmp_path) == (float("inf") if left is None else left)
 
 
-def test_the_free_memory_of_a_cpu_is_between_nothing_and_all():
-    assert 0 < free_bytes(torch.device("cpu")) < 1 << 50
+def test_the_free_memory_of_a_cpu_is_what_the_system_has_or_what_a_container_leaves(monkeypatch):
+    monkeypatch.setattr(devices, "_container_bytes", lambda _: float("inf"))
+    assert 0 < free_bytes(torch.device("cpu")) < psutil.virtual_memory().total
+    monkeypatch.setattr(devices, "_container_bytes", lambda _: 5)
+    assert free_bytes(torch.device("cpu")) == 5

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from dsv3.artifacts import write_json
 from dsv3.data.encoding import Encoder, Piece
@@ -11,7 +11,7 @@ from dsv3.generation.sampling import Sample, check_fits, generation_config, mark
 from dsv3.params.sample import SampleParams
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
-from tests.training_inputs import MICRO, write_tokens
+from tests.training_inputs import MICRO
 
 RECORD = {
     "name": "union-brig",
@@ -25,13 +25,6 @@ def model() -> DeepseekV3ForCausalLM:
     torch.manual_seed(1)
     config = DeepseekV3Config(**{**MICRO, "initializer_range": 0.3, "vocab_size": 257})
     return DeepseekV3ForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> PreTrainedTokenizerFast:
-    folder = tmp_path_factory.mktemp("tokens")
-    write_tokens(folder, seed=0)
-    return PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
 
 
 def settings(**changes) -> SampleParams:

@@ -3,7 +3,6 @@ from itertools import islice
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedTokenizerFast
 
 from dsv3.errors import UserError
 from dsv3.generation.sampling import Sample, check_fits, generation_config, markdown, sample, total_drafts
@@ -12,16 +11,9 @@ from dsv3.params.sample import SampleParams
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 from tests.drafting_model import YARN, drafting_model
-from tests.training_inputs import MICRO, WORDS, write_tokens
+from tests.training_inputs import MICRO, WORDS
 
 NO_END = -1
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> PreTrainedTokenizerFast:
-    folder = tmp_path_factory.mktemp("tokens")
-    write_tokens(folder, seed=0)
-    return PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
 
 
 def settings(**changes) -> SampleParams:

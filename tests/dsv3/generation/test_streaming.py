@@ -9,14 +9,6 @@ from dsv3.generation.sampling import prompt_tokens, sample
 from dsv3.generation.streaming import TextStream, stream
 from dsv3.params.sample import SampleParams
 from tests.drafting_model import drafting_model
-from tests.training_inputs import write_tokens
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> PreTrainedTokenizerFast:
-    folder = tmp_path_factory.mktemp("tokens")
-    write_tokens(folder, seed=0)
-    return PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
 
 
 def settings(**changes) -> SampleParams:

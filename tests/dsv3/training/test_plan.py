@@ -6,7 +6,7 @@ import torch
 from dsv3.errors import UserError
 from dsv3.sizing.memory import training_memory
 from dsv3.training import precision
-from dsv3.training.plan import check_unlinked, memory_note
+from dsv3.training.plan import check_unlinked, introduction, memory_note
 from dsv3.training.precision import autocast_dtype, resolved_precision
 from tests.training_inputs import plan_of
 
@@ -74,6 +74,15 @@ def test_bf16_is_chosen_where_it_is_native_and_emulated_where_it_is_asked_for(
     monkeypatch.setattr(precision, "multiplies_bf16", lambda device: is_native)
     assert resolved_precision(asked, torch.device(device)) == resolved
     assert autocast_dtype(asked, torch.device(device)) == autocast
+
+
+@pytest.mark.parametrize("free", [0, 1 << 50])
+def test_the_plan_ends_with_a_note_where_its_device_has_too_little_memory(tmp_path, monkeypatch, free):
+    plan = plan_of(tmp_path)
+    monkeypatch.setattr("dsv3.training.plan.free_bytes", lambda _: free)
+    lines = introduction(plan).splitlines()
+    assert lines[: -1 if free == 0 else None] == plan.summary().splitlines()
+    assert lines[-1].startswith("note     needs") == (free == 0)
 
 
 def test_a_training_that_does_not_fit_the_free_memory_says_what_would(tmp_path):
