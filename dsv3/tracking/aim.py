@@ -11,6 +11,7 @@ Aim's log of the terminal begins when a run is opened and ends when it is closed
 hold what users chose, are escaped.
 """
 
+import atexit
 import html
 import logging
 import os
@@ -19,6 +20,7 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 import aim
+from aim.ext.cleanup import AutoClean
 from aim.ext.resource.log import LogLine
 from filelock import FileLock
 
@@ -39,6 +41,10 @@ SHOWN_TAGS = 6
 """Most changed parameters that are tags; the description has all."""
 
 logging.getLogger("aim").setLevel(logging.WARNING)  # it reports its threads at INFO
+# At the end of the process Aim closes what is open, in a thread, which Python can't start there since version 3.12: each
+# stage ended with a traceback, and nothing was closed. The same without a thread.
+AutoClean._registered_with_atexit = True
+atexit.register(AutoClean._cleanup)
 
 
 def tracker(runtime: RuntimeParams) -> "AimTracker":

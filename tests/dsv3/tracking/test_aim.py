@@ -252,3 +252,28 @@ def test_processes_that_start_together_initialize_one_repository(bare_project):
     assert [process.wait(timeout=120) for process in starts] == [0, 0, 0]
     assert (bare_project / ".aim" / "VERSION").is_file()
     assert not (bare_project / ".aim.lock").exists()
+
+
+LEAVES_OPEN = """
+import atexit
+import sys
+
+from aim.ext.cleanup import AutoClean
+
+atexit.register(lambda: print("open:", sum(finalizer.alive for _, finalizer in AutoClean._finalizers.values())))
+AutoClean.cleanup = staticmethod(lambda: print("in a thread"))
+
+import aim
+
+from dsv3.tracking.aim import initialize
+
+initialize(sys.argv[1])
+run = aim.Run(repo=sys.argv[1], system_tracking_interval=None)
+"""
+
+
+def test_what_is_open_at_the_end_of_a_process_is_closed_without_a_thread(tmp_path):
+    """From Python 3.12 on none can be started there: Aim's own way ends in a traceback and closes nothing."""
+    command = [sys.executable, "-W", "ignore", "-c", LEAVES_OPEN, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert (done.stdout, done.stderr) == ("open: 0\n", "")
