@@ -41,8 +41,8 @@ SHOWN_TAGS = 6
 """Most changed parameters that are tags; the description has all."""
 
 logging.getLogger("aim").setLevel(logging.WARNING)  # it reports its threads at INFO
-# At the end of the process Aim closes what is open, in a thread, which Python can't start there since version 3.12: each
-# stage ended with a traceback, and nothing was closed. The same without a thread.
+# At the end of the process Aim closes what is open, in a thread, which Python can't start there since version 3.12:
+# each stage ended with a traceback, and nothing was closed. The same without a thread.
 AutoClean._registered_with_atexit = True
 atexit.register(AutoClean._cleanup)
 
