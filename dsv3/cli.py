@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dsv3.errors import Interrupted, UserError, one_line
+from dsv3.errors import LOST_PROCESS_STATUS, Interrupted, UserError, one_line
 
 ParamsOption = Annotated[
     Path, typer.Option("--params", help="The parameters, validated whole before anything else happens.")
@@ -30,7 +30,7 @@ DryRunOption = Annotated[
 
 MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EROFS, errno.EIO, errno.EMFILE}
 """Errors of the machine, not of the program, that may name no file."""
-
+LOST_PROCESS_TYPES = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 
 _hanging: list[threading.Thread] = []
 
@@ -113,9 +113,20 @@ def without_eof(main: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether torch could not allocate: on a GPU it has a type for it, on a CPU a text."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+def machine_fault(error: RuntimeError) -> tuple[str, int]:
+    """Return the line and the exit status for an error of torch that is no mistake of the program; else no line.
+
+    For memory on a GPU and for NCCL torch has types; for memory on a CPU and for gloo it has texts.
+    """
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        what = ". ".join(one_line(error).split(". ")[:2])  # torch goes on for ten lines
+        return f"out of memory ({what}); take smaller batches, or set train.gradient_checkpointing", 2
+    if type(error).__name__ in LOST_PROCESS_TYPES or "gloo/transport" in str(error):
+        line = (
+            "another process of this training has ended, so this one ends; dvc repro goes on from the last checkpoint"
+        )
+        return line, LOST_PROCESS_STATUS
+    return "", 1
 
 
 @ending_despite_hanging_threads()
@@ -142,11 +153,11 @@ def run_app(app: typer.Typer) -> None:
         )
         raise SystemExit(2) from None
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        line, status = machine_fault(error)
+        if not line:
             raise
-        what = ". ".join(one_line(error).split(". ")[:2])  # torch goes on for ten lines
-        print(f"out of memory ({what}); take smaller batches, or set train.gradient_checkpointing", file=sys.stderr)
-        raise SystemExit(2) from None
+        print(line, file=sys.stderr)
+        raise SystemExit(status) from None
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         raise SystemExit(interrupted.exit_status) from None

@@ -7,6 +7,9 @@ and keeps its traceback.
 
 from typing import Any
 
+LOST_PROCESS_STATUS = 75
+"""Exit status of a process that ends because another one of its training has: EX_TEMPFAIL, never the first cause."""
+
 
 class UserError(Exception):
     """A mistake of the user's: where, the value, the bound, the remedy, in one line."""

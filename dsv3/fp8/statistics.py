@@ -146,14 +146,20 @@ def fp8_statistics(model: nn.Module, loss: Callable[[], Tensor], recipe: Recipe 
     """Return the statistics of every FP8 linear layer and of the routed experts, of what `recipe` quantizes.
 
     Runs one forward and one backward pass of `loss`, a function that returns a scalar; gradients that the parameters
-    hold are left as they were. Modules that did not run are missing, and `gradient` is where none came back.
+    hold are left as they were. Modules that did not run are missing, and `gradient` is where none came back; so are
+    experts that lie on several processes.
     """
     found: Found = {}
-    watches = [_Watch(name, module, recipe, found) for name, module in model.named_modules() if type(module) in WEIGHTS]
+    watches = [
+        _Watch(name, module, recipe, found)
+        for name, module in model.named_modules()
+        if type(module) in WEIGHTS and getattr(module, "expert_group", None) is None
+    ]
     handles = [watch.module.register_forward_hook(watch) for watch in watches]
-    weights = [(watch, operand, weight) for watch in watches for operand, weight in watch.weights.items()]
     try:
-        gradients = torch.autograd.grad(loss(), [weight for _, _, weight in weights], allow_unused=True)
+        value = loss()
+        weights = [(watch, operand, weight) for watch in watches for operand, weight in watch.weights.items()]
+        gradients = torch.autograd.grad(value, [weight for _, _, weight in weights], allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
@@ -168,13 +174,15 @@ class _Watch:
 
     def __init__(self, name: str, module: nn.Module, recipe: Recipe, found: Found) -> None:
         self.name, self.module, self.recipe, self.found = name, module, recipe, found
-        parameters = WEIGHTS[type(module)]
-        self.weights = {operand: module.get_parameter(parameter) for operand, parameter in parameters.items()}
+        self.weights: dict[str, nn.Parameter] = {}
+        """As the forward pass uses them: gathered, where the model is sharded."""
         self.used_experts: Tensor | None = None
 
     def __call__(self, _: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> None:
         """Look at the input and the weights, and at the gradient when it comes back."""
         operands = self.found.setdefault(self.name, {})
+        parameters = WEIGHTS[type(self.module)]
+        self.weights = {operand: self.module.get_parameter(parameter) for operand, parameter in parameters.items()}
         power_of_two_scales = self.recipe.power_of_two_scales
         if isinstance(self.module, DeepseekV3Experts):
             self.used_experts = inputs[1].unique()

@@ -22,6 +22,7 @@ from dsv3.fp8.linear import Operands
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE, Recipe
 from dsv3.fp8.rounding import BF16, Rounding, fp8_rounding
 from dsv3.kernels import cpu, emulated_linear, grouped_mm, reference
+from dsv3.kernels.expert_parallel import exchanged, own_weight
 from dsv3.params.expert_backends import AUTO, AUTO_UNSUITED, BACKENDS, ExpertBackend
 
 DTYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -157,15 +158,22 @@ class RegisteredBackend:
     def __call__(self, experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the experts' output in the dtype of `hidden`, computed in the backend's."""
         with torch.autocast(hidden.device.type, enabled=False):
-            arguments: list[Any] = [hidden.to(self.dtype), top_k_index, top_k_weights.to(self.dtype)]
-            arguments += [weight.to(self.weight_dtype) for weight in self._weights(experts)]
+            rows = hidden.to(self.dtype), top_k_index, top_k_weights.to(self.dtype)
+            arguments: list[Any] = [weight.to(self.weight_dtype) for weight in self._weights(experts)]
             if self.function.weight_operands is not None:
                 arguments.append(getattr(experts, "weight_operands", None))  # of `cached_weights`, within its block
-            output = self.function.experts(*arguments)
+
+            def own_experts(hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+                return self.function.experts(hidden, index, weight, *arguments)
+
+            group = getattr(experts, "expert_group", None)
+            output = own_experts(*rows) if group is None else exchanged(own_experts, *rows, experts.num_experts, group)
         return output.to(hidden.dtype)
 
     def _weights(self, experts: Any) -> tuple[Tensor, Tensor]:
-        return experts.gate_up_proj, experts.down_proj
+        group = getattr(experts, "expert_group", None)
+        weights = experts.gate_up_proj, experts.down_proj
+        return weights if group is None else (own_weight(weights[0], group), own_weight(weights[1], group))
 
 
 def width_refusal(backend: ExpertBackend, widths: Sequence[int], compute_dtype: torch.dtype) -> str | None:

@@ -4,6 +4,8 @@ A low-precision layer makes its weights' operands anew in every forward pass, wh
 of an optimizer step multiply by the same weights; within `cached_weights` they share one set of operands. So do the
 passes of a validation, and the two forward passes of a checkpointed layer.
 
+Where the model is sharded, nothing is kept: the operands would be the whole model's, gathered.
+
 Nothing outlives the block, and no weight may change within it: that is an error at its end. (Writes through `.data` and
 torch's fused optimizers leave no trace that could be checked.) Compiled code takes the operands as inputs.
 """
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dsv3.fp8.linear import LowPrecisionLinear, Operands
@@ -24,6 +27,9 @@ from mini_model.modeling_deepseek import DeepseekV3Experts
 @contextmanager
 def cached_weights(model: nn.Module) -> Iterator[None]:
     """Round or quantize every weight of `model` once, for all passes of the block, in which no weight may change."""
+    if any(isinstance(weight, DTensor) for weight in model.parameters()):
+        yield
+        return
     found = [(module, weight_operands(module)) for module in model.modules()]
     caches: list[tuple[Any, Operands]] = [(module, operands) for module, operands in found if operands is not None]
     versions = {name: weight._version for name, weight in model.named_parameters()}

@@ -21,6 +21,22 @@ class RuntimeParams(Section):
     num_processes: int = Field(ge=1)
     """Training processes; must divide train.gradient_accumulation_steps."""
 
+    sharding: Literal["none", "full", "hybrid"]
+    """Of weights, gradients and optimizer state over the processes. none: each process has all of it; full: each has a
+    part; hybrid: the processes of one machine share it, and machines hold copies."""
+
+    expert_parallel: int = Field(ge=1)
+    """With sharding full: processes that share the experts of a layer and send tokens to each other; 1: experts are
+    gathered like other weights. Must divide the number of processes and n_routed_experts."""
+
+    reshard_after_forward: bool
+    """With sharding: free a layer's gathered weights after the forward pass and gather them again for the backward
+    pass; false: keep them between the two, which is faster and needs the whole model's memory."""
+
+    cpu_offload: Literal["none", "parameters"]
+    """With sharding: parameters keeps the shards of weights, gradients and optimizer state in the CPU's memory, and
+    updates them there."""
+
     dataloader_num_workers: int = Field(ge=0, le=256)
     """Worker processes that prepare batches; each is a whole Python."""
 

@@ -11,6 +11,10 @@ queued experiments find them too, in a folder named by the fingerprint of everyt
                                best_150/{model.safetensors, complete}
                                damaged_step_250/
 
+A sharded training writes, in the place of model.safetensors and optimizer.pt, torch's distributed checkpoint: a file
+from each process (`__0_0.distcp`) and `.metadata`, which says what is where. Either kind is read by any number of
+processes, sharded or not; so a training goes on over more of them, or on one.
+
 The same fingerprint resumes; any other starts afresh. A folder is written under a temporary name, flushed, marked
 complete and renamed; only then are older ones removed. `complete` holds the fingerprint, the step, and SHA-256 and size
 of every other file. They are compared before anything is loaded: a checkpoint that differs is set aside with a line,
@@ -24,27 +28,44 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, load_model, save_model
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from dsv3.artifacts import FileContent, difference_from, file_content, read_json, read_model, replacing_directory
 from dsv3.errors import UserError, one_line
 from dsv3.export.weights import non_finite_weight
+from dsv3.training.sharding import is_sharded
 
 FORMAT_VERSION = 2
 """Of what is written here; part of the fingerprint."""
 
 COMPLETE = "complete"
 WEIGHTS = "model.safetensors"
-STEP_FILES = frozenset({WEIGHTS, "optimizer.pt", "scheduler.pt", "config.json", "trainer_state.json"})
-BEST_FILES = frozenset({WEIGHTS})
+OPTIMIZER = "optimizer.pt"
+SHARD_INDEX = ".metadata"
+STATE_FILES = frozenset({"scheduler.pt", "config.json", "trainer_state.json"})
+BEST_FILES, STEP_FILES = frozenset({WEIGHTS}), frozenset({WEIGHTS, OPTIMIZER}) | STATE_FILES
+SHARDED_BEST_FILES, SHARDED_STEP_FILES = frozenset({SHARD_INDEX}), frozenset({SHARD_INDEX}) | STATE_FILES
+"""And `SHARD_NAME`s."""
+SHARD_NAME = re.compile(r"__[0-9]+_[0-9]+\.distcp")
 OWN_NAME = re.compile(r"(step|best)_(0|[1-9][0-9]*)")
 """Names of checkpoints and of best weights."""
 REMOVABLE_NAME = re.compile(rf"damaged_{OWN_NAME.pattern}|\.{OWN_NAME.pattern}\..+\.tmp|{OWN_NAME.pattern}")
@@ -99,15 +120,82 @@ def save_checkpoint(
     config: Mapping[str, Any],
     state: dict[str, Any],
 ) -> None:
-    """Write `directory`/step_N, N being `state["step"]`; `state` is what the loop needs to go on, as JSON."""
-    with replacing_directory(directory / f"step_{state['step']}") as folder:
-        save_model(model, str(folder / WEIGHTS))
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    """Write `directory`/step_N, N being `state["step"]`; `state` is what the loop needs to go on, as JSON.
+
+    Where the model is sharded, all processes call this, and `state` is the main one's.
+    """
+    with replacing_together(directory / f"step_{state['step']}", model) as (folder, is_main_process):
+        write_tensors(folder, model, optimizer)
+        if not is_main_process:
+            return
         # The schedule is a function of the step; this file is for those who look for Hugging Face's layout.
         torch.save({"last_epoch": state["step"]}, folder / "scheduler.pt")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (folder / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
         _mark_complete(folder, directory.name, state["step"])
+
+
+@contextmanager
+def replacing_together(path: Path, model: nn.Module) -> Iterator[tuple[Path, bool]]:
+    """Yield the folder that will replace `path`, and whether the caller is the main process, which replaces it.
+
+    Where the model is not sharded, only the main process calls this.
+    """
+    if not is_sharded(model):
+        with replacing_directory(path) as folder:
+            yield folder, True
+        return
+    is_main_process = dist.get_rank() == 0
+    with replacing_directory(path) if is_main_process else nullcontext(path) as folder:
+        names = [folder.name]
+        dist.broadcast_object_list(names, src=0)
+        yield path.with_name(names[0]), is_main_process
+    dist.barrier()
+
+
+def write_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Write the weights, and the optimizer's state where one is given, into `folder`."""
+    if is_sharded(model):
+        dcp.save(named_tensors(model, optimizer), checkpoint_id=folder)
+        return
+    save_model(model, str(folder / WEIGHTS))
+    if optimizer is not None:
+        torch.save(optimizer.state_dict(), folder / OPTIMIZER)
+
+
+def read_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Load what `write_tensors` wrote into the model and the optimizer in place, however either is cut."""
+    if (folder / SHARD_INDEX).is_file():
+        tensors = named_tensors(model, optimizer)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
+            dcp.load(tensors, checkpoint_id=folder, no_dist=not is_sharded(model))
+        set_model_state_dict(model, tensors["model"])
+        if optimizer is not None:
+            set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
+        return
+    if is_sharded(model):
+        whole: dict[str, Any] = dict(load_file(folder / WEIGHTS))
+        whole |= {name: whole[same] for name, same in duplicates(folder / WEIGHTS).items()}
+        set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True))
+    else:
+        load_model(model, folder / WEIGHTS)
+    if optimizer is not None:
+        optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True))
+
+
+def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """Return the weights and the optimizer's state by the parameters' names, as torch's checkpoints want them."""
+    if optimizer is None:
+        return {"model": get_model_state_dict(model)}
+    weights, state = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": state}
+
+
+def duplicates(file: Path) -> dict[str, str]:
+    """Return the names that stand for the tensor of another name: a tied head is written once."""
+    with safe_open(file, "pt") as reader:
+        return dict(reader.metadata() or {})
 
 
 def _mark_complete(folder: Path, fingerprint: str, step: int) -> None:
@@ -127,7 +215,8 @@ def damage_of(folder: Path, fingerprint: str | None = None) -> str:
         return f"{COMPLETE} can't be read ({error.strerror})"
     except ValidationError:
         return f"{COMPLETE} is damaged"
-    if set(completion.files) not in (STEP_FILES, BEST_FILES):
+    names = {name for name in completion.files if not SHARD_NAME.fullmatch(name)}
+    if names not in (STEP_FILES, BEST_FILES, SHARDED_STEP_FILES, SHARDED_BEST_FILES):
         return f"{COMPLETE} is damaged"
     if fingerprint is not None and (completion.fingerprint, completion.step) != (fingerprint, _step_of(folder)):
         return f"it is step {completion.step} of the training {completion.fingerprint}"
@@ -174,8 +263,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     The caller has compared the files with `complete`. Raises `UserError` where they are of another model or optimizer.
     """
     try:
-        load_model(model, folder / WEIGHTS)
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+        read_tensors(folder, model, optimizer)
     except (SafetensorError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
         reason = one_line(error)[:200]
         raise UserError(f"{folder}: does not fit this training ({reason}); name another checkpoint") from None
@@ -188,7 +276,7 @@ def check_checkpoint(folder: Path, config: Mapping[str, Any], total_steps: int) 
     if not (folder / COMPLETE).is_file():
         raise UserError(f"{where}; holds no complete checkpoint; name a folder step_N under .checkpoints/")
     damage = damage_of(folder)
-    if damage or not (folder / "optimizer.pt").is_file():
+    if damage or not (folder / "trainer_state.json").is_file():
         raise UserError(f"{where}; damaged: {damage or 'it holds best weights alone'}; name another checkpoint")
     saved = read_json(folder / "config.json")
     changed = [name for name in SIZES if saved.get(name) != config.get(name)]
@@ -205,9 +293,10 @@ def check_checkpoint(folder: Path, config: Mapping[str, Any], total_steps: int) 
 
 def save_best(directory: Path, model: nn.Module, step: int) -> None:
     """Write the weights alone to `directory`/best_N; older ones stay until a checkpoint is saved."""
-    with replacing_directory(best_folder(directory, step)) as folder:
-        save_model(model, str(folder / WEIGHTS))
-        _mark_complete(folder, directory.name, step)
+    with replacing_together(best_folder(directory, step), model) as (folder, is_main_process):
+        write_tensors(folder, model, None)
+        if is_main_process:
+            _mark_complete(folder, directory.name, step)
 
 
 def load_best(directory: Path, model: nn.Module, step: int) -> None:
@@ -216,7 +305,7 @@ def load_best(directory: Path, model: nn.Module, step: int) -> None:
     damage = damage_of(folder, directory.name)
     if damage:
         raise UserError(f"{folder}: damaged: {damage}; run the same again: it goes on from an earlier checkpoint")
-    load_model(model, folder / WEIGHTS)
+    read_tensors(folder, model, None)
 
 
 def best_folder(directory: Path, step: int) -> Path:

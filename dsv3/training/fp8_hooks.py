@@ -2,7 +2,8 @@
 
 The measurement repeats a forward and a backward pass of the training and changes nothing in it: the routers' counts
 and the random state are restored, and gradients are returned instead of accumulated. It calls the model as it was
-before compilation, for a compiled model ignores hooks that are added later.
+before compilation, for a compiled model ignores hooks that are added later. A sharded model is called by all processes,
+each on the same micro-batch, for its weights are gathered in the call.
 """
 
 from collections.abc import Iterator
@@ -16,16 +17,20 @@ from dsv3.tracking.recorder import Recorder
 from dsv3.training.loop import Run, micro_batch_output, step_seed
 from dsv3.training.schedule import mtp_loss_weight
 from dsv3.training.setup import fp8_recipe
+from dsv3.training.sharding import is_sharded
 
 OPERAND_KINDS = {"gate_up": "weight", "down": "weight"}
 """Operand -> its name in the sums over all modules; others keep theirs."""
 
 
 def log_fp8(run: Run, recorder: Recorder | None) -> None:
-    """Write the rows of the last step; only the main process measures, on a micro-batch of its own."""
+    """Write the rows of the last step; of replicas only the main process measures."""
+    if recorder is None and not is_sharded(run.model):
+        return
+    found = measure_fp8(run)
     if recorder is None:
         return
-    for module, operands in with_totals(measure_fp8(run)).items():
+    for module, operands in with_totals(found).items():
         for operand, statistics in operands.items():
             row: dict[str, Cell] = {"step": run.state.step, "module": module, "operand": operand}
             recorder.log("fp8", row | statistics.shares())
@@ -38,7 +43,7 @@ def measure_fp8(run: Run) -> Found:
     tokens, mtp_weight = tokens.to(run.accelerator.device), mtp_loss_weight(step, params, run.plan.budget)
 
     def loss() -> torch.Tensor:
-        output = micro_batch_output(run, run.model.forward, tokens, mtp_weight)
+        output = micro_batch_output(run, run.model if is_sharded(run.model) else run.model.forward, tokens, mtp_weight)
         assert output.loss is not None, "targets were given"
         return output.loss / layout.accumulation(step) * layout.world_size
 

@@ -18,6 +18,7 @@ from dsv3.training.balancing import router_rows
 from dsv3.training.checkpoint import prune, save_best, save_checkpoint
 from dsv3.training.loop import Run
 from dsv3.training.schedule import bias_update_rate, learning_rate, mtp_loss_weight
+from dsv3.training.sharding import is_sharded, local
 from dsv3.training.state import StepSums
 from dsv3.training.validation import block_batches, summed_loss
 
@@ -102,6 +103,9 @@ def validate(run: Run, recorder: Recorder | None, directory: Path, progress: Pro
     own_batches, device = batches[layout.rank :: layout.world_size], run.accelerator.device
     with cached_weights(run.model):
         own = summed_loss(run.forward, stream, own_batches, device, run.position_ids)
+        if is_sharded(run.model) and len(own_batches) < -(-len(batches) // layout.world_size):
+            # The others gather the weights once more, and wait until all do.
+            summed_loss(run.forward, stream, batches[:1], device, run.position_ids)
     run.model.train()
     nats = run.all_reduce(torch.tensor(own, dtype=torch.float64, device=device)).item()
     loss = run.state.validation_loss = nats / (len(stream) - 1)
@@ -109,7 +113,7 @@ def validate(run: Run, recorder: Recorder | None, directory: Path, progress: Pro
         raise UserError(f"step {run.state.step}: validation loss is {loss}; must be finite; {NON_FINITE_REMEDY}")
     if run.state.best_loss is None or loss < run.state.best_loss:
         run.state.best_loss, run.state.best_step = loss, run.state.step
-        if params.load_best_model_at_end and run.accelerator.is_main_process:
+        if params.load_best_model_at_end and (is_sharded(run.model) or run.accelerator.is_main_process):
             save_best(directory, run.model, run.state.step)
     if recorder is not None:
         row = validation_row(run, nats, loss)
@@ -134,12 +138,15 @@ def validation_row(run: Run, nats: float, loss: float) -> Row:
 
 def check_weights_are_finite(run: Run) -> None:
     """Raise `UserError` where a weight is not a finite number; gradients can be finite and their update not."""
-    for name, weight in run.model.named_parameters():
-        if not weight.isfinite().all():
-            raise UserError(
-                f"step {run.state.step}: {name} holds a number that is not finite; nothing is saved or exported; "
-                f"{NON_FINITE_REMEDY}"
-            )
+    names, weights = zip(*run.model.named_parameters(), strict=True)
+    # A shard's process knows its own numbers only; all must come to the same end.
+    is_bad = torch.stack([~local(weight).isfinite().all() for weight in weights]).float()
+    bad = [name for name, count in zip(names, run.all_reduce(is_bad).tolist(), strict=True) if count]
+    if bad:
+        raise UserError(
+            f"step {run.state.step}: {bad[0]} holds a number that is not finite; nothing is saved or exported; "
+            f"{NON_FINITE_REMEDY}"
+        )
 
 
 def save(run: Run, recorder: Recorder | None, directory: Path) -> None:
@@ -148,13 +155,13 @@ def save(run: Run, recorder: Recorder | None, directory: Path) -> None:
     Raises `UserError` where a weight is not finite; the checkpoints that are there stay.
     """
     check_weights_are_finite(run)
-    if recorder is not None:
+    if recorder is not None or is_sharded(run.model):
         state = {
             **run.state.to_json(),
             "total_steps": run.plan.total_steps,
-            "rows": recorder.state(),
-            "aim_run_hash": recorder.run_hash,
+            **({"rows": recorder.state(), "aim_run_hash": recorder.run_hash} if recorder is not None else {}),
         }
         save_checkpoint(directory, run.model, run.optimizer, run.model.config.to_dict(), state)
+    if recorder is not None:
         prune(directory, run.plan.params.runtime.save_total_limit, run.state.best_step)
     run.accelerator.wait_for_everyone()

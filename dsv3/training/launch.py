@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from dsv3.errors import UserError
+from dsv3.errors import LOST_PROCESS_STATUS, UserError
 from dsv3.params.runtime import RuntimeParams
 
 logger = logging.getLogger(__name__)
@@ -139,8 +139,9 @@ def run_workers(num_processes: int, module: str, arguments: Sequence[str]) -> No
     except SignalException as stopped:
         raise SystemExit(128 + stopped.sigval) from None
     except ChildFailedError as failed:
-        # In the order in which they were noticed: the others were only told to stop, because of the first.
-        status = next(iter(failed.failures.values())).exitcode
+        # In the order in which they were noticed: the others were told to stop, because of the first, or missed it.
+        statuses = [failure.exitcode for failure in failed.failures.values()]
+        status = next((status for status in statuses if status != LOST_PROCESS_STATUS), LOST_PROCESS_STATUS)
         if status == -signal.SIGKILL:
             logger.error(
                 "a process was killed (SIGKILL), as systems do when memory runs out; dvc repro goes on from the last "

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dsv3.data.batches import StepLayout, document_positions, micro_batches
 from dsv3.errors import Interrupted, UserError
@@ -61,7 +62,7 @@ class Run:
         """Scale the gradients down to `max_norm` where they exceed it; return their norm before."""
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
         assert norm is not None, "Accelerate returns None for DeepSpeed only"
-        return norm
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Return the sum of `tensor` over all processes."""
@@ -123,7 +124,8 @@ def step_seed(run: Run) -> int:
 def accumulate_gradients(run: Run, batches: Iterator[Tensor], mtp_weight: float) -> Tensor:
     """Add up the gradients of the step's mean loss; return this process's sums of the loss parts as fp64.
 
-    Gradients are exchanged between processes once, in the last backward pass.
+    Replicas exchange gradients once, in the last backward pass. Shards are exchanged in each: a process would else hold
+    the whole model's gradients between them.
     """
     count = run.layout.accumulation(run.state.step) // run.layout.world_size
     sums = torch.zeros(len(LOSS_PARTS), dtype=torch.float64, device=run.accelerator.device)

@@ -1,21 +1,37 @@
 """From an architecture's file to an initialized model."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dsv3.errors import UserError
 from dsv3.params.text import read_small_text
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 
+CPU, META = torch.device("cpu"), torch.device("meta")
 
-def build_model(config_path: Path, seed: int) -> DeepseekV3ForCausalLM:
-    """Return a newly initialized fp32 model, on the CPU, so that a seed gives the same weights on every device."""
+
+def build_model(config_path: Path, seed: int, device: torch.device = CPU) -> DeepseekV3ForCausalLM:
+    """Return a newly initialized fp32 model, on the CPU, so that a seed gives the same weights on every device.
+
+    On the device `META` it has shapes and no numbers.
+    """
     config = read_config(config_path)
     torch.manual_seed(seed)
-    return DeepseekV3ForCausalLM(config)
+    with device:
+        return DeepseekV3ForCausalLM(config)
+
+
+def model_of(config_path: Path, weights: Mapping[str, Tensor]) -> DeepseekV3ForCausalLM:
+    """Return the model of these weights, without a copy, to be exported; it has no buffers to run with."""
+    model = build_model(config_path, seed=0, device=META)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    return model
 
 
 def read_config(path: Path) -> DeepseekV3Config:

@@ -13,22 +13,31 @@ Muon takes the matrices and the stacks of experts' matrices. Embeddings, head, r
 their rows are looked up or compared one by one and are no map of one space onto another. The experts' gate and up
 projections are stored as one stack of shape (E, 2F, D) and are orthogonalized apart, for they are two maps.
 
-What we give up: every process of a distributed run orthogonalizes every matrix, where sharding them would save time.
+Where the training is sharded (`dsv3.training.sharding`), AdamW and the experts' matrices need nothing of the others:
+each process has its own numbers, and whole matrices. Of any other matrix it has some rows. Those go to one process,
+the matrix's owner, which orthogonalizes and sends them back: one exchange each way for all matrices, about as many
+multiplications for each process.
 
-Letters: E n_routed_experts, F intermediate_size, D hidden_size.
+What we give up: replicas (`runtime.sharding: none`) each orthogonalize every matrix.
+
+Letters: E n_routed_experts, F intermediate_size, D hidden_size, R rows, W columns.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from dsv3.params.optimizers import MAX_BATCH_NUMBERS
 from dsv3.params.train import TrainParams
+from dsv3.training.sharding import local, shard_like
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 
 NEWTON_SCHULZ_STEPS = 5
@@ -107,11 +116,27 @@ class Optimizer(torch.optim.Optimizer):
             UPDATES[group["name"]](group, self.state, self._settings)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state; torch turns every tensor into its parameter's type, and moments back into theirs here."""
-        super().load_state_dict(state_dict)
+        """Load the state, and cut it as the parameters are where they are sharded.
+
+        torch turns every tensor into its parameter's type, and moments back into theirs here.
+        """
+        super().load_state_dict(self.cut_state(state_dict))
         for state in self.state.values():
             for name in state.keys() - {"step"}:
                 state[name] = state[name].to(self._settings.moments_dtype)
+
+    def cut_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return `state_dict` with this process's parts of the whole tensors in it."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        if len(parameters) != len(numbers):
+            return state_dict  # torch says what differs
+        owner = dict(zip(numbers, parameters, strict=True))
+        cut = {
+            number: {name: shard_like(value, owner[number]) for name, value in state.items()}
+            for number, state in state_dict["state"].items()
+        }
+        return {**state_dict, "state": cut}
 
 
 States = MutableMapping[Tensor, dict[str, Tensor]]
@@ -120,22 +145,31 @@ States = MutableMapping[Tensor, dict[str, Tensor]]
 
 def update_by_adamw(group: dict[str, Any], states: States, settings: Settings) -> None:
     """Apply AdamW, by torch's fused kernel."""
-    parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-    for parameter in parameters:
+    own: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+    for parameter in group["params"]:
+        if parameter.grad is None:
+            continue
         if not (state := states[parameter]):
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = settings.zeros(parameter), settings.zeros(parameter)
+        own.append((local(parameter), local(parameter.grad), {name: local(value) for name, value in state.items()}))
     apply = _fused_adamw if settings.moments_dtype == torch.float32 else _adamw_with_bf16_moments
-    apply(group, parameters, [states[parameter] for parameter in parameters], settings.params)
+    if own:
+        parameters, gradients, moments = (list(column) for column in zip(*own, strict=True))
+        apply(group, parameters, gradients, moments, settings.params)
 
 
 def _fused_adamw(
-    group: dict[str, Any], parameters: list[Any], states: list[dict[str, Tensor]], params: TrainParams
+    group: dict[str, Any],
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    states: list[dict[str, Tensor]],
+    params: TrainParams,
 ) -> None:
     """Apply torch's fused AdamW: one kernel for the whole group on CUDA, one loop per tensor on a CPU."""
     adamw(
         parameters,
-        [parameter.grad for parameter in parameters],
+        gradients,
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
         [],
@@ -152,16 +186,20 @@ def _fused_adamw(
 
 
 def _adamw_with_bf16_moments(
-    group: dict[str, Any], parameters: list[Any], states: list[dict[str, Tensor]], params: TrainParams
+    group: dict[str, Any],
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    states: list[dict[str, Tensor]],
+    params: TrainParams,
 ) -> None:
     """Apply the same parameter by parameter: moments are widened to fp32, used, and rounded back.
 
     A step changes the second moment by up to 5 % (1 - beta2), far above bf16's 0.4 %, so rounding to nearest
     does not stall it. torch's kernel takes no moments of another type than the parameters (2.11 on an H100).
     """
-    for parameter, state in zip(parameters, states, strict=True):
+    for parameter, gradient, state in zip(parameters, gradients, states, strict=True):
         wide = {name: state[name].float() for name in ("exp_avg", "exp_avg_sq")}
-        _fused_adamw(group, [parameter], [state | wide], params)
+        _fused_adamw(group, [parameter], [gradient], [state | wide], params)
         for name, moment in wide.items():
             state[name].copy_(moment)
 
@@ -169,22 +207,32 @@ def _adamw_with_bf16_moments(
 def update_by_muon(group: dict[str, Any], states: States, settings: Settings) -> None:
     """Apply Muon: Nesterov momentum, orthogonalized in batches of matrices of one shape."""
     momentum = settings.params.muon_momentum
-    matrices: list[Matrices] = []
+    whole: list[Matrices] = []
+    some_rows: list[RowsOfMatrix] = []
     for parameter, num_parts in zip(group["params"], group["num_parts"], strict=True):
         if parameter.grad is None:
             continue
         state = states[parameter]
         if not state:
             state["momentum_buffer"] = settings.zeros(parameter)
-        average = torch.lerp(state["momentum_buffer"].float(), parameter.grad, 1 - momentum)
-        state["momentum_buffer"].copy_(average)
-        ahead = torch.lerp(parameter.grad, average, momentum)
-        matrices.append(Matrices.of(parameter, ahead.to(settings.newton_schulz_dtype), num_parts))
-    for batch in same_shape_batches(matrices):
-        orthogonal = orthogonalized(torch.cat([item.update for item in batch]))
-        for item, update in zip(batch, orthogonal.split([len(item.update) for item in batch]), strict=True):
-            item.parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            item.parameter.add_(item.as_parameter(update), alpha=-group["lr"] * item.scale)
+        gradient, buffer = local(parameter.grad), local(state["momentum_buffer"])
+        average = torch.lerp(buffer.float(), gradient, 1 - momentum)
+        buffer.copy_(average)
+        ahead = torch.lerp(gradient, average, momentum).to(settings.newton_schulz_dtype)
+        if isinstance(parameter, DTensor) and parameter.ndim == 2:
+            some_rows.append(RowsOfMatrix(parameter, ahead, num_parts))
+        elif ahead.numel():
+            whole.append(Matrices.of(local(parameter), ahead, num_parts))
+    for matrices, update in orthogonal_updates(whole):
+        apply_update(group, matrices.parameter, matrices.as_parameter(update), matrices.scale)
+    for rows, update in zip(some_rows, orthogonal_rows(some_rows), strict=True):
+        apply_update(group, local(rows.parameter), update.to(rows.parameter.dtype), rows.scale)
+
+
+def apply_update(group: dict[str, Any], parameter: Tensor, update: Tensor, scale: float) -> None:
+    """Decay a parameter, and subtract `update` times the learning rate and `scale`."""
+    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+    parameter.add_(update, alpha=-group["lr"] * scale)
 
 
 UPDATES: dict[str, Callable[[dict[str, Any], States, Settings], None]] = {
@@ -220,6 +268,93 @@ class Matrices:
         """Return `update`, shaped like `self.update`, in the parameter's shape and type."""
         matrices = update.mT if self.is_transposed else update
         return matrices.reshape(self.parameter.shape).to(self.parameter.dtype)
+
+
+def orthogonal_updates(matrices: Iterable[Matrices]) -> Iterator[tuple[Matrices, Tensor]]:
+    """Yield each of `matrices` with its orthogonalized update, those of one shape together."""
+    for batch in same_shape_batches(matrices):
+        orthogonal = orthogonalized(torch.cat([item.update for item in batch]))
+        yield from zip(batch, orthogonal.split([len(item.update) for item in batch]), strict=True)
+
+
+@dataclass(frozen=True)
+class RowsOfMatrix:
+    """This process's rows of a sharded matrix's update."""
+
+    parameter: DTensor
+    update: Tensor
+    num_parts: int
+
+    @property
+    def scale(self) -> float:
+        """Return the factor of `Matrices.scale`, of the whole matrix."""
+        num_rows, num_columns = self.parameter.shape
+        return UPDATE_RMS * max(num_rows // self.num_parts, num_columns) ** 0.5
+
+
+def orthogonal_rows(matrices: Sequence[RowsOfMatrix]) -> list[Tensor]:
+    """Return this process's rows of each matrix's orthogonalized update, which the matrix's owner computes."""
+    if not matrices:
+        return []
+    group: Any = matrices[0].parameter.device_mesh.get_group("shard")
+    processes = range(dist.get_world_size(group))
+    owners = balanced_owners([rows.parameter.shape for rows in matrices], len(processes))
+    by_owner = [[rows for rows, owner in zip(matrices, owners, strict=True) if owner == r] for r in processes]
+    owned = by_owner[dist.get_rank(group)]
+    cuts = [rows_per_process(len(rows.parameter), len(processes)) for rows in owned]
+    incoming = exchange(
+        [[rows.update for rows in theirs] for theirs in by_owner],
+        [[(cut[r], rows.parameter.shape[1]) for rows, cut in zip(owned, cuts, strict=True)] for r in processes],
+        matrices[0].update,
+        group,
+    )
+    pieces_of = zip(*incoming, strict=True)
+    whole = [
+        Matrices.of(rows.parameter, torch.cat(pieces), rows.num_parts)
+        for rows, pieces in zip(owned, pieces_of, strict=True)
+    ]
+    updates = {id(item): item.as_parameter(update) for item, update in orthogonal_updates(whole)}
+    outgoing = [updates[id(item)].split(cut) for item, cut in zip(whole, cuts, strict=True)]
+    returned = exchange(
+        [[pieces[r] for pieces in outgoing] for r in processes],
+        [[tuple(rows.update.shape) for rows in theirs] for theirs in by_owner],
+        local(matrices[0].parameter),
+        group,
+    )
+    from_owner = [iter(pieces) for pieces in returned]
+    return [next(from_owner[owner]) for owner in owners]
+
+
+def balanced_owners(shapes: Sequence[tuple[int, ...]], num_processes: int) -> list[int]:
+    """Return which process orthogonalizes each matrix: the dearest first, each to the one with the least to do."""
+    costs = [math.prod(shape) * min(shape) for shape in shapes]  # multiplications of one Newton-Schulz product
+    owners, loads = [0] * len(shapes), [0] * num_processes
+    for index in sorted(range(len(shapes)), key=lambda index: -costs[index]):
+        owners[index] = loads.index(min(loads))
+        loads[owners[index]] += costs[index]
+    return owners
+
+
+def rows_per_process(num_rows: int, num_processes: int) -> list[int]:
+    """Return how many rows of a sharded matrix each process has: torch gives all but the last ones as many."""
+    most = -(-num_rows // num_processes)
+    return [min(most, max(0, num_rows - r * most)) for r in range(num_processes)]
+
+
+def exchange(
+    sent: list[list[Tensor]], shapes: list[list[tuple[int, ...]]], like: Tensor, group: Any
+) -> list[list[Tensor]]:
+    """Send the tensors `sent[r]` to process r of the group; return those of `shapes[r]` that process r sends here.
+
+    All have the type and device of `like`.
+    """
+    flat = torch.cat([like.new_empty(0), *(tensor.reshape(-1) for tensors in sent for tensor in tensors)])
+    sizes = [[math.prod(shape) for shape in theirs] for theirs in shapes]
+    received = like.new_empty(sum(map(sum, sizes)))
+    splits = [sum(tensor.numel() for tensor in tensors) for tensors in sent]
+    dist.all_to_all_single(received, flat, [sum(theirs) for theirs in sizes], splits, group=group)
+    pieces = iter(received.split([size for theirs in sizes for size in theirs]))
+    return [[next(pieces).view(shape) for shape in theirs] for theirs in shapes]
 
 
 def same_shape_batches(matrices: Iterable[Matrices]) -> Iterator[list[Matrices]]:

@@ -111,7 +111,9 @@ def introduction(plan: TrainingPlan) -> str:
     runtime = plan.params.runtime
     device = torch_device(runtime)
     device_type = runtime.device_type(has_cuda=device.type == "cuda")
-    note = memory_note(plan, device_type, free_bytes(device), runtime.num_processes)
+    # Of a sharded training it is not known: what lies gathered at its peak is the engine's choice.
+    is_whole = runtime.sharding == "none"
+    note = memory_note(plan, device_type, free_bytes(device), runtime.num_processes) if is_whole else None
     return "\n".join([plan.summary(), *([note] if note else [])])
 
 

@@ -34,8 +34,10 @@ from dsv3.training.fingerprint import Fingerprint, other_checkpoints, write_fact
 from dsv3.training.interruption import caught_signals
 from dsv3.training.lock import hold_lock
 from dsv3.training.loop import Hook, Run, train
+from dsv3.training.model import model_of
 from dsv3.training.plan import TrainingPlan
 from dsv3.training.setup import Choices, prepare_model, prepare_run, run_fingerprint, start_accelerator
+from dsv3.training.sharding import gathered_weights, is_sharded
 from dsv3.training.state import TrainState
 
 POWERS_OF_TWO = "powers of two: exported in FP8 with --power-of-two-scales"
@@ -234,14 +236,17 @@ def export_and_record(
 ) -> dict[str, Any] | None:
     """Write the model, run.json, metrics.json and headline.json; return the metrics; only in the main process."""
     hooks.check_weights_are_finite(run)
+    shards = is_sharded(run.model)
+    if run.plan.params.train.load_best_model_at_end and (shards or recorder is not None):
+        load_best(directory, run.model, run.state.best_step)
+    weights = gathered_weights(run.model) if shards else {}
     if recorder is None:
         return None
-    if run.plan.params.train.load_best_model_at_end:
-        load_best(directory, run.model, run.state.best_step)
+    model = model_of(Path(run.plan.params.model.config), weights) if shards else run.model
     metrics = final_metrics(run, recorder, chosen)
     scores = validation_of(recorder, metrics["exported_step"])
     card = model_card(model_facts(run, recorder, chosen, outputs), scores, outputs.manifest)
-    export_huggingface(run.model, run.model.state_dict(), outputs.tokens, outputs.model, card)
+    export_huggingface(model, model.state_dict(), outputs.tokens, outputs.model, card)
     write_json(outputs.results / "run.json", {**recorder.run_record(), "step": run.state.step})
     write_json(outputs.results / "metrics.json", metrics)
     write_json(outputs.results / "headline.json", headline(metrics))

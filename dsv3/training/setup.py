@@ -11,6 +11,8 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    KwargsHandler,
     TorchDynamoPlugin,
 )
 
@@ -30,16 +32,17 @@ from dsv3.training.interruption import Interruption
 from dsv3.training.launch import check_environment
 from dsv3.training.loop import Run
 from dsv3.training.loss import chunked_cross_entropy
-from dsv3.training.model import build_model
+from dsv3.training.model import CPU, META, build_model
 from dsv3.training.optimizer import Optimizer, parameter_groups
 from dsv3.training.plan import TrainingPlan
 from dsv3.training.precision import COMPUTE_DTYPES, autocast_dtype, resolved_precision
+from dsv3.training.sharding import check_sharding, shard_model
 from dsv3.training.state import TrainState
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 
-REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-"""Launches in which every process holds the whole model. A sharded one would need sharded checkpoints, and Muon whole
-matrices."""
+LAUNCHED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+"""Launches that leave sharding to `runtime.sharding`. Accelerate's own has no checkpoints that fit, and on a CPU it
+ignores what it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ class Choices:
 
     experts: str
     cross_entropy: str
+    sharding: str
+    """Of weights, gradients and optimizer state over the processes."""
+
     high_precision_linears: tuple[str, ...]
     """Linear layers that were left out when the others were converted."""
 
@@ -80,7 +86,12 @@ def start_accelerator(plan: TrainingPlan) -> Accelerator:
         )
     has_unused_parameters = min(train.mtp_loss_weight, train.mtp_loss_weight_final) == 0
     # Buffers are not broadcast: each process counts its own tokens, and biases are equal because their updates are.
-    kwargs = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=has_unused_parameters)
+    kwargs: list[KwargsHandler] = [
+        DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=has_unused_parameters)
+    ]
+    if plan.params.runtime.sharding != "none" and not on_cpu:
+        # Checkpoints, and shards that lie in the CPU's memory, are exchanged by gloo.
+        kwargs.append(InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl"))
     uses_autocast = autocast_dtype(train.precision, device) == torch.bfloat16
     # Everything that Accelerate would else take from the environment. The plugins also beat it where arguments do not.
     accelerator = Accelerator(
@@ -88,13 +99,14 @@ def start_accelerator(plan: TrainingPlan) -> Accelerator:
         mixed_precision="bf16" if uses_autocast else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_plugin=TorchDynamoPlugin(backend="no", mode="default", fullgraph=False, dynamic=False),  # pyright: ignore[reportArgumentType] -- it takes the name
-        kwargs_handlers=[kwargs],
+        kwargs_handlers=kwargs,
     )
-    if accelerator.distributed_type not in REPLICATED:
+    if accelerator.distributed_type not in LAUNCHED:
         raise UserError(
-            f"the launcher asks for {accelerator.distributed_type.value}; training replicates the model and shards "
-            "nothing; launch it with configs/accelerate/ddp.yaml, or set runtime.num_processes"
+            f"the launcher asks for {accelerator.distributed_type.value}; must be one of its plain launches; launch it "
+            "with configs/accelerate/ddp.yaml, and set runtime.sharding"
         )
+    check_sharding(plan.params, accelerator.num_processes, plan.architecture.n_routed_experts)
     smallest = train.gradient_accumulation_steps // train.batch_ramp_levels
     if smallest % accelerator.num_processes:
         raise UserError(
@@ -114,9 +126,10 @@ def prepare_model(plan: TrainingPlan, device: torch.device) -> tuple[DeepseekV3F
 
     Raises `UserError` for what can't run there.
     """
-    train = plan.params.train
-    model = build_model(Path(plan.params.model.config), plan.params.seed)
-    if plan.initial_weights is not None:
+    train, sharding = plan.params.train, plan.params.runtime.sharding
+    is_filled = sharding == "none" or os.environ.get("RANK", "0") == "0"  # the main process's weights are cut for all
+    model = build_model(Path(plan.params.model.config), plan.params.seed, CPU if is_filled else META)
+    if plan.initial_weights is not None and is_filled:
         plan.initial_weights.copy_into(model)
     precision = resolved_precision(train.precision, device)
     recipe = fp8_recipe(train)
@@ -141,6 +154,7 @@ def prepare_model(plan: TrainingPlan, device: torch.device) -> tuple[DeepseekV3F
         precision=conversion.precision,
         experts=experts,
         cross_entropy="chunked" if is_chunked else "plain",
+        sharding=sharding,
         high_precision_linears=tuple(conversion.high_precision),
     )
 
@@ -172,13 +186,16 @@ def prepare_run(
 ) -> Run:
     """Return a training at step 0: the model wrapped for its processes, the optimizer empty."""
     train = plan.params.train
+    shards = plan.params.runtime.sharding != "none"
+    if shards:
+        shard_model(model, plan.params.runtime, accelerator.device)
     # Muon's matrix products run in the training's own format: bf16 where the device is fast at it, else fp32.
     dtype = autocast_dtype(train.precision, accelerator.device)
     optimizer = Optimizer(parameter_groups(model, train), train, dtype)
     with warnings.catch_warnings():
         # torch 2.13 names a successor of broadcast_buffers that Accelerate 1.15 can't pass on.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-        forward = accelerator.prepare_model(model)
+        forward = accelerator.prepare_model(model, device_placement=not shards, evaluation_mode=shards)
     return Run(
         plan=plan,
         accelerator=accelerator,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dsv3.cli import DryRunOption, command, missing_options
-from dsv3.errors import Interrupted, UserError
+from dsv3.errors import LOST_PROCESS_STATUS, Interrupted, UserError
 from tests.committed import PROJECT
 from tests.training_inputs import ROOT
 
@@ -61,6 +61,18 @@ def test_what_torch_cannot_allocate_is_one_line_with_a_remedy(monkeypatch, capsy
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and line.startswith("out of memory (") and "smaller batches" in line
     assert ("Tried to allocate 2.00 GiB" if error == "cuda" else "allocate 1152921504606846976 bytes") in line
+
+
+@pytest.mark.parametrize("is_typed", [True, False])
+def test_another_processs_end_is_one_line_and_a_status_of_its_own(monkeypatch, capsys, is_typed):
+    def main() -> None:
+        if is_typed:
+            raise torch.distributed.DistBackendError("NCCL error: remote process exited")
+        raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+    assert status(main, monkeypatch) == LOST_PROCESS_STATUS
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and line.startswith("another process of this training has ended")
 
 
 def test_another_runtime_error_keeps_its_traceback(monkeypatch):

@@ -12,6 +12,7 @@ from tests.training_inputs import run_stage, started_run, write_inputs
     [
         ({1: 2, 0: -15}, 2),  # a mistake in the second worker; the first was told to stop
         ({0: 2, 1: -15}, 2),
+        ({0: 75, 1: -9}, 137),  # the first missed the second, and was noticed before it
         ({1: -9, 0: 143}, 137),  # the second was killed for its memory; the first saved and went
     ],
 )

@@ -375,8 +375,8 @@ def test_bf16_trains_to_nearly_the_same_loss(tmp_path):
 
 
 def test_a_launch_that_would_shard_the_model_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("dsv3.training.setup.REPLICATED", ())
-    with pytest.raises(UserError, match="training replicates the model and shards nothing"):
+    monkeypatch.setattr("dsv3.training.setup.LAUNCHED", ())
+    with pytest.raises(UserError, match="must be one of its plain launches"):
         trained(tmp_path)
 
 

@@ -1,0 +1,386 @@
+"""Sharded trainings against one process, over gloo.
+
+As a module, this file is the program that trains: every case on one process, then on several, which are forked from one
+that has imported everything. It writes what it measured.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsv3.errors import UserError
+from dsv3.training.optimizer import balanced_owners, rows_per_process
+from dsv3.training.sharding import check_sharding, gathered_weights, local
+from tests.committed import DEFAULTS
+from tests.training_inputs import ROOT, WIDE, environment, history, started_run
+
+EXPERTS = {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}
+STEPS = 4
+BEFORE = 2
+"""Steps before a checkpoint."""
+
+
+def case(
+    num_processes: int, architecture: dict[str, Any] | None = None, sharding: str = "full", **settings: Any
+) -> dict[str, Any]:
+    """Return a case: `runtime` and `train` parameters by their names."""
+    runtime = {
+        name: settings.pop(name)
+        for name in ("reshard_after_forward", "cpu_offload", "expert_parallel")
+        if name in settings
+    }
+    train = {"max_steps": STEPS, "gradient_accumulation_steps": 12, "optim": "muon", **settings}
+    return {
+        "num_processes": num_processes,
+        "runtime": {"sharding": sharding, **runtime},
+        "train": train,
+        "architecture": {**EXPERTS, **(architecture or {})},
+    }
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "muon": case(2),
+    "adamw": case(2, optim="adamw"),
+    "bf16 moments": case(2, optim="adamw", adam_moments_dtype="bf16"),
+    "checkpointing": case(2, gradient_checkpointing=True),
+    "kept after the forward pass": case(2, reshard_after_forward=False),
+    "in the CPU's memory": case(2, cpu_offload="parameters"),
+    "tied": case(2, {"tie_word_embeddings": True}),
+    "two MTP modules": case(4, {"num_nextn_predict_layers": 2}),
+    "four": case(4, optim="adamw"),
+    "hybrid": case(4, sharding="hybrid"),
+    "experts over two": case(2, expert_parallel=2),
+    "experts over two, recomputed": case(2, expert_parallel=2, optim="adamw", gradient_checkpointing=True),
+    "experts over two, FP8": case(2, WIDE, expert_parallel=2, use_fp8=True, max_steps=1),
+    "experts over two of four": case(4, expert_parallel=2),
+    "experts over four": case(4, expert_parallel=4),
+    "uneven": case(3, max_steps=2),
+    "fp8": case(2, WIDE, use_fp8=True, max_steps=1),
+}
+WEIGHTS_BOUND = {
+    "adamw": 1e-5,
+    "four": 1e-5,
+    "bf16 moments": 1e-4,
+    "uneven": 3e-5,
+    "fp8": 1e-4,
+    "experts over two, FP8": 5e-2,
+    "experts over two, recomputed": 1e-5,
+}
+"""Of the norm of the difference to one process, as a share of the weight's norm; 2e-6 for the others.
+
+Gradients are added in another order, which changes them by fp32's rounding. Muon carries that on; AdamW divides a
+gradient by its own size, and so makes of a rounding in a gradient near zero a step of another size; bf16 rounds what is
+different to numbers 0.4 % apart, as FP8 to numbers 6 % apart. Replicas (sharding: none) are as far away.
+Where experts lie on several processes, an expert has the rows of several micro-batches at once, so FP8 rounds its
+weight gradient in other blocks.
+"""
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("sharded")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.dsv3.training.test_sharding", str(folder)],
+        cwd=ROOT,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "measured.json").read_text())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_sharded_training_is_that_of_one_process(measured, name):
+    found = measured[name]
+    assert found["loss"] < 1e-6
+    assert found["grad_norm"] < 1e-5
+    assert found["load_differences"] == 0
+    assert found["weights"] < WEIGHTS_BOUND.get(name, 2e-6), found
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("uneven", "hybrid")])
+def test_each_process_holds_its_share_of_weights_gradients_and_moments(measured, name):
+    for kind, share in measured[name]["shares"].items():
+        # Single numbers, such as a norm's or a group's, are not always divisible.
+        assert share <= 1.05 / CASES[name]["num_processes"], kind
+
+
+def test_in_hybrid_sharding_a_machine_holds_the_whole_training(measured):
+    assert max(measured["hybrid"]["shares"].values()) <= 1.05 / 2
+
+
+def test_fp8_statistics_are_those_of_one_process(measured):
+    found, shared = measured["fp8"], measured["experts over two, FP8"]
+    assert len(found["statistics"]) > 50
+    assert found["missing_statistics"] == []
+    assert shared["missing_statistics"] and all(".experts " in key for key in shared["missing_statistics"])
+    # After a step whose rounding differs: single numbers fall to the other side of FP8's borders.
+    assert found["different_statistics"] == shared["different_statistics"] == []
+
+
+def test_a_checkpoint_is_the_same_numbers_on_any_number_of_processes(measured):
+    digests = measured["checkpoints"]["digests"]
+    assert digests.keys() == CHAIN.keys()
+    assert len(set(digests.values())) == 1, digests
+
+
+def test_a_sharded_training_goes_on_bit_for_bit(measured):
+    assert measured["checkpoints"]["resumed"] == measured["checkpoints"]["uninterrupted"]
+
+
+def test_the_dearest_matrices_go_to_different_owners():
+    shapes = [(8, 8), (64, 64), (8, 8), (64, 64), (32, 8), (64, 32)]
+    owners = balanced_owners(shapes, 2)
+    assert owners[1] != owners[3]
+    loads = [sum(r * c * min(r, c) for (r, c), o in zip(shapes, owners, strict=True) if o == owner) for owner in (0, 1)]
+    assert max(loads) - min(loads) <= 64 * 32 * 32
+
+
+@pytest.mark.parametrize(("num_rows", "num_processes"), [(8, 2), (7, 3), (2, 4), (9, 4), (1, 3)])
+def test_rows_are_cut_as_torch_cuts_them(num_rows, num_processes):
+    chunks = torch.zeros(num_rows, 1).chunk(num_processes)
+    assert rows_per_process(num_rows, num_processes) == [
+        len(chunks[r]) if r < len(chunks) else 0 for r in range(num_processes)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_processes", "told"),
+    [
+        ({"sharding": "full"}, 1, "runtime.sharding is full; there is one process"),
+        ({"cpu_offload": "parameters"}, 2, "runtime.cpu_offload is parameters; needs runtime.sharding"),
+        ({"sharding": "hybrid"}, 2, "runtime.sharding is hybrid; needs several machines"),
+        ({"expert_parallel": 2}, 2, "runtime.expert_parallel is 2; needs runtime.sharding full"),
+        ({"sharding": "full", "expert_parallel": 2}, 3, "must divide the 3 processes and the architecture's 8 experts"),
+        ({"sharding": "full", "expert_parallel": 16}, 16, "must divide the 16 processes and the architecture's 8 exp"),
+        (
+            {"sharding": "full", "expert_parallel": 2, "cpu_offload": "parameters"},
+            2,
+            "not together with runtime.cpu_off",
+        ),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_in_one_line(changes, num_processes, told, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    runtime = DEFAULTS.runtime.model_copy(update=changes)
+    with pytest.raises(UserError, match=told):
+        check_sharding(DEFAULTS.model_copy(update={"runtime": runtime}), num_processes, n_routed_experts=8)
+
+
+# What the processes do.
+
+
+def train_case(folder: Path, name: str) -> None:
+    """Train a case on one process, or as one of several; the main one writes what it saw."""
+    given, num_processes = CASES[name], int(os.environ.get("WORLD_SIZE", "1"))
+    runtime = given["runtime"] if num_processes > 1 else {}
+    own = folder / f"{name}-{num_processes}-{os.environ.get('RANK', '0')}"
+    run = started_run(own, runtime=runtime, train=given["train"], architecture=given["architecture"])
+    gradients: dict[str, int] = {}
+    clip = run.clip_grad_norm
+
+    def count_gradients(max_norm: float) -> torch.Tensor:
+        gradients["now"] = sum(local(p.grad).numel() for p in run.model.parameters() if p.grad is not None)
+        return clip(max_norm)
+
+    run.clip_grad_norm = count_gradients
+    rows = history(run)
+    held = {
+        "weights": sum(local(p).numel() for p in run.model.parameters()),
+        "gradients": gradients["now"],
+        "moments": sum(local(v).numel() for s in run.optimizer.state.values() for k, v in s.items() if k != "step"),
+    }
+    found: dict[str, Any] = {"rows": rows, "held": held, "loads": run.state.step_sums.load_LE}
+    if given["train"].get("use_fp8"):
+        from dsv3.training.fp8_hooks import measure_fp8
+
+        statistics = measure_fp8(run)
+        found["statistics"] = {
+            f"{module} {operand}": values.shares()
+            for module, each in statistics.items()
+            for operand, values in each.items()
+        }
+    found["weights"] = whole_weights(run)
+    if run.accelerator.is_main_process:
+        torch.save(found, folder / f"{name}-{num_processes}.pt")
+
+
+def whole_weights(run: Any) -> dict[str, torch.Tensor]:
+    weights = gathered_weights(run.model) if run.plan.params.runtime.sharding != "none" else run.model.state_dict()
+    return {name: weight.clone() for name, weight in weights.items()}
+
+
+def compare(folder: Path, name: str) -> dict[str, Any]:
+    """Return how far several processes' training is from one's."""
+    one, several = (torch.load(folder / f"{name}-{n}.pt") for n in (1, CASES[name]["num_processes"]))
+    pairs = list(zip(several["rows"], one["rows"], strict=True))
+    found: dict[str, Any] = {
+        value: max(abs(s[value] - o[value]) / o[value] for s, o in pairs) for value in ("loss", "grad_norm")
+    }
+    distances = {
+        n: ((weight - one["weights"][n]).norm() / one["weights"][n].norm().clamp(min=1e-12)).item()
+        for n, weight in several["weights"].items()
+    }
+    found["farthest"] = max(distances, key=lambda n: distances[n])
+    found["weights"] = distances[found["farthest"]]
+    found["shares"] = {kind: several["held"][kind] / one["held"][kind] for kind in one["held"]}
+    loads = (torch.tensor(several["loads"]) - torch.tensor(one["loads"])).abs()
+    found["load_differences"] = int(loads.sum())
+    if "statistics" in one:
+        found["statistics"] = sorted(several["statistics"])
+        found["missing_statistics"] = sorted(one["statistics"].keys() - several["statistics"].keys())
+        found["different_statistics"] = [
+            key
+            for key, shares in one["statistics"].items()
+            if key in several["statistics"]
+            if several["statistics"][key] != pytest.approx(shares, rel=0.1, abs=0.01)
+        ]
+    return found
+
+
+def digest(run: Any) -> str:
+    """Return the SHA-256 of all weights and moments, on the main process."""
+    from hashlib import sha256
+
+    total = sha256()
+    for name, weight in sorted(whole_weights(run).items()):
+        total.update(name.encode() + weight.numpy().tobytes())
+    for group in run.optimizer.param_groups:
+        for parameter in group["params"]:
+            for name, value in sorted(run.optimizer.state[parameter].items()):
+                full = value.full_tensor() if hasattr(value, "full_tensor") else value
+                total.update(name.encode() + full.float().numpy().tobytes())
+    return total.hexdigest()
+
+
+def checkpoint_case(folder: Path, chain: str) -> None:
+    """Load the checkpoint that the chain's last link left, say its digest, and save it again for the next one."""
+    from dsv3.training.checkpoint import load_checkpoint, save_checkpoint
+    from dsv3.training.loop import Hook, train
+    from dsv3.training.state import TrainState
+
+    rank, runtime = os.environ.get("RANK", "0"), CHAIN[chain][1]
+    settings = {"max_steps": STEPS, "gradient_accumulation_steps": 12, "optim": "muon"}
+
+    def started() -> Any:
+        return started_run(folder / f"{chain}-{rank}", runtime=runtime, train=settings, architecture=EXPERTS)
+
+    def save(run: Any, to: str) -> None:
+        save_checkpoint(folder / "checkpoints" / to, run.model, run.optimizer, {}, run.state.to_json())
+
+    def tell(key: str, value: str) -> None:
+        if rank == "0":
+            (folder / f"digest {key}").write_text(value)
+
+    def train_saving(run: Any, to: str) -> None:
+        """Train to the end; save a checkpoint on the way."""
+        hook = Hook(BEFORE, lambda run: save(run, to) if run.state.step == BEFORE else None)
+        train(run, [hook], lambda run: None)
+
+    run = started()
+    source = folder / "checkpoints" / str(int(chain) - 1) / f"step_{BEFORE}"
+    if chain == "0":
+        train_saving(run, "-1")
+        run = started()
+    run.state = TrainState.from_json(load_checkpoint(source, run.model, run.optimizer))
+    tell(chain, digest(run))
+    save(run, chain)
+    if chain == "1":  # goes on over the same processes from its own checkpoint
+        uninterrupted = started()
+        train_saving(uninterrupted, "own")
+        tell("uninterrupted", digest(uninterrupted))
+        resumed = started()
+        own = folder / "checkpoints" / "own" / f"step_{BEFORE}"
+        resumed.state = TrainState.from_json(load_checkpoint(own, resumed.model, resumed.optimizer))
+        train(resumed, [], lambda run: None)
+        tell("resumed", digest(resumed))
+
+
+FULL: dict[str, Any] = {"sharding": "full"}
+CHAIN: dict[str, tuple[int, dict[str, Any]]] = {
+    "0": (1, {}),
+    "1": (2, FULL),
+    "2": (4, FULL | {"expert_parallel": 2}),
+    "3": (3, FULL),
+    "4": (2, FULL | {"expert_parallel": 2}),
+    "5": (1, {}),
+    "6": (4, FULL | {"expert_parallel": 4}),
+    "7": (1, {}),
+}
+"""Link → processes and `runtime`: from one over more of them in every way, and back."""
+
+
+def fork(num_processes: int, work: Callable[[], None]) -> None:
+    """Do `work` in forked processes, as a launcher would start them; end this program where one fails."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(num_processes):
+        child = os.fork()
+        if child == 0:
+            if num_processes > 1:
+                per_machine = 2 if num_processes == 4 else num_processes  # of hybrid sharding
+                os.environ |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank % per_machine),
+                    "WORLD_SIZE": str(num_processes),
+                    "LOCAL_WORLD_SIZE": str(per_machine),
+                    "MASTER_ADDR": "localhost",
+                    "MASTER_PORT": str(port),
+                    "TORCHELASTIC_RUN_ID": "none",
+                }
+            status = 1
+            try:
+                work()
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            os._exit(status)  # without Python's shutdown, which waits for gloo's threads
+        children.append(child)
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    if any(statuses):
+        sys.exit(f"{num_processes} processes ended with {statuses}")
+
+
+def main(folder: Path) -> None:
+    """Run every case and write what was measured."""
+
+    def run_cases(num_processes: int, names: list[str]) -> None:
+        for name in names:
+            train_case(folder, name)
+        if num_processes > 1:
+            torch.distributed.barrier()
+
+    fork(1, lambda: run_cases(1, list(CASES)))
+    for num_processes in sorted({given["num_processes"] for given in CASES.values()}):
+        names = [name for name, given in CASES.items() if given["num_processes"] == num_processes]
+        fork(num_processes, lambda n=num_processes, names=names: run_cases(n, names))
+    measured: dict[str, Any] = {name: compare(folder, name) for name in CASES}
+    for link, (num_processes, _) in CHAIN.items():
+        fork(num_processes, lambda link=link: checkpoint_case(folder, link))
+    digests = {path.name.removeprefix("digest "): path.read_text() for path in folder.glob("digest *")}
+    measured["checkpoints"] = {
+        "digests": {link: digests[link] for link in CHAIN},
+        "resumed": digests["resumed"],
+        "uninterrupted": digests["uninterrupted"],
+    }
+    (folder / "measured.json").write_text(json.dumps(measured, indent=1))
+    shutil.rmtree(folder / "checkpoints")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,81 @@
+"""The train stage over shards: stopped, killed, gone on with other processes."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.stages.test_train import interrupt_once_saved
+from tests.training_inputs import ROOT, environment, run_stage, stage_command, write_inputs
+
+SHARDED = {"num_processes": 2, "sharding": "full", "save_steps": 2}
+MODEL = "final_model/model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    write_inputs(folder, runtime=SHARDED)
+    done = run_stage(folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_stopped_training_goes_on_to_the_same_bytes(tmp_path, uninterrupted):
+    write_inputs(tmp_path, runtime=SHARDED)
+    returned, errors = interrupt_once_saved(tmp_path, signal.SIGTERM)
+    assert returned == 143, errors
+    assert "saved" in errors
+    saved = sorted(tmp_path.glob(".checkpoints/*/step_*"))[-1]
+    assert {path.name for path in saved.iterdir()} >= {".metadata", "__0_0.distcp", "__1_0.distcp", "complete"}
+    write_inputs(tmp_path, runtime=SHARDED | {"resume": "must"})
+    done = run_stage(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / MODEL).read_bytes() == (uninterrupted / MODEL).read_bytes()
+    assert (tmp_path / "results" / "router.tsv").read_bytes() == (uninterrupted / "results" / "router.tsv").read_bytes()
+
+
+def test_a_killed_process_ends_the_others_with_a_line_and_the_training_goes_on_to_the_same_bytes(
+    tmp_path, uninterrupted
+):
+    write_inputs(tmp_path, runtime=SHARDED | {"save_steps": 1})
+    process = subprocess.Popen(
+        stage_command(tmp_path),
+        cwd=ROOT,
+        env=environment(tmp_path),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".checkpoints/*/step_*/complete")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+    workers = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"]
+    os.kill(workers[0].pid, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 137, errors
+    lines = errors.splitlines()
+    assert not any("Traceback" in line for line in lines), errors
+    assert sum("a process was killed" in line for line in lines) == 1
+    write_inputs(tmp_path, runtime=SHARDED | {"resume": "must"})
+    done = run_stage(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / MODEL).read_bytes() == (uninterrupted / MODEL).read_bytes()
+
+
+def test_shards_of_one_processs_checkpoint_are_exported_as_its_files(tmp_path):
+    write_inputs(tmp_path, runtime={"keep_last_checkpoint": True})
+    assert run_stage(tmp_path).returncode == 0
+    exported = {path.name: path.read_bytes() for path in (tmp_path / "final_model").iterdir()}
+    shutil.rmtree(tmp_path / "final_model")
+    write_inputs(tmp_path, runtime=SHARDED | {"resume": "must"})
+    done = run_stage(tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = {path.name: path.read_bytes() for path in (tmp_path / "final_model").iterdir()}
+    assert [name for name in exported if again[name] != exported[name]] == []
