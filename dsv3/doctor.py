@@ -178,6 +178,18 @@ def check_trackers() -> Finding:
     return Finding("trackers", True, message)
 
 
+def check_views() -> Finding:
+    """Tell which of the chosen trackers don't show the results that are checked out: DVC starts no stage for that."""
+    from dsv3.tracking.shown import missing_views, rebuilding
+
+    params = read_params(PARAMS)
+    names = missing_views(Path("results"), params)
+    if not names:
+        return Finding("views", True, "no tracker lacks the results that are checked out")
+    message = f"{', '.join(names)} {'does' if len(names) == 1 else 'do'} not show the results that are checked out"
+    return Finding("views", False, message, f"run: {rebuilding(names)}")
+
+
 def is_locked(path: Path) -> bool:
     """Return whether another process holds the lock file at `path`, as `aim up` holds its index."""
     if not path.is_file():
@@ -283,6 +295,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_disk,
     check_aim,
     check_trackers,
+    check_views,
 )
 
 

@@ -13,7 +13,9 @@ import typer
 from dsv3.artifacts import read_json
 from dsv3.cli import run_app
 from dsv3.comparison import WORKSPACE, comparison, read_runs
-from dsv3.params.read import read_yaml
+from dsv3.errors import UserError
+from dsv3.params.read import read_params, read_yaml
+from dsv3.tracking.shown import missing_views, rebuilding
 
 NEXT = (
     ("make ui", "the run in Aim: curves, routing, samples, figures"),
@@ -117,8 +119,19 @@ def report(pipeline: Path) -> str:
     if missing := {stage: paths[0] for stage, paths in outputs.items() if not paths[0].exists()}:
         lines = [(stage, f"has not run ({path} is missing): dvc repro {stage}") for stage, path in missing.items()]
         parts.append("Not yet there\n" + table(lines))
+    parts += views_note(pipeline.parent)
     parts.append("Where to look next (after: source .venv/bin/activate)\n" + table(NEXT))
     return "\n\n".join(parts)
+
+
+def views_note(root: Path) -> list[str]:
+    """Return what to run where a chosen tracker does not show the results; nothing where all do."""
+    try:
+        names = missing_views(root / "results", read_params(root / "params.yaml"))
+    except UserError:
+        return []  # every stage tells of it
+    remedy = table([(rebuilding(names), "shows it, without training")])
+    return [f"Not shown in {', '.join(names)}\n{remedy}"] if names else []
 
 
 @app.callback(invoke_without_command=True)

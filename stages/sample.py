@@ -29,7 +29,6 @@ def main(
     from dsv3.devices import device_name, torch_device
     from dsv3.export.loading import check_model, load_model, load_tokenizer
     from dsv3.generation.sampling import check_fits, markdown, sample_all, total_drafts
-    from dsv3.tracking.events import Result
     from dsv3.tracking.recorder import add_to_run, read_record
     from dsv3.tracking.results import sample_events
 
@@ -51,9 +50,8 @@ def main(
     seconds = time.perf_counter() - start
     write_text(output, markdown(samples, settings, parameters.seed, record))
 
-    drafts, step = total_drafts(samples), record["step"]
-    results = [Result("sample", drafts.metrics(), step)] if drafts else []
-    add_to_run(run, parameters, [*sample_events(output, step), *results])
+    add_to_run(run, parameters, sample_events(output, record["step"]))
+    drafts = total_drafts(samples)
     new_tokens = sum(item.num_new_tokens for item in samples)
     print(f"{output}: {new_tokens:,} tokens, {new_tokens / seconds:.0f} tokens/s{f'; {drafts}' if drafts else ''}")
 

@@ -22,7 +22,19 @@ from dsv3.params.read import Params, read_params
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = tuple(f"mini_model/{name}" for name in ("config.json", "config_tiny.json", "config_nano.json"))
-RUNS_WRITE = ("results", "outputs", "data", "runs", "wandb", ".aim", ".checkpoints", "dvc.lock", "params.yaml", *MODELS)
+RUNS_WRITE = (
+    "results",
+    "outputs",
+    "data",
+    "runs",
+    "wandb",
+    ".aim",
+    ".trackio",
+    ".checkpoints",
+    "dvc.lock",
+    "params.yaml",
+    *MODELS,
+)
 """Files and folders of the working tree that no test may read."""
 
 

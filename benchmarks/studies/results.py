@@ -139,7 +139,7 @@ def checked_with_dvc(root: Path, results: list[Result]) -> dict[str, str]:
     for result in results:
         if result.name in commits:
             commit = commits[result.name]
-            truth = json.loads(_git(root, "show", f"{commit}:results/evaluate/headline.json"))["heldout"]
+            truth = _heldout_loss(root, result.name, commit)
             if truth != result.nats_per_char:
                 raise UserError(
                     f"{result.name}: Aim holds {result.nats_per_char} nats/char, DVC {truth}; DVC is the truth: "
@@ -147,6 +147,14 @@ def checked_with_dvc(root: Path, results: list[Result]) -> dict[str, str]:
                 )
             messages[result.name] = _git(root, "show", "--no-patch", "--format=%B", commit).strip()
     return messages
+
+
+def _heldout_loss(root: Path, name: str, commit: str) -> float:
+    """Return the held-out loss that an experiment's commit holds; `UserError` where it is of an older layout."""
+    path = "results/evaluate/headline.json"
+    if path not in _git(root, "ls-tree", "--name-only", commit, path).splitlines():
+        raise UserError(f"{name}: has no {path}, so it was made by older code; dvc exp remove {name}, and run it again")
+    return json.loads(_git(root, "show", f"{commit}:{path}"))["heldout"]
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -8,7 +8,7 @@ from dsv3.params.section import Section
 
 Device = Literal["cpu", "cuda"]
 
-TrackerName = Literal["aim", "tensorboard", "wandb"]
+TrackerName = Literal["aim", "tensorboard", "wandb", "trackio"]
 """Every tracker: a module of dsv3/tracking and a package, both of this name."""
 
 

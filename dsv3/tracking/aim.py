@@ -25,9 +25,10 @@ from aim.ext.resource.log import LogLine
 from filelock import FileLock
 
 from dsv3.params.runtime import RuntimeParams
-from dsv3.tracking.events import Distribution, Event, Figure, LastLine, Result, Row, Text
+from dsv3.tracking.events import Distribution, Event, Figure, Heatmap, LastLine, Result, Row, Text
 from dsv3.tracking.identity import RunIdentity, aim_folder, project_root
-from dsv3.tracking.metrics import TABLES, charted, place
+from dsv3.tracking.loads import picture
+from dsv3.tracking.metrics import TABLES, charted, numbers, place
 from dsv3.tracking.tracker import Mode
 
 SYSTEM_TRACKING_INTERVAL_S = 10
@@ -127,8 +128,8 @@ class AimTracker:
                     self._track(value, name, step, {"subset": subset, "stage": stage})
             case Text(name, text, step, context):
                 self._track(aim.Text(text), name, step, context)
-            case Figure(name, path, step, context):
-                self._track(aim.Image(str(path), caption=name), name, step, context)
+            case Figure() | Heatmap():
+                self._track(aim.Image(picture(event), caption=event.caption), event.name, event.step, event.context)
             case Distribution(name, heights, step, context):
                 bins = aim.Distribution(hist=list(heights), bin_range=(0, len(heights)))
                 self._track(bins, name, step, context)
@@ -140,10 +141,9 @@ class AimTracker:
         table, cells = TABLES[row.table], row.cells
         context: dict[str, Any] = {"subset": table.subset, **place(row.table, cells)}
         epoch = int(cells["epoch"]) if "epoch" in cells else None
-        for name, value in cells.items():
-            if name not in table.index:
-                # always a float: an int followed by a float changes the type of the sequence
-                self._track(float(value), name, int(cells["step"]), context, epoch)
+        for name in numbers(row.table, cells):
+            # always a float: an int followed by a float changes the type of the sequence
+            self._track(float(cells[name]), name, int(cells["step"]), context, epoch)
 
     def close(self, status: str) -> None:
         """Note how the run ended and release it."""

@@ -48,6 +48,11 @@ class Figure:
     step: int
     context: Context = field(default_factory=dict)
 
+    @property
+    def caption(self) -> str:
+        """What stands below it."""
+        return self.name
+
 
 @dataclass(frozen=True)
 class Distribution:
@@ -60,13 +65,24 @@ class Distribution:
 
 
 @dataclass(frozen=True)
+class Heatmap:
+    """Numbers by row and column, which a tracker shows as a picture (`dsv3.tracking.loads.picture`)."""
+
+    name: str
+    rows: Sequence[Sequence[float]]
+    caption: str
+    step: int
+    context: Context = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class LastLine:
     """What the terminal shows after the run was closed, because the training stopped: for trackers that keep a log."""
 
     text: str
 
 
-Event = Row | Result | Text | Figure | Distribution | LastLine
+Event = Row | Result | Text | Figure | Distribution | Heatmap | LastLine
 
 
 def path_name(name: str, context: Context) -> str:

@@ -21,7 +21,7 @@ class Metric:
     unit: str
     description: str
     is_text: bool = False
-    """Whether it is a name instead of a number: a column that tells rows apart, never a curve."""
+    """Whether it is a name, or several numbers, instead of a number: never a curve."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ METRICS = MappingProxyType(
         "bias_min": Metric("", "smallest routing bias"),
         "bias_max": Metric("", "largest routing bias"),
         "load": Metric("", "share of a layer's routed tokens that went to an expert; 1 / experts when balanced"),
+        "loads": Metric("", "the layer's loads since the last row, in the order of its experts", is_text=True),
         "expert": Metric("", "routed expert, counted from 0"),
         # FP8 (one operand of one module, on one micro-batch)
         "underflow_share": Metric("", "share of the numbers that become zero in FP8"),
@@ -179,8 +180,13 @@ def place(table: str, row: Mapping[str, Cell]) -> dict[str, int | str]:
 def curve_names(table: str, row: Mapping[str, Cell]) -> dict[str, float]:
     """Return the row's numbers under `<subset>/<name>`, with `/layer_<i>`, or `/<module>/<operand>`, behind it."""
     parts = [value if isinstance(value, str) else f"{name}_{value}" for name, value in place(table, row).items()]
-    subset, index = TABLES[table].subset, TABLES[table].index
-    return {"/".join([subset, name, *parts]): float(row[name]) for name in row if name not in index}
+    subset = TABLES[table].subset
+    return {"/".join([subset, name, *parts]): float(row[name]) for name in numbers(table, row)}
+
+
+def numbers(table: str, row: Mapping[str, Cell]) -> list[str]:
+    """Return the names of the row's cells that are points of curves."""
+    return [name for name in row if name not in TABLES[table].index and not METRICS[name].is_text]
 
 
 def unknown_names(row: Mapping[str, Cell]) -> list[str]:

@@ -21,7 +21,7 @@ from dsv3.params.runtime import RuntimeParams
 from dsv3.tracking.events import Event, Row
 from dsv3.tracking.identity import RunIdentity, later_identity, native
 from dsv3.tracking.metrics import METRICS, TABLES, Cell, unknown_names
-from dsv3.tracking.results import train_events, valid_events
+from dsv3.tracking.results import in_order, train_events, valid_events
 from dsv3.tracking.tracker import Views, open_views
 
 Cells = dict[str, Cell]
@@ -88,7 +88,7 @@ class Recorder:
         """Replace all rows by a checkpoint's and rewrite the files; a tracker that lacks them is shown them again."""
         self._rows = {table: [dict(row) for row in state.get(table, [])] for table in TABLES}
         self._rewrite()
-        self._views.write_missing(Row(table, row) for table, rows in self._rows.items() for row in rows)
+        self._views.write_missing(in_order(Row(table, row) for table, rows in self._rows.items() for row in rows))
 
     def run_record(self) -> dict[str, Any]:
         """Return what run.json holds: where Aim has the run, and what is needed to build it again from results/."""

@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,12 +20,18 @@ SAMPLE = re.compile(
 )
 """One continuation on the page that `sample` writes, whose fences are longer than any run of backticks in the text."""
 
+SPECULATION = re.compile(
+    r"^\| speculation \| (?P<accepted>[\d,]+) of (?P<drafted>[\d,]+) drafts accepted.*, "
+    r"(?P<tokens_per_pass>[\d.]+) tokens per forward pass \|$",
+    re.MULTILINE,
+)
+"""The counts of drafts in the page's table, with speculative decoding."""
+
 
 def train_events(folder: Path, step: int) -> Iterator[Event]:
     """Yield the rows and the result of the training in `folder`, which ended at `step`."""
-    for table in TABLES:
-        for cells in read_table(folder / f"{table}.tsv"):
-            yield Row(table, cells)
+    rows = [Row(table, cells) for table in TABLES for cells in read_table(folder / f"{table}.tsv")]
+    yield from in_order(rows)
     yield from _result("train", folder, step)
 
 
@@ -43,9 +49,14 @@ def evaluate_events(metrics: Path, step: int) -> Iterator[Event]:
 
 
 def sample_events(page: Path, step: int) -> Iterator[Event]:
-    """Yield each text of the page that `sample` wrote."""
+    """Yield each text of the page that `sample` wrote, and what it says of drafts."""
     if page.is_file():
-        for match in SAMPLE.finditer(page.read_text(encoding="utf-8")):
+        text = page.read_text(encoding="utf-8")
+        if found := SPECULATION.search(text.partition("\n## ")[0]):
+            drafted, accepted = (int(found[name].replace(",", "")) for name in ("drafted", "accepted"))
+            acceptance = {"draft_acceptance": accepted / drafted} if drafted else {}
+            yield Result("sample", {**acceptance, "tokens_per_pass": float(found["tokens_per_pass"])}, step)
+        for match in SAMPLE.finditer(text):
             number = {"number": int(match["number"])} if match["number"] else {}
             yield Text("sample", match["text"], step, {"prompt": match["prompt"], **number})
 
@@ -81,6 +92,11 @@ def read_table(path: Path) -> list[dict[str, Cell]]:
         except (ValueError, KeyError, TypeError, csv.Error) as error:
             where, reason = f"{path}:{rows.line_num}", f"{type(error).__name__}: {error}"
             raise UserError(f"{where}: is no row of a table ({reason}); dvc checkout brings it back") from None
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows in the order in which a training writes them: by step, and validations last."""
+    return sorted(rows, key=lambda row: (row.cells["step"], row.table == "validation"))
 
 
 def _result(stage: str, folder: Path, step: int) -> Iterator[Event]:

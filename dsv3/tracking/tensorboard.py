@@ -2,17 +2,16 @@
 
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from dsv3.markdown import escaped, table
 from dsv3.params.runtime import RuntimeParams
-from dsv3.tracking.events import Distribution, Event, Figure, Result, Row, Text, path_name
+from dsv3.tracking.events import Distribution, Event, Figure, Heatmap, Result, Row, Text, path_name
 from dsv3.tracking.identity import RunIdentity, project_root
+from dsv3.tracking.loads import picture
 from dsv3.tracking.metrics import charted, curve_names
 from dsv3.tracking.tracker import Mode
 
@@ -52,14 +51,11 @@ class TensorBoardTracker:
             case Text(name, text, step, context):
                 code = "\n".join(f"    {line}" for line in text.splitlines())  # as it is, line breaks too
                 self._writer.add_text(path_name(name, context), code, step)
-            case Figure(name, path, step, context):
-                self._write_figure(path_name(name, context), path, step)
+            case Figure(name, _, step, context) | Heatmap(name, _, _, step, context):
+                image = np.asarray(picture(event))
+                self._writer.add_image(path_name(name, context), image, step, dataformats="HWC")
             case Distribution(name, heights, step, context):
                 self._write_histogram(path_name(name, context), np.asarray(heights, dtype=np.float64), step)
-
-    def _write_figure(self, name: str, path: Path, step: int) -> None:
-        pixels = np.asarray(Image.open(path).convert("RGB"))
-        self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def _write_histogram(self, name: str, heights: np.ndarray, step: int) -> None:
         """Write bin heights as a histogram over 0 ... len(heights)."""

@@ -16,6 +16,7 @@ from dsv3.errors import one_line
 from dsv3.params.runtime import RuntimeParams, TrackerName
 from dsv3.tracking.events import Event, Row
 from dsv3.tracking.identity import RunIdentity
+from dsv3.tracking.loads import ExpertLoads
 from dsv3.tracking.metrics import WHOLE_MODEL
 
 logger = logging.getLogger(__name__)
@@ -50,12 +51,12 @@ class Tracker(Protocol):
 
 def load_tracker(name: TrackerName, runtime: RuntimeParams) -> Tracker:
     """Return the tracker of that name, made by `tracker(runtime)` of its module; raise what its package raises."""
-    tracker = importlib.import_module(f"dsv3.tracking.{name}").tracker(runtime)
+    tracker = WithLoads(importlib.import_module(f"dsv3.tracking.{name}").tracker(runtime))
     return tracker if runtime.track_fp8_operands else WithoutOperands(tracker)
 
 
-class WithoutOperands:
-    """A tracker that is shown what FP8 does to the whole model, and not to each operand: that is hundreds of curves."""
+class ThroughTracker:
+    """A tracker that hands everything on to another one."""
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
@@ -68,13 +69,36 @@ class WithoutOperands:
         return opened
 
     def write(self, event: Event) -> None:
-        """Show the event unless it is a row of one module's operand."""
-        if not (isinstance(event, Row) and event.cells.get("module", WHOLE_MODEL) != WHOLE_MODEL):
-            self._tracker.write(event)
+        """Show the event."""
+        self._tracker.write(event)
 
     def close(self, status: str) -> None:
         """Close the tracker."""
         self._tracker.close(status)
+
+
+class WithoutOperands(ThroughTracker):
+    """A tracker that is shown what FP8 does to the whole model, and not to each operand: that is hundreds of curves."""
+
+    def write(self, event: Event) -> None:
+        """Show the event unless it is a row of one module's operand."""
+        if not (isinstance(event, Row) and event.cells.get("module", WHOLE_MODEL) != WHOLE_MODEL):
+            super().write(event)
+
+
+class WithLoads(ThroughTracker):
+    """A tracker that is shown the experts' loads, too, which follow from the rows."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        super().__init__(tracker)
+        self._loads = ExpertLoads()
+
+    def write(self, event: Event) -> None:
+        """Show the event, and what follows from it."""
+        super().write(event)
+        if isinstance(event, Row):
+            for following in self._loads.events(event):
+                super().write(following)
 
 
 def remedy(name: TrackerName) -> str:

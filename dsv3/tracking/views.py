@@ -110,6 +110,19 @@ VIEWS = (
         },
     ),
     View(
+        key="runs",
+        name="Runs and their headline numbers",
+        description="What each evaluated run changed, and what it reached",
+        explorer="params",
+        state={
+            "select": {
+                "options": [param(name) for name in ("env.precision", SPEED, VALIDATION, HELDOUT)],
+                "query": EVALUATED,
+            },
+            "table": table("description", HELDOUT, VALIDATION, SPEED, SECONDS, MAX_VIO, DEAD, "date", charts=0.4),
+        },
+    ),
+    View(
         key="balance",
         name="Expert balance by layer",
         description="MaxVio: load of the busiest expert over the mean load, minus one; 0 is perfect balance",
@@ -118,6 +131,18 @@ VIEWS = (
             "select": {"options": [metric("max_vio")]},
             "grouping": {"color": [RUN], "chart": ["context.layer"]},
             "table": table(MAX_VIO, DEAD),
+        },
+    ),
+    View(
+        key="loads",
+        name="Expert load over time",
+        description="A map per validation, of layers and experts. White: mean load, blue: none, orange: twice the mean",
+        explorer="images",
+        state={
+            "select": {"options": [metric("load_map")]},
+            "grouping": {"row": [RUN]},
+            "images": {"additionalProperties": {"mediaItemSize": 12}},
+            "table": {**table(), "resizeMode": "hide"},
         },
     ),
     View(
@@ -132,21 +157,8 @@ VIEWS = (
             "table": {**table(), "resizeMode": "hide"},
         },
     ),
-    View(
-        key="runs",
-        name="Runs and their headline numbers",
-        description="What each evaluated run changed, and what it reached",
-        explorer="params",
-        state={
-            "select": {
-                "options": [param(name) for name in ("env.precision", SPEED, VALIDATION, HELDOUT)],
-                "query": EVALUATED,
-            },
-            "table": table("description", HELDOUT, VALIDATION, SPEED, SECONDS, MAX_VIO, DEAD, "date", charts=0.4),
-        },
-    ),
 )
-"""The order is that of Aim's page of bookmarks."""
+"""The order is that of Aim's page of bookmarks; its first page has the first five."""
 
 
 def samples_path() -> str:
@@ -207,6 +219,14 @@ def tracked_runs(runtime: RuntimeParams) -> Path:
     return folder
 
 
+def check_can_be_written(repository: Path) -> None:
+    """Raise `UserError` where Aim can't write: it keeps its database and its index there, even to show runs."""
+    for path in (repository, repository / "run_metadata.sqlite", repository / "aim_db"):
+        if path.exists() and not os.access(path, os.W_OK):
+            remedy = "to look at runs, Aim writes too; copy the folder, and set runtime.aim_repo to the copy"
+            raise UserError(f"{path}: can't be written; {remedy}")
+
+
 def check_port(port: int) -> None:
     """Raise `UserError` where another program listens on the port."""
     with socket.socket() as probe:
@@ -220,6 +240,12 @@ def check_port(port: int) -> None:
             ) from None
 
 
+def address_lines(address: str) -> list[str]:
+    """Return where the views are, a line each."""
+    pages = {view.name: view.path for view in VIEWS} | {"Samples side by side": samples_path()}
+    return [f"All views: {address}/bookmarks", *(f"  {name}: {address}{path}" for name, path in pages.items())]
+
+
 def main(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where the interface answers.")] = 43800,
     serve: Annotated[bool, typer.Option(help="Start the interface when the views are written.")] = True,
@@ -227,17 +253,15 @@ def main(
 ) -> None:
     """Write the comparisons of runs into Aim, say where they are, and start Aim's interface, on this machine only."""
     repository = tracked_runs(read_params(params).runtime)
+    check_can_be_written(repository)
     if serve:
         check_port(port)
     try:
         write_views(repository)
     except ImportError as error:
         raise UserError(f"Aim can't be imported ({error}); {remedy('aim')}") from None
-    address = f"http://{HOST}:{port}"
-    pages = {view.name: view.path for view in VIEWS} | {"Samples side by side": samples_path()}
-    typer.echo(f"All views: {address}/bookmarks")
-    for name, path in pages.items():
-        typer.echo(f"  {name}: {address}{path}")
+    for line in address_lines(f"http://{HOST}:{port}"):
+        typer.echo(line)
     if serve:
         sys.stdout.flush()
         run_aim = "from aim.cli.cli import cli_entry_point; cli_entry_point()"

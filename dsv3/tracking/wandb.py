@@ -8,8 +8,9 @@ import numpy as np
 
 from dsv3.markdown import escaped
 from dsv3.params.runtime import RuntimeParams
-from dsv3.tracking.events import Distribution, Event, Figure, Result, Row, Text, path_name
+from dsv3.tracking.events import Distribution, Event, Figure, Heatmap, Result, Row, Text, path_name
 from dsv3.tracking.identity import RunIdentity, project_root
+from dsv3.tracking.loads import picture
 from dsv3.tracking.metrics import curve_names
 from dsv3.tracking.tracker import Mode
 
@@ -60,8 +61,8 @@ class WandbTracker:
                     self._run.summary[f"{stage}/{name}"] = value
             case Text(name, text, step, context):
                 self._log(path_name(name, context), wandb.Html(f"<pre>{html.escape(text, quote=False)}</pre>"), step)
-            case Figure(name, path, step, context):
-                self._log(path_name(name, context), wandb.Image(str(path)), step)
+            case Figure(name, _, step, context) | Heatmap(name, _, _, step, context):
+                self._log(path_name(name, context), wandb.Image(picture(event), caption=event.caption), step)
             case Distribution(name, heights, step, context):
                 edges = np.arange(len(heights) + 1)
                 histogram = wandb.Histogram(np_histogram=(np.asarray(heights), edges))

@@ -53,7 +53,7 @@ def update_router_bias(routers: Routers, load_LE: Tensor, rate: float) -> None:
 @torch.no_grad()
 def router_rows(
     routers: Routers, load_LE: Tensor, batch_max_vio_L: Sequence[float], step: int
-) -> list[dict[str, int | float]]:
+) -> list[dict[str, int | float | str]]:
     """Return one row of the router table per layer, for the loads counted since the last rows.
 
     `batch_max_vio_L` is the mean of MaxVio over single batches. It is larger than MaxVio of the summed loads, because
@@ -71,7 +71,13 @@ def router_rows(
         "bias_min": bias_LE.amin(dim=1),
         "bias_max": bias_LE.amax(dim=1),
     }
+    share_LE = (load_LE / load_LE.sum(dim=1, keepdim=True).clamp(min=1)).tolist()
     return [
-        {"step": step, "layer": layer, **{name: column[index].item() for name, column in columns.items()}}
+        {
+            "step": step,
+            "layer": layer,
+            **{name: column[index].item() for name, column in columns.items()},
+            "loads": " ".join(f"{share:.4f}" for share in share_LE[index]),
+        }
         for index, (layer, _) in enumerate(routers)
     ]

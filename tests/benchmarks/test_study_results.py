@@ -88,6 +88,15 @@ def test_results_that_dvc_confirms_come_back_with_how_they_were_made(repository)
     assert checked_with_dvc(repository, found) == {"study-base-1": "two at a time"}
 
 
+def test_an_experiment_of_older_code_is_one_line(repository):
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["rm", "--quiet", "-r", "results"], ["commit", "--quiet", "--allow-empty", "-m", "older"]):
+        subprocess.run(["git", *author, *arguments], cwd=repository, check=True)
+    subprocess.run(["git", "update-ref", "refs/exps/ab/cdef/study-base-1", "HEAD"], cwd=repository, check=True)
+    with pytest.raises(UserError, match=r"^study-base-1: has no results/evaluate/headline\.json"):
+        checked_with_dvc(repository, [replace(RESULT, name="study-base-1")])
+
+
 def test_where_aim_and_dvc_disagree_dvc_is_the_truth(repository):
     with pytest.raises(UserError, match=r"^study-base-1: Aim holds 1.6 nats/char, DVC 1.5; DVC is the truth"):
         checked_with_dvc(repository, [replace(RESULT, name="study-base-1", nats_per_char=1.6)])

@@ -2,31 +2,25 @@
 
 import os
 import re
-import shutil
-import signal
 import socket
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dsv3.tracking.views import HOST, VIEWS, samples_path
+from tests.browser.pages import CHROMIUM, DRIVER, Pages, browser, interface
 from tests.pipeline.laboratory import Laboratory
 
 pytestmark = pytest.mark.browser
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
 PATHS = {view.key: view.path for view in VIEWS} | {"samples": samples_path()}
 MARKS = {
     "loss": ".LineChart path.Line",
     "cost": ".ScatterPlot circle.Circle",
     "balance": ".LineChart path.Line",
+    "loads": ".ImageBox img",
     "figures": ".ImageBox img",
     "runs": ".HighPlot__container path.Line",
     "samples": ".TextBox pre",
@@ -39,48 +33,6 @@ run.name = "stopped"
 run["env"] = {"precision": "fp32"}
 run.close()"""
 """A run that was never evaluated."""
-
-WAIT_S = 120
-
-
-@dataclass(frozen=True)
-class Pages:
-    """Aim's pages in a browser."""
-
-    driver: Any
-    address: str
-    screenshots: Path
-
-    def open(self, path: str) -> None:
-        """Go to a page."""
-        self.driver.get(self.address + path)
-
-    def texts(self, selector: str) -> list[str]:
-        """The texts of the elements that a CSS selector finds, without the empty ones."""
-        script = "return [...document.querySelectorAll(arguments[0])].map(element => element.textContent.trim())"
-        return list(filter(None, self.driver.execute_script(script, selector)))
-
-    def attributes(self, selector: str, expression: str) -> list[Any]:
-        """The value of a JavaScript expression for each `element` that a CSS selector finds."""
-        script = f"return [...document.querySelectorAll(arguments[0])].map(element => {expression})"
-        return self.driver.execute_script(script, selector)
-
-    def wait(self, found: Callable[[], bool], what: str) -> None:
-        """Wait until `found`; fail with what the page shows instead."""
-        end = time.monotonic() + WAIT_S
-        while not found():
-            assert time.monotonic() < end, f"no {what}:\n{self.driver.find_element('tag name', 'body').text}"
-            time.sleep(0.2)
-
-    def errors(self) -> list[str]:
-        """Messages of mistakes, and of pages with nothing to show."""
-        boxes = self.texts(".NotificationContainer, .MuiAlert-root, .IllustrationBlock")
-        return boxes + re.findall("Something went wrong", self.driver.page_source)
-
-    def save(self, name: str) -> None:
-        """Save a screenshot, after the bar that tells of the query has faded out."""
-        self.wait(lambda: self.attributes(".ProgressBar", "1") == [], "end of the query")
-        assert self.driver.save_screenshot(str(self.screenshots / f"aim_{name}.png"))
 
 
 @pytest.fixture(scope="module")
@@ -106,56 +58,17 @@ def address(lab: Laboratory) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
-    process = lab.start(sys.executable, "-m", "dsv3.tracking.views", "--port", str(port))
-    yield f"http://{HOST}:{port}"
-    os.killpg(process.pid, signal.SIGINT)
-    try:
-        process.communicate(timeout=20)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    with interface(lab.root, lab.environment(), port) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
 def pages(address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pages]:
-    """A headless Chromium without network beside the interface, after all runs were indexed."""
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    closed = f"--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE {HOST}"
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--window-size=1440,900",
-        "--hide-scrollbars",
-        closed,
-    ):
-        options.add_argument(argument)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    """A browser beside the interface, after all runs were indexed."""
     screenshots = Path(os.environ.get("SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
-    pages = Pages(driver, address, screenshots)
-    try:
-        wait_until_indexed(pages)
+    with browser(address, screenshots) as pages:
+        pages.wait_until_indexed(3)
         yield pages
-    finally:
-        driver.quit()
-
-
-def wait_until_indexed(pages: Pages) -> None:
-    from selenium.common.exceptions import WebDriverException
-
-    def is_indexed() -> bool:
-        try:
-            pages.open("/runs")
-        except WebDriverException:  # not up yet
-            return False
-        time.sleep(2)
-        return len(pages.texts(".RunNameColumn__runName")) == 3
-
-    pages.wait(is_indexed, "three runs")
-    pages.driver.execute_script("localStorage.setItem('communityPopupSeen', 'true')")  # an advertisement of Aim's
 
 
 @pytest.fixture
@@ -173,13 +86,16 @@ def test_the_table_of_runs_names_them_and_says_what_differs(pages: Pages, names:
     assert "fp8_emulated" in tags[0] and "train.use_fp8: true" in tags[0]
     assert "fp32" in tags[1] and "use_fp8" not in tags[1]
     assert pages.errors() == []
-    pages.save("table")
+    pages.save("aim_table")
 
 
-@pytest.mark.parametrize(("path", "titles"), [("/bookmarks", "h3"), ("/", ".DashboardBookmarks__list__ListItem__Text")])
-def test_the_prepared_views_are_there_when_aim_opens(pages: Pages, path: str, titles: str):
+@pytest.mark.parametrize(
+    ("path", "titles", "count"),
+    [("/bookmarks", "h3", len(VIEWS)), ("/", ".DashboardBookmarks__list__ListItem__Text", 5)],
+)
+def test_the_prepared_views_are_there_when_aim_opens(pages: Pages, path: str, titles: str, count: int):
     pages.open(path)
-    expected = [view.name for view in VIEWS]
+    expected = [view.name for view in VIEWS[:count]]
     pages.wait(lambda: set(expected) <= set(pages.texts(titles)), "bookmarks")
     assert [text for text in pages.texts(titles) if text in expected] == expected
 
@@ -189,7 +105,7 @@ def test_a_view_draws_both_runs_and_no_error(pages: Pages, key: str):
     pages.open(PATHS[key])
     pages.wait(lambda: len(pages.attributes(MARKS[key], "1")) >= 2, key)
     assert pages.errors() == []
-    pages.save(key if key != "loss" else "comparison")
+    pages.save(f"aim_{key if key != 'loss' else 'comparison'}")
 
 
 def test_each_loss_has_a_curve_per_run_in_its_precisions_color(pages: Pages, names: list[str]):

@@ -76,7 +76,7 @@ PINS = {
     ("package", "groups"),
     [
         ("mini_model", ["pipeline"]),
-        ("dsv3", ["pipeline", "wandb"]),
+        ("dsv3", ["pipeline", "wandb", "trackio"]),
         ("stages", ["pipeline"]),
         ("benchmarks", ["pipeline", "dev"]),
         ("tests", ["pipeline", "dev", "ui"]),
@@ -95,6 +95,7 @@ def test_what_is_imported_is_declared(package: str, groups: list[str]):
         ("tensorboard", ["tests"]),
         ("ui", ["tests"]),
         ("wandb", ["dsv3"]),
+        ("trackio", ["dsv3"]),
     ],
 )
 def test_what_is_declared_is_imported_or_run(group: str, packages: list[str]):
@@ -127,7 +128,7 @@ def test_the_pins_were_made_by_the_command_that_contributing_tells():
     header = re.match(r"# .*\n#    (uv pip compile .*)\n", TEXTS["constraints.txt"])
     assert header
     assert f"\n{header[1]}\n" in TEXTS["CONTRIBUTING.md"]
-    assert {f"--group {group}" for group in ("pipeline", "dev", "ui", "wandb")} <= set(
+    assert {f"--group {group}" for group in ("pipeline", "dev", "ui", "wandb", "trackio")} <= set(
         re.findall(r"--group \w+", header[1])
     )
     assert "://" not in TEXTS["constraints.txt"]  # of a registry

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 
 from dsv3.params.read import read_params
 from tests.committed import PROJECT
+from tests.contracts import tour
 from tests.contracts.import_closure import ROOT
 from tests.contracts.package_graph import picture
 from tests.contracts.test_tree import TEXTS
@@ -167,6 +168,10 @@ def test_the_readme_starts_with_two_commands():
 
 def test_the_picture_of_the_packages_is_that_of_their_imports():
     assert picture() in TEXTS["docs/architecture.md"], "python -m tests.contracts.package_graph draws it again"
+
+
+def test_the_tour_shows_what_the_commands_print_of_the_runs_that_it_recorded():
+    assert tour.page(json.loads(TEXTS["docs/tour.json"])) == TEXTS["docs/tour.md"], "python -m tests.contracts.tour"
 
 
 def test_the_changelog_has_a_place_for_the_next_change():

@@ -101,7 +101,7 @@ def test_no_path_of_a_machine_is_named():
     assert [name for name in TEXTS if path.search(TEXTS[name])] == []
 
 
-@pytest.mark.parametrize("name", [".venv", "outputs", ".aim", ".checkpoints", "runs", "wandb", "data"])
+@pytest.mark.parametrize("name", [".venv", "outputs", ".aim", ".checkpoints", "runs", "wandb", ".trackio", "data"])
 def test_a_link_is_ignored_like_the_folder_it_leads_to(name: str, tmp_path: Path):
     (tmp_path / ".gitignore").write_text(TEXTS[".gitignore"], encoding="utf-8")
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)

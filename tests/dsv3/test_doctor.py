@@ -296,7 +296,7 @@ def test_a_mistake_is_told_once_and_the_checks_that_it_prevents_are_named():
     edit("top_p: 0.95", "top_p: 2")
     lines = lines_of_the_command()
     assert sum("top_p is 2" in line for line in lines) == 1
-    assert lines[-1] == "--  torch, experts, memory, disk, aim, trackers: not checked, for a reason above"
+    assert lines[-1] == "--  torch, experts, memory, disk, aim, trackers, views: not checked, for a reason above"
     assert len(lines) == len(CHECKS) - 6 + 1
 
 

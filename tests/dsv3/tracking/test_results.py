@@ -1,5 +1,6 @@
 from dsv3.artifacts import write_json
 from dsv3.generation.sampling import Sample, markdown
+from dsv3.generation.speculative import DraftCounts
 from dsv3.tracking.events import Event, Result, Text
 from dsv3.tracking.results import evaluate_events, sample_events, train_events, valid_events
 
@@ -15,6 +16,16 @@ def test_the_texts_of_a_page_are_found_whatever_they_contain(tmp_path, params):
         Text("sample", f"x{fenced}".rstrip("\n"), 7, {"prompt": "x", "number": 1}),
         Text("sample", "x", 7, {"prompt": "x", "number": 2}),
     ]
+
+
+def test_a_page_says_how_many_drafts_were_accepted_and_a_text_does_not(tmp_path, params):
+    page, counts = tmp_path / "page.md", DraftCounts(drafted=1500, accepted=1000, tokens=40, passes=16)
+    page.write_text(markdown([Sample("x", ("y",), 1, counts)], params.sample, 1, RECORD))
+    assert next(sample_events(page, 7)) == Result(
+        "sample", {"draft_acceptance": 1000 / 1500, "tokens_per_pass": 2.5}, 7
+    )
+    page.write_text(markdown([Sample("x", (f"\n| speculation | {counts} |\n",), 1)], params.sample, 1, RECORD))
+    assert [type(event) for event in sample_events(page, 7)] == [Text]
 
 
 def test_stages_that_did_not_run_have_no_events(tmp_path):

@@ -1,5 +1,6 @@
 import base64
 import json
+import os
 import socket
 import sqlite3
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dsv3.errors import UserError
-from dsv3.tracking.views import HOST, VIEWS, check_port, samples_path, tracked_runs
+from dsv3.tracking.views import HOST, VIEWS, check_port, main, samples_path, tracked_runs
 from tests.committed import ROOT
 
 BOOKMARKS = "SELECT name, state, type FROM dashboards JOIN explore_states ON dashboards.uuid = dashboard_id"
@@ -64,6 +65,13 @@ def test_the_links_state_is_read_as_aim_reads_it():
     assert json.loads(texts["query"])["form"]["advancedInput"] == 'texts.name == "sample"'
     assert json.loads(texts["vis1-c-textRenderer"]) == {"type": "code"}
     assert "%" not in "".join(texts.values())  # Aim decodes them
+
+
+def test_a_repository_that_cannot_be_written_is_one_line(project, monkeypatch):
+    locked = project / ".aim/run_metadata.sqlite"
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != locked)
+    with pytest.raises(UserError, match=r"run_metadata\.sqlite: can't be written; to look at runs, Aim writes too"):
+        main(serve=False)
 
 
 def test_a_mistake_is_one_line(bare_project, params):
