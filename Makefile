@@ -1,6 +1,6 @@
 # One word per need; `make help` lists them. Everything runs in .venv, which the first one that needs it makes.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro compare test test-ui check format ui bench ablations clean
+.PHONY: help setup repro compare test test-ui check audit format ui bench ablations clean
 
 BIN := .venv/bin
 # The first that runs and can make an environment: a name on the PATH may be a shim without a Python behind it. Those
@@ -43,6 +43,13 @@ check: .venv/.dev ## check format, lint, types, import rules and contracts, as p
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/contracts -m 'not gpu'
+
+# In an environment of its own, which is thrown away: what it needs is none of the pipeline's business. A package that the
+# source of advisories doesn't know is a failure, not a pass.
+audit: ## compare every pinned package with the published advisories
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(PYTHON) -m venv "$$folder" \
+	&& "$$folder"/bin/python -m pip install --quiet --disable-pip-version-check pip-audit \
+	&& "$$folder"/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off --requirement constraints.txt
 
 format: .venv/.dev ## format the code and mend what can be mended
 	$(BIN)/ruff format

@@ -65,7 +65,7 @@ def _host() -> str:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     remove_abandoned(path)
     temporary = temporary_name(path)
     try:
@@ -110,7 +110,7 @@ def replacing_directory(path: Path, contents: Sequence[str] = ("*",)) -> Iterato
     """
     check_replaceable(path, contents)
     path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     remove_abandoned(path)
     temporary = temporary_name(path)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -149,6 +149,14 @@ def reporting_full_disk(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: the disk is full ({free:,} bytes free); make room and run the same again") from None
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder `path` and its parents where they are missing, and flush the new names to the disk."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in new:
+        sync_names(folder.parent)
+
+
 def sync_names(folder: Path) -> None:
     """Flush the names in `folder` to the disk: a rename is not safe from a power cut before."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -166,10 +174,12 @@ def set_permissions(path: Path, permissions: int) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Flush every file below `path` to the disk."""
-    for file in sorted(path.rglob("*")):
-        if file.is_file():
-            with file.open("rb") as handle:
+    """Flush every file below `path` to the disk, and every name."""
+    for each in sorted((path, *path.rglob("*"))):
+        if each.is_dir():
+            sync_names(each)
+        elif each.is_file():
+            with each.open("rb") as handle:
                 os.fsync(handle.fileno())
 
 
@@ -185,9 +195,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the JSON value in `path`; raise `UserError` where it holds none."""
+    """Return the JSON value in `path`, behind a byte order mark; raise `UserError` where it holds none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # JSON's and UTF-8's, and brackets without end
         raise UserError(f"{path}: not JSON ({error}); dvc checkout brings an output back, dvc repro makes it") from None
 
@@ -211,6 +221,8 @@ def check_weights(folder: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     for file in sorted(folder.glob("*.safetensors")):
+        if not file.is_file():
+            raise UserError(f"{file}: is no regular file; dvc checkout brings an output back, dvc repro makes it")
         try:
             with safe_open(file, framework="numpy"):
                 pass

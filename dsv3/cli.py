@@ -144,7 +144,7 @@ def run_app(app: typer.Typer) -> None:
     except OSError as error:
         if error.filename is None and error.errno not in MACHINE_ERRORS:
             raise
-        print(f"{error.filename or Path.cwd()}: {error.strerror}", file=sys.stderr)
+        print(one_line(f"{error.filename or Path.cwd()}: {error.strerror}"), file=sys.stderr)
         raise SystemExit(2) from None
     except MemoryError as error:
         print(

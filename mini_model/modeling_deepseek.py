@@ -337,6 +337,10 @@ def multi_hot(index_TK: Tensor, width: int) -> Tensor:
     return zeros.scatter_(1, index_TK, 1)  # not True, which torch.jit.trace can't record
 
 
+GROUPED_MM_ALIGNMENT = 16
+"""Bytes of which a row that `grouped_mm` multiplies must be a multiple."""
+
+
 @use_experts_implementation
 class DeepseekV3Experts(nn.Module):
     """All routed experts of a layer, stacked: expert e is a SwiGLU with weights `gate_up_proj[e]` and `down_proj[e]`.
@@ -503,6 +507,14 @@ class DeepseekV3PreTrainedModel(PreTrainedModel):
         # DeepSeek stores the embedding and the head again here. `MtpModel` finds its weights by the same patterns.
         first, depth = config.num_hidden_layers, max(1, config.num_nextn_predict_layers)
         self._keys_to_ignore_on_load_unexpected = {rf"model\.layers\.{first + k}\." for k in range(depth)}
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Return the name asked for; by default the loop for widths that transformers' `grouped_mm` can't multiply."""
+        size = torch.get_default_dtype().itemsize  # what the weights are made in
+        row_bytes = (self.config.hidden_size * size, self.config.moe_intermediate_size * size)
+        if requested_experts is None and any(length % GROUPED_MM_ALIGNMENT for length in row_bytes):
+            return "eager"
+        return super().get_correct_experts_implementation(requested_experts)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

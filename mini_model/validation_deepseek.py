@@ -5,7 +5,6 @@ the file without importing torch.
 """
 
 import json
-import math
 from typing import Any, TypeGuard
 
 GROUP_SCORE_TERMS = 2
@@ -59,17 +58,17 @@ MODEL_TYPE = "deepseek_v3"
 
 ROPE_TYPES = ("default", "yarn")
 
-ROPE_MINIMUMS = {
-    "rope_theta": 1,
-    "factor": 1,
-    "original_max_position_embeddings": 1,
-    "beta_fast": 0,
-    "beta_slow": 0,
-    "mscale": 0,
-    "mscale_all_dim": 0,
-    "attention_factor": 0,
+ROPE_BOUNDS = {
+    "rope_theta": (2, 1e12),
+    "factor": (1, 1e6),
+    "original_max_position_embeddings": (1, MAX_SIZE),
+    "beta_fast": (0.001, 1e6),
+    "beta_slow": (0.001, 1e6),
+    "mscale": (0, 100),
+    "mscale_all_dim": (0, 100),
+    "attention_factor": (0.001, 100),
 }
-"""The numbers that `rope_parameters` may hold, each the least that it may be."""
+"""The numbers that `rope_parameters` may hold, each with the least and the most that it may be."""
 
 
 def check_architecture(config: Any) -> None:
@@ -78,6 +77,7 @@ def check_architecture(config: Any) -> None:
     check_variant(config)
     check_positions(config)
     check_routing(config)
+    check_special_tokens(config)
 
 
 def check_model_type(model_type: Any) -> None:
@@ -109,7 +109,7 @@ def check_variant(config: Any) -> None:
     for name, implemented in VARIANT.items():
         value = getattr(config, name, implemented)
         if value != implemented:
-            raise ValueError(f"{name} is {value!r}; must be {implemented!r}, the router of DeepSeek-V3")
+            raise ValueError(f"{name} is {value!r:.60}; must be {implemented!r}, the router of DeepSeek-V3")
 
 
 def check_positions(config: Any) -> None:
@@ -119,13 +119,21 @@ def check_positions(config: Any) -> None:
     rope = config.rope_parameters or {}
     rope_type, factor = rope.get("rope_type", "default"), rope.get("factor")
     if rope_type not in ROPE_TYPES:
-        raise ValueError(f"rope_parameters.rope_type is {rope_type!r}; must be {' or '.join(map(repr, ROPE_TYPES))}")
+        raise ValueError(
+            f"rope_parameters.rope_type is {rope_type!r:.60}; must be {' or '.join(map(repr, ROPE_TYPES))}"
+        )
     if rope_type == "yarn" and not (is_number(factor) and factor >= 1):
         raise ValueError(f"rope_parameters.factor is {json.dumps(factor)}; must be >= 1 for rope_type yarn")
-    for name, minimum in ROPE_MINIMUMS.items():
-        value = rope.get(name)
-        if value is not None and not (is_number(value) and minimum <= value < math.inf):
-            raise ValueError(f"rope_parameters.{name} is {json.dumps(value)}; must be a number >= {minimum}")
+    for name, (least, most) in ROPE_BOUNDS.items():
+        value = rope.get(name, least)
+        if not (is_number(value) and least <= value <= most):
+            bounds = f"must be a number >= {least} and <= {most:g}, or left out"
+            raise ValueError(f"rope_parameters.{name} is {json.dumps(value):.60}; {bounds}")
+    fast, slow = rope.get("beta_fast", 32), rope.get("beta_slow", 1)
+    if fast < slow:
+        raise ValueError(
+            f"rope_parameters.beta_fast is {fast}; must be >= {slow}, beta_slow: fast dimensions are extrapolated"
+        )
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
@@ -149,3 +157,14 @@ def check_routing(config: Any) -> None:
             f"num_experts_per_tok is {config.num_experts_per_tok}; must be <= {reachable}, "
             f"the experts of topk_group ({config.topk_group}) groups"
         )
+
+
+def check_special_tokens(config: Any) -> None:
+    """Check that the ids of special tokens are in the vocabulary; the embedding has no row for another."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name, None)
+        for token_id in value if isinstance(value, list) else [value]:
+            if token_id is not None and not 0 <= token_id < config.vocab_size:
+                raise ValueError(
+                    f"{name} is {token_id}; must be null, or >= 0 and < {config.vocab_size}, the vocab_size"
+                )

@@ -112,7 +112,9 @@ def write_documents(directory: Path, documents: Iterable[str], name: str) -> Mea
             try:
                 num_bytes += len(text.encode())
             except UnicodeEncodeError:
-                raise UserError(f"{name}: document {num_documents} holds half a character (a lone surrogate)") from None
+                raise UserError(
+                    f"{name}: document {num_documents} holds half a character (a lone surrogate); remove it"
+                ) from None
             line = json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
             file.write(line)
             digest.update(line)

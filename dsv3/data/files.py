@@ -13,6 +13,7 @@ import io
 import json
 import lzma
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -20,10 +21,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from dsv3.data.corpus import Measure, write_documents, write_single_text
-from dsv3.errors import UserError
+from dsv3.errors import UserError, one_line
 
 KINDS = {
     "": "text",
@@ -52,6 +53,7 @@ EXPANSION_BYTES = 1 << 26
 """Up to here a file may expand as it likes."""
 ROWS_AT_ONCE = 256
 ROWS_OF_ANY_FILE = 1 << 20
+LINK_TO_READ = "a link to a file that is read"
 EXAMPLES = 3
 """Skipped files that are named, of each reason."""
 BOM = b"\xef\xbb\xbf"
@@ -67,14 +69,21 @@ class Found:
     skipped: dict[Path, str]
     """Each file or folder that is left out, and why."""
 
+    linked: dict[Path, Path]
+    """Each file that is read through a link which leads out of `data.path`, and where it lies."""
+
     def summary(self) -> list[str]:
         """Return a line that says what is read, and one that says what is skipped, if anything is."""
         counts = Counter("".join(_suffixes(file)) or "no suffix" for file in self.files)
         kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(counts.items()))
         lines = [f"reads {len(self.files)} file(s): {kinds}"]
+        if self.linked:
+            names = ", ".join(f"{place} as {file.name}" for file, place in list(self.linked.items())[:EXAMPLES])
+            more = ", …" if len(self.linked) > EXAMPLES else ""
+            lines.append(f"reads {len(self.linked)} of them through links that lead out of data.path: {names}{more}")
         if self.skipped:
             lines.append(f"skips {len(self.skipped)}: " + "; ".join(map(_reason_text, self.skipped_by_reason())))
-        return lines
+        return [one_line(line) for line in lines]
 
     def skipped_by_reason(self) -> list[dict[str, Any]]:
         """Return each reason with the number of what it left out, and its first examples."""
@@ -96,10 +105,15 @@ def corpus_files(path: str) -> Found:
     those about the data never.
     """
     place = local_path(path)
-    found = _inside(place) if place.is_dir() else _named(_matching(place), path)
+    try:
+        found = _inside(place) if place.is_dir() else _named(_matching(place), place, path)
+    except OSError as error:
+        raise UserError(f"data.path is {path:.200}; can't be read ({error.strerror})") from None
     if not found.files:
         skipped = f" ({found.summary()[1]})" if found.skipped else ""
-        raise UserError(f"data.path is {path}; no such file, or no text, jsonl, json, parquet or csv in it{skipped}")
+        raise UserError(
+            f"data.path is {path:.200}; no such file, or no text, jsonl, json, parquet or csv in it{skipped}"
+        )
     return found
 
 
@@ -116,13 +130,21 @@ def local_path(path: str) -> Path:
 
 def _matching(place: Path) -> list[Path]:
     """Return what a path or a glob names. `**` follows links as `_walk` does, where glob would follow circles."""
-    if place.exists():
+    if exists(place):
         return [place]
     if "**" not in place.parts:
         return [Path(name) for name in sorted(glob.glob(str(place)))]  # noqa: PTH207 -- Path.glob takes no absolute one
     depth = place.parts.index("**")
     roots, pattern = _matching(Path(*place.parts[:depth])), place.parts[depth:]
-    return sorted(file for root in roots for file in _walk(root, {}) if _fits(file.relative_to(root).parts, pattern))
+    return sorted(file for root in roots for file, _ in _walk(root, {}) if _fits(file.relative_to(root).parts, pattern))
+
+
+def exists(path: Path) -> bool:
+    """Return whether there is something at `path`; nothing is at a path that the system does not take."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
@@ -137,30 +159,48 @@ def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 def _inside(root: Path) -> Found:
     """Return the files of a folder."""
-    files, skipped = [], {}
-    for file in _walk(root, skipped):
+    skipped: dict[Path, str] = {}
+    files: dict[Path, Path] = {}
+    for file, place in sorted(_walk(root, skipped), key=lambda found: (found[0].is_symlink(), found)):
         if reason := _reason_to_skip(file):
             skipped[file] = reason
+        elif place in files:
+            skipped[file] = LINK_TO_READ
         else:
-            files.append(file)
-    return Found(sorted(files), skipped)
+            files[place] = file
+    return Found(sorted(files.values()), skipped, _linked(files, root))
 
 
-def _walk(root: Path, skipped: dict[Path, str]) -> Iterator[Path]:
-    """Yield what is in a folder and its subfolders; note in `skipped` which of these are left out, and why.
+def _linked(files: Mapping[Path, Path], root: Path) -> dict[Path, Path]:
+    """Return those of `files`, named by where they lie, that lie outside of the folder in which they were found."""
+    inside = root.resolve()
+    return {file: place for place, file in sorted(files.items()) if not place.is_relative_to(inside)}
+
+
+def _walk(root: Path, skipped: dict[Path, str]) -> Iterator[tuple[Path, Path]]:
+    """Yield what is in a folder and its subfolders, and where it lies; note in `skipped` the subfolders left out.
 
     A folder that two links lead to is read once, so links in a circle end.
     """
-    seen = {root.resolve()}
+    places = {str(root): root.resolve()}
+    seen = set(places.values())
     for folder, subfolders, names in os.walk(root, followlinks=True):
+        here = places.pop(folder)
         for name in sorted(subfolders):
-            target = (Path(folder) / name).resolve()
-            if name.startswith(".") or target in seen:
+            path = Path(folder) / name
+            place = _place(path, here)
+            if name.startswith(".") or place in seen:
                 subfolders.remove(name)
-                skipped[Path(folder) / name] = "hidden" if name.startswith(".") else "a link to a folder that is read"
-            seen.add(target)
+                skipped[path] = "hidden" if name.startswith(".") else "a link to a folder that is read"
+            seen.add(place)
+            places[str(path)] = place
         subfolders.sort()
-        yield from (Path(folder) / name for name in names)
+        yield from ((Path(folder) / name, _place(Path(folder) / name, here)) for name in names)
+
+
+def _place(path: Path, folder: Path) -> Path:
+    """Return where `path` lies, whose folder lies at `folder`: resolving each would ask for each part of each path."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else folder / path.name  # resolve() fails at a circle
 
 
 def _reason_to_skip(file: Path) -> str | None:
@@ -177,7 +217,7 @@ def _reason_to_skip(file: Path) -> str | None:
     return None
 
 
-def _named(matches: list[Path], path: str) -> Found:
+def _named(matches: list[Path], place: Path, path: str) -> Found:
     """Return the files among what a name or a glob matches; raise `UserError` for one whose kind is not known."""
     files: dict[Path, Path] = {}
     skipped = {}
@@ -185,7 +225,7 @@ def _named(matches: list[Path], path: str) -> Found:
         if not file.is_file():
             skipped[file] = "a folder" if file.is_dir() else "no regular file"
         elif file.resolve() in files:
-            skipped[file] = "a link to a file that is read"
+            skipped[file] = LINK_TO_READ
         else:
             files[file.resolve()] = file
     for file in files.values():
@@ -193,7 +233,13 @@ def _named(matches: list[Path], path: str) -> Found:
         if kind not in KINDS or (KINDS[kind] == "parquet" and compression):
             known = f"{', '.join(KINDS)[2:]}, all but parquet also with {', '.join(COMPRESSIONS)}"
             raise UserError(f"data.path is {path}: {file} has an unknown suffix; must be one of {known}")
-    return Found(list(files.values()), skipped)
+    found = list(files.values())
+    return Found(found, skipped, {} if place in found else _linked(files, _before_wildcards(place)))
+
+
+def _before_wildcards(pattern: Path) -> Path:
+    """Return the folder in which a glob searches."""
+    return next(folder for folder in pattern.parents if not glob.has_magic(str(folder)))
 
 
 def _suffixes(file: Path) -> list[str]:
@@ -263,9 +309,19 @@ def _parts(file: Path) -> Iterator[bytes]:
     try:
         with _open(file) as handle:
             while part := handle.read(CHUNK_BYTES):
-                yield part
+                yield _without_nul(part, str(file))
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{file}: can't be read ({_cause(error)})") from None
+
+
+Text = TypeVar("Text", str, bytes)
+
+
+def _without_nul(text: Text, where: str) -> Text:
+    """Return `text`; raise `UserError` where it holds a NUL, as every other byte of UTF-16 is one."""
+    if ("\0" in text) if isinstance(text, str) else (0 in text):
+        raise UserError(f"{where}: holds a NUL character, as UTF-16 and binary files do; convert it to UTF-8")
+    return text
 
 
 def _cause(error: Exception) -> str:
@@ -289,7 +345,7 @@ def _whole(file: Path) -> str:
         content = handle.read(MAX_DOCUMENT_BYTES + 1)
     if len(content) > MAX_DOCUMENT_BYTES:
         raise UserError(f"{file}: is one document of more than {MAX_DOCUMENT_BYTES:,} bytes; split it, or use jsonl")
-    return content.decode()
+    return _without_nul(content.decode(), str(file))
 
 
 def _text_file(file: Path, text_field: str) -> Iterator[str]:
@@ -308,7 +364,7 @@ def _lines(file: Path) -> Iterator[tuple[str, str]]:
             except UnicodeDecodeError as error:
                 raise UserError(f"{file}:{number}: is not UTF-8 (byte {line[error.start]:#04x}); convert it") from None
             if text.strip():
-                yield f"{file}:{number}", text
+                yield f"{file}:{number}", _without_nul(text, f"{file}:{number}")
 
 
 def _jsonl_rows(file: Path, text_field: str) -> Iterator[str]:
@@ -354,18 +410,19 @@ def _json_object(row: Any, where: str) -> dict[str, Any]:
 def _csv_rows(file: Path, text_field: str) -> Iterator[str]:
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
     with _open(file) as first:
-        header = first.readline(CHUNK_BYTES).decode("utf-8", "replace")
+        header = re.split("[\r\n]", _without_nul(first.readline(CHUNK_BYTES).decode(), str(file)))[0]
     begins = 1
     with io.TextIOWrapper(_open(file), encoding="utf-8", newline="") as handle:
-        reader = csv.DictReader(handle, delimiter=_delimiter(header, text_field), strict=True)
+        lines = (_without_nul(line, str(file)) for line in handle)
         try:
+            reader = csv.DictReader(lines, delimiter=_delimiter(header, text_field), strict=True)
             begins += 1 if reader.fieldnames else 0
             for row in reader:
                 yield field_text(row, text_field, f"{file}:{reader.line_num}")
                 begins = reader.line_num + 1
         except csv.Error as error:
             is_open = "unexpected end" in str(error)
-            reason = "a quotation mark is opened here and never closed" if is_open else str(error)
+            reason = "a quotation mark is opened here and never closed: close or double it" if is_open else str(error)
             raise UserError(f"{file}:{begins}: is not CSV ({reason})") from None
 
 
@@ -382,7 +439,10 @@ def _parquet_rows(file: Path, text_field: str) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     try:
-        field_text(dict.fromkeys(pq.read_schema(file).names, ""), text_field, str(file))
+        schema = pq.read_schema(file)
+        field_text(dict.fromkeys(schema.names, ""), text_field, str(file))
+        if pa.types.is_nested(column := schema.types[schema.names.index(text_field)]):
+            raise UserError(f"{file}: column {text_field} holds {column!s:.60}; must be text")
         # As a dictionary, equal texts are held once, however many rows have them.
         with pq.ParquetFile(file, read_dictionary=[text_field]) as table:
             size, rows = file.stat().st_size, table.metadata.num_rows
@@ -394,8 +454,8 @@ def _parquet_rows(file: Path, text_field: str) -> Iterator[str]:
             ) > limit:
                 raise UserError(_expands(file, claimed))
             for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=[text_field]):
-                for value in batch.column(0):
-                    text = field_text({text_field: value.as_py()}, text_field, str(file))
+                for value in batch.column(0).to_pylist():
+                    text = field_text({text_field: value}, text_field, str(file))
                     if (num_bytes := num_bytes + len(text)) > limit:
                         raise UserError(_expands(file, num_bytes))
                     yield text
@@ -407,7 +467,7 @@ def field_text(row: Mapping[str, Any], text_field: str, where: str) -> str:
     """Return the text of a row, empty where the value is missing; `UserError` for a missing column or another type."""
     if text_field not in row:
         columns = ", ".join(str(name) for name in row)
-        raise UserError(f"{where}: has no column {text_field}; set data.text_field to one of {columns}")
+        raise UserError(f"{where}: has no column {text_field:.100}; set data.text_field to one of {columns:.500}")
     text = row[text_field]
     if not isinstance(text, str | None):
         raise UserError(f"{where}: column {text_field} holds a {type(text).__name__}; must be text")

@@ -89,6 +89,8 @@ def _write_files(params: DataParams, directory: Path, note: Note) -> tuple[Measu
     for line in found.summary():
         note(f"file: {line}")
     origin = {"path": params.path, "num_files": len(found.files), "text_field": params.text_field}
+    if found.linked:
+        origin["num_linked"] = len(found.linked)
     if found.skipped:
         origin["skipped"] = found.skipped_by_reason()
     return write_files(found.files, params.text_field, directory), Origin("file", origin)

@@ -21,7 +21,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from dsv3.artifacts import write_json
+from dsv3.artifacts import sha256_file, write_json
 from dsv3.data.files import local_path
 from dsv3.errors import UserError
 
@@ -33,6 +33,7 @@ TEMPLATE_FILE = "chat_template.jinja"
 MODEL_CONFIG_FILE = "config.json"
 BROUGHT_FILES = (TOKENIZER_FILE, CONFIG_FILE, MAP_FILE, TEMPLATE_FILE, MODEL_CONFIG_FILE)
 """Files of a pretrained tokenizer that are read where they exist; the model's names its class, like the tokenizer's."""
+REMEDY = "bring another, or run the tokenize stage again"
 MIN_FREQUENCY = 2
 """A merge that occurs once saves one token and costs an entry."""
 
@@ -119,9 +120,9 @@ def _json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):
-        raise UserError(f"{path}: is not JSON") from None
+        raise UserError(f"{path}: is not JSON; {REMEDY}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: is no JSON object")
+        raise UserError(f"{path}: is no JSON object; {REMEDY}")
     return value
 
 
@@ -173,9 +174,25 @@ def special_tokens(tokenizer: Tokenizer, directory: Path) -> SpecialTokens:
     config = _json_object(path)
     eos = _token_id(tokenizer, config.get("eos_token"))
     if eos is None:
-        raise UserError(f"{path}: names no eos_token that the tokenizer knows; documents could not be separated")
+        raise UserError(
+            f"{path}: names no eos_token that the tokenizer knows; documents could not be separated; {REMEDY}"
+        )
     bos = _token_id(tokenizer, config.get("bos_token"))
     return SpecialTokens(eos if bos is None else bos, eos)
+
+
+def check_tokenizer(directory: Path, sha256: str, special: SpecialTokens) -> None:
+    """Raise `UserError` unless `directory` holds the tokenizer of these facts, which a token folder's meta.json states.
+
+    A training exports it: another one would spell the model's tokens as other words.
+    """
+    path, remedy = directory / TOKENIZER_FILE, "run the tokenize stage again"
+    if not path.is_file() or not (directory / CONFIG_FILE).is_file():
+        raise UserError(f"{directory}: lacks {TOKENIZER_FILE} or {CONFIG_FILE}; {remedy}")
+    if sha256_file(path) != sha256:
+        raise UserError(f"{path}: is not the tokenizer that was written (SHA-256 in meta.json); {remedy}")
+    if special_tokens(read_tokenizer(directory), directory) != special:
+        raise UserError(f"{directory / CONFIG_FILE}: names other special tokens than meta.json; {remedy}")
 
 
 def _token_id(tokenizer: Tokenizer, token: Any) -> int | None:

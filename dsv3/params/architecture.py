@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from dsv3.errors import UserError
 from dsv3.params.section import error_line, suggestion, value_text
 from dsv3.params.text import read_small_text
-from mini_model.validation_deepseek import ROPE_MINIMUMS, check_architecture
+from mini_model.validation_deepseek import ROPE_BOUNDS, check_architecture
 
 HARMLESS = frozenset(
     {
@@ -30,7 +30,7 @@ HARMLESS = frozenset(
 )
 """Fields of published config.json files that change nothing here. Every other one is used, or refused."""
 
-ROPE_FIELDS = frozenset({"rope_type", "type", "truncate", "partial_rotary_factor", *ROPE_MINIMUMS})
+ROPE_FIELDS = frozenset({"rope_type", "type", "truncate", "partial_rotary_factor", *ROPE_BOUNDS})
 
 
 class Architecture(BaseModel):
@@ -111,9 +111,10 @@ class Architecture(BaseModel):
         rope = self.rope_parameters or {}
         for name in sorted(set(rope) - ROPE_FIELDS):
             raise ValueError(f"rope_parameters.{name} is no field of it{suggestion(name, ROPE_FIELDS)}")
-        if rope.get("partial_rotary_factor", 1) != 1:
+        partial = rope.get("partial_rotary_factor", 1)
+        if partial != 1 or isinstance(partial, bool):
             raise ValueError(
-                f"rope_parameters.partial_rotary_factor is {rope['partial_rotary_factor']}; must be 1: "
+                f"rope_parameters.partial_rotary_factor is {value_text(partial)}; must be 1: "
                 "qk_rope_head_dim is the part that is rotated"
             )
         check_architecture(self)

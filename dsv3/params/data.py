@@ -38,8 +38,8 @@ class DataParams(Section):
     hub_split: str = Field(min_length=1)
     """For source `hub`: the split that is read; our own splits are cut from it."""
 
-    timeout_s: float = Field(gt=0)
-    """Longest wait for a connection or for the next bytes, in seconds."""
+    timeout_s: float = Field(gt=0, le=3600)
+    """Longest wait for a connection or for the next bytes, in seconds; who is silent for an hour is not there."""
 
     @model_validator(mode="after")
     def has_the_key_of_its_source(self) -> Self:

@@ -28,8 +28,8 @@ class SampleParams(Section):
     top_p: float = Field(gt=0, le=1)
     """Keep the smallest set of tokens whose probabilities sum to p."""
 
-    num_return_sequences: int = Field(ge=1)
-    """Continuations per prompt."""
+    num_return_sequences: int = Field(ge=1, le=1_000)
+    """Continuations per prompt, which are generated in one batch."""
 
     speculative: bool
     """Let the multi-token prediction (MTP) modules draft; the text is the same (sampled: equally distributed)."""

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
-from pydantic_core import CoreSchema, ErrorDetails, core_schema
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, field_validator
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, PydanticKnownError, core_schema
 
 
 class Section(BaseModel):
@@ -24,6 +24,21 @@ class Section(BaseModel):
         protected_namespaces=(),
     )
 
+    @field_validator("*")
+    @classmethod
+    def can_be_used(cls, value: Any) -> Any:
+        """Refuse a whole number that no array can count to, and a text that no system takes for a name."""
+        if isinstance(value, int) and value >= 2**63:
+            raise PydanticKnownError("less_than", {"lt": 2**63})
+        if isinstance(value, str) and ("\0" in value or len(value) > MAX_NAME):
+            raise PydanticCustomError(
+                "name", "must have at most {most} characters, none of them NUL", {"most": MAX_NAME}
+            )
+        return value
+
+
+MAX_NAME = 4096
+"""Characters of the longest path that Linux takes."""
 
 SMALLEST_NORMAL_FP32 = 2.0**-126
 """What training computes with has this precision; smaller numbers lose theirs, or are zero."""
@@ -55,7 +70,7 @@ BOUNDS = {
 
 def error_line(error: ErrorDetails) -> str:
     """Return a pydantic error as `where is value; bound`."""
-    where = ".".join(str(part) for part in error["loc"])
+    where = ".".join(str(part)[:60] for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"{where} is no parameter"
     if error["type"] == "missing":
@@ -79,5 +94,8 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 def value_text(value: Any) -> str:
     """Return a value as YAML writes it, shortened."""
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    try:
+        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    except ValueError:
+        text = "a number of more digits than Python writes"
     return text if len(text) <= 60 else text[:57] + "..."

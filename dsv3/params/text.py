@@ -1,5 +1,6 @@
 """Small text files of the user's, such as params.yaml: read whole, after a look at what they are."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -19,7 +20,7 @@ def read_small_text(path: Path) -> str:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
     except ValueError:
-        raise UserError(f"{str(path)!r}: is no path (it holds a NUL character); name a file") from None
+        raise OSError(errno.EINVAL, "it holds a NUL character") from None
     with os.fdopen(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise UserError(f"{path}: is no regular file; name one")

@@ -15,8 +15,8 @@ class TrainParams(Section):
     num_train_epochs: float = Field(gt=0, le=1e6)
     """Passes over the training tokens; ignored when max_steps is positive."""
 
-    max_steps: int
-    """Optimizer steps; -1: as many as num_train_epochs asks for."""
+    max_steps: int = Field(le=10**9)
+    """Optimizer steps; -1: as many as num_train_epochs asks for. At a thousand a second, the most take eleven days."""
 
     per_device_train_batch_size: int = Field(ge=1)
     """Sequences in one forward pass."""

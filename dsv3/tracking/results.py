@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -62,10 +62,24 @@ def sample_events(page: Path, step: int) -> Iterator[Event]:
 
 
 def valid_events(lock_file: Path, params: Mapping[str, Any], step: int) -> Iterator[Event]:
-    """Yield what `evaluate` and `sample` left, where dvc.lock says that it was made from this model and `params`."""
+    """Yield what `evaluate` and `sample` left, where dvc.lock says that it was made from this model and `params`.
+
+    A dvc.lock that can't be read, such as one amid a merge, says nothing; it is DVC's to judge.
+    """
     if not lock_file.is_file():
         return
-    stages = read_yaml(lock_file)["stages"]
+    try:
+        found = list(_valid_places(read_yaml(lock_file)["stages"], params))
+    except (UserError, LookupError, TypeError, AttributeError):
+        return
+    for place, events in found:
+        yield from events(place, step)
+
+
+def _valid_places(
+    stages: Mapping[str, Any], params: Mapping[str, Any]
+) -> Iterator[tuple[Path, Callable[[Path, int], Iterator[Event]]]]:
+    """Yield what the later stages have made from the model and `params`, and what reads it."""
     model = {out["path"]: out.get("md5") for out in stages.get("train", {}).get("outs", [])}
     for stage, (name, events) in LATER_STAGES.items():
         entry = stages.get(stage, {})
@@ -74,8 +88,7 @@ def valid_events(lock_file: Path, params: Mapping[str, Any], step: int) -> Itera
         places = [Path(out["path"]) for out in entry.get("outs", []) if Path(out["path"]).name == name]
         is_valid = all(params.get(section) == value for section, value in made_with.items())
         if is_valid and sources and sources.items() <= model.items():
-            for place in places:
-                yield from events(place, step)
+            yield from ((place, events) for place in places)
 
 
 def read_table(path: Path) -> list[dict[str, Cell]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dsv3.artifacts import sha256_file, sha256_lines
-from dsv3.data.files import local_path
+from dsv3.data.files import exists, local_path
 from dsv3.data.tokenizer import TOKENIZER_FILE
 from dsv3.errors import UserError
 from dsv3.export.loading import load_model
@@ -68,7 +68,7 @@ def read_initial_weights(name: str, config: Path, tokens: Path) -> InitialWeight
         check_architecture(folder, config)
         check_tokenizer(folder, tokens)
     except UserError as error:
-        raise UserError(f"train.init_from is {name}; {error}") from None
+        raise UserError(f"train.init_from is {name:.200}; {error}") from None
     digests = {file.name: sha256_file(file) for file in weight_files(folder)}
     return InitialWeights(name, folder, sha256_lines(digests))
 
@@ -76,7 +76,7 @@ def read_initial_weights(name: str, config: Path, tokens: Path) -> InitialWeight
 def found_folder(name: str) -> Path:
     """Return the folder `name`, or the copy of the Hub's model of that id; `UserError` if there is neither."""
     folder = local_path(name)
-    if folder.exists():
+    if exists(folder):
         return folder
     import httpx2  # what huggingface_hub's own errors derive from; only this case needs the two
     from huggingface_hub import snapshot_download

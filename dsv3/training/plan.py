@@ -11,6 +11,7 @@ from dsv3.artifacts import read_model
 from dsv3.data.batches import Batches
 from dsv3.data.meta import check_shards, open_stream, read_meta
 from dsv3.data.shards import TokenStream
+from dsv3.data.tokenizer import SpecialTokens, check_tokenizer
 from dsv3.devices import free_bytes, torch_device
 from dsv3.errors import UserError
 from dsv3.params.architecture import Architecture, read_architecture
@@ -152,8 +153,11 @@ class Described(BaseModel):
 
 
 def check_tokens(tokens: Path) -> str:
-    """Return a line on the shards of a training; raise `UserError` where one is not as it was written."""
-    return check_shards(tokens, read_meta(tokens), ("train", "validation"))
+    """Return a line on the shards of a training; raise `UserError` where one, or the tokenizer, is not as written."""
+    meta = read_meta(tokens)
+    special = SpecialTokens(meta.bos_token_id, meta.eos_token_id)
+    check_tokenizer(tokens / "tokenizer", meta.tokenizer_sha256, special)
+    return check_shards(tokens, meta, ("train", "validation"))
 
 
 def read_training_plan(params: Params, tokens: Path) -> TrainingPlan:

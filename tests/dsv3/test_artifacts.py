@@ -116,6 +116,11 @@ def test_json_refuses_numbers_that_json_does_not_have_and_writes_nothing(tmp_pat
     assert names(tmp_path) == []
 
 
+def test_a_byte_order_mark_is_no_part_of_json(tmp_path):
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"step": 1}')
+    assert read_json(tmp_path / "config.json") == {"step": 1}
+
+
 def test_json_that_is_damaged_is_one_line_with_the_remedy(tmp_path):
     for content in (b'{"step": 1', b"", b"\xff"):
         (tmp_path / "run.json").write_bytes(content)
@@ -219,9 +224,14 @@ def test_the_new_name_is_flushed_too(tmp_path, monkeypatch, replace):
     monkeypatch.setattr(
         os, "fsync", lambda handle: (flushed.append(str(Path(f"/proc/self/fd/{handle}").readlink())), fsync(handle))
     )
-    with replace(tmp_path / "new") as temporary:
-        (temporary / "file" if replace is replacing_directory else temporary).touch()
-    assert flushed[-1] == str(tmp_path)
+    with replace(tmp_path / "made" / "too" / "new") as temporary:
+        if replace is replacing_directory:
+            (temporary / "part").mkdir()
+        (temporary / "part" / "file" if replace is replacing_directory else temporary).touch()
+    assert flushed[-1] == str(tmp_path / "made" / "too")
+    assert {str(tmp_path), str(tmp_path / "made")} <= set(flushed)  # names of folders that were made on the way
+    within = {str(temporary), str(temporary / "part"), str(temporary / "part" / "file")}
+    assert (within <= set(flushed)) == (replace is replacing_directory)
 
 
 KILLED = """

@@ -39,6 +39,14 @@ def test_what_the_system_refuses_about_a_file_is_one_line_and_status_2(monkeypat
     assert capsys.readouterr().err == f"{tmp_path}: Is a directory\n"
 
 
+def test_a_name_in_what_the_system_says_cannot_steer_a_terminal(monkeypatch, capsys, tmp_path):
+    def main() -> None:
+        (tmp_path / "a\x1b[2J\nb").read_text()
+
+    assert status(main, monkeypatch) == 2
+    assert capsys.readouterr().err == f"{tmp_path}/a [2J b: No such file or directory\n"
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
 def test_a_full_disk_is_one_line_even_where_no_file_is_named(monkeypatch, capsys, number):
     def main() -> None:

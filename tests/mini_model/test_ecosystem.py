@@ -245,3 +245,15 @@ def test_the_plans_of_tensor_and_expert_parallelism_are_stocks(micro_config):
     assert DeepseekV3ForCausalLM._tp_plan == StockModel._tp_plan
     modules = {name for name, _ in DeepseekV3ForCausalLM(micro_config()).model.named_modules()}
     assert {"layers.1.mlp.experts", "layers.1.mlp.shared_experts.up_proj", "layers.0.mlp.down_proj"} <= modules
+
+
+@pytest.mark.parametrize("width", [20, 17])
+def test_a_width_that_grouped_mm_cannot_multiply_takes_the_loop(micro_config, token_ids, tmp_path, width):
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM(micro_config(moe_intermediate_size=width)).eval()
+    assert (model.config._experts_implementation == "grouped_mm") == (width == 20)
+    model.save_pretrained(tmp_path)
+    halved = DeepseekV3ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert halved.config._experts_implementation == "eager"
+    for each in (model, halved):
+        assert each(input_ids=token_ids(), labels=token_ids()).loss.isfinite()

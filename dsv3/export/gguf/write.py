@@ -33,6 +33,9 @@ TYPES = {
 }
 """dtype -> type of the matrices, and of the file as a whole."""
 
+MAGIC = b"GGUF"
+"""What such a file begins with."""
+
 
 def export_gguf(model: Path, output: Path, dtype: Dtype) -> str:
     """Write the folder `model` to the file `output` with its matrices in `dtype`; return a line that says so.
@@ -41,8 +44,7 @@ def export_gguf(model: Path, output: Path, dtype: Dtype) -> str:
     """
     check_source(model)
     config = read_config(model)
-    if output.is_dir():
-        raise UserError(f"{output}: is a folder; name the file to be written")
+    check_replaceable_file(output)
     metadata: dict[str, Any] = {
         "general.name": model.resolve().name,
         "general.file_type": int(TYPES[dtype][1]),
@@ -68,6 +70,19 @@ def export_gguf(model: Path, output: Path, dtype: Dtype) -> str:
     left_out = config.num_nextn_predict_layers
     without = f", without its MTP modules ({left_out})" if left_out else ""
     return f"{output}: {config.num_hidden_layers} layers, matrices in {dtype}{without}"
+
+
+def check_replaceable_file(output: Path) -> None:
+    """Raise `UserError` where `output` is something else than a file of this format."""
+    if output.is_dir():
+        raise UserError(f"{output}: is a folder; name the file to be written")
+    if not output.exists():
+        return
+    if output.is_file():
+        with output.open("rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                return
+    raise UserError(f"{output}: is no GGUF file and would be lost; name another file")
 
 
 def read_config(model: Path) -> DeepseekV3Config:

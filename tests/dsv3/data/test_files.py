@@ -93,7 +93,7 @@ def test_another_column_is_read_where_the_parameter_names_it(tmp_path):
         ),
         ("a.csv", b'text,n\n"a" b,1\n', "a.csv:2: is not CSV"),
         ("a.csv", b"body;n\nx;1\n", "a.csv:2: has no column text; set data.text_field to one of body, n"),
-        ("a.txt", "text".encode("utf-16"), r"a.txt: is not UTF-8 \(byte 0\)"),
+        ("a.txt", "text".encode("utf-16"), "a.txt: holds a NUL character"),
         ("a.txt.gz", b"no gzip", "a.txt.gz: can't be read .Not a gzipped file"),
         (
             "a.jsonl.gz",
@@ -107,6 +107,12 @@ def test_another_column_is_read_where_the_parameter_names_it(tmp_path):
         ("a.csv", b"body\nx\n", "a.csv:2: has no column text; set data.text_field to one of body"),
         ("a.csv", b"text\ncaf\xe9\n", "a.csv: is not UTF-8"),
         ("a.csv", b"", "a.csv: holds no text"),
+        ("a.csv", "text,n\r\nx,1\r\n".encode("utf-16"), r"a.csv: is not UTF-8 \(byte 0xff\)"),
+        ("a.csv", "text,n\r\nx,1\r\n".encode("utf-16-le"), "a.csv: holds a NUL"),
+        ("a.csv", b"text,n\n\0,1\n", "a.csv: holds a NUL"),
+        ("a.txt", "text".encode("utf-16-le"), "a.txt: holds a NUL character, as UTF-16"),
+        ("a.jsonl", b'{"text": "a"}\n\0', "a.jsonl:2: holds a NUL"),
+        ("a.csv", b"a" * 3000 + b",b\n1,2\n", "a.csv:2: has no column text; set data.text_field to one of a{500}$"),
         ("a.parquet", b"PAR1", "a.parquet: is no whole parquet file"),
     ],
 )
@@ -115,6 +121,28 @@ def test_a_fault_in_a_file_is_told_in_one_line_with_its_place(tmp_path, name, co
     with pytest.raises(UserError, match=message) as error:
         documents(tmp_path / name, tmp_path / "corpus")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("values", [[["a"]], [{"a": 1}]])
+def test_a_nested_column_of_parquet_is_told_in_one_line(tmp_path, values):
+    pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet: column text holds (list|struct)<.*; must be text"):
+        documents(tmp_path / "a.parquet", tmp_path / "corpus")
+
+
+def test_each_folder_asks_the_system_once_where_it_lies(tmp_path, monkeypatch):
+    deep = tmp_path.joinpath(*["d"] * 50)
+    deep.mkdir(parents=True)
+    (deep / "a.txt").write_text("a", encoding="utf-8")
+    asked = []
+    monkeypatch.setattr(Path, "resolve", lambda self, strict=False: asked.append(self) or self)
+    assert corpus_files(str(tmp_path)).files == [deep / "a.txt"]
+    assert len(asked) <= 2
+
+
+def test_a_path_that_no_system_takes_is_told_in_one_short_line():
+    with pytest.raises(UserError, match=r"data.path is x{200}; can't be read .File name too long.$"):
+        corpus_files("x" * 5000)
 
 
 def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path):
@@ -150,6 +178,8 @@ ROW = b'{"text": "a story", "n": 1}\n'
         ("a.csv", b'n;text\n1;"a; story"\n', ["a; story"]),
         ("a.tsv", b"n\ttext\n1\ta story\n", ["a story"]),
         ("a.csv", b"text\na story\n", ["a story"]),
+        ("a.csv", b"text,n\ra story,1\r", ["a story"]),
+        ("a.jsonl", b'{"text": "a\\u0000b"}', ["a\0b"]),
         ("a.jsonl.gz", gzip.compress(BOM + ROW, mtime=0), ["a story"]),
         ("a.txt.xz", lzma.compress(b"a story"), ["a story"]),
         ("a.CSV.BZ2", bz2.compress(b"text,n\na story,1\n"), ["a story"]),
@@ -203,6 +233,36 @@ def test_linked_folders_are_read_once_and_circles_end(folder, tmp_path):
     assert sum(reason == "a link to a folder that is read" for reason in found.skipped.values()) == 3
     matched = corpus_files(str(folder / "**" / "*.txt")).files
     assert [file.name for file in matched].count("linked.txt") == 1
+
+
+def test_what_links_lead_to_outside_of_the_path_is_read_and_said(folder, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "secret.txt").write_text("secret", encoding="utf-8")
+    (folder / "deep" / "sub").symlink_to(elsewhere)
+    (folder / "again.txt").symlink_to(folder / "a.txt")
+    line = f"reads 1 of them through links that lead out of data.path: {elsewhere / 'secret.txt'} as secret.txt"
+    for path in (folder, folder / "**" / "*.txt", folder / "d*" / "sub" / "*.txt"):
+        assert line in corpus_files(str(path)).summary(), path
+    for path in (folder / "a.txt", folder / "again.txt", folder / "*.txt", folder / "deep" / "sub" / "secret.txt"):
+        assert not corpus_files(str(path)).linked, path
+
+
+def test_a_link_to_itself_is_no_file(folder):
+    (folder / "loop.txt").symlink_to("loop.txt")
+    assert corpus_files(str(folder)).skipped[folder / "loop.txt"] == "no regular file"
+
+
+def test_a_file_that_a_link_names_again_is_read_once(folder):
+    (folder / "0.txt").symlink_to(folder / "a.txt")
+    found = corpus_files(str(folder))
+    assert folder / "a.txt" in found.files
+    assert found.skipped[folder / "0.txt"] == "a link to a file that is read"
+
+
+def test_names_that_steer_a_terminal_are_said_without_it(folder):
+    (folder / "\x1b[2J\n.odd").touch()
+    assert all(line.isprintable() for line in corpus_files(str(folder)).summary())
 
 
 def test_the_home_folder_is_written_as_a_tilde(folder, monkeypatch):

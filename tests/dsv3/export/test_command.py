@@ -91,6 +91,14 @@ def test_a_gguf_file_is_not_written_over_a_folder(model, tmp_path):
     assert_refused(run("gguf", model, tmp_path), "is a folder; name the file to be written")
 
 
+def test_a_gguf_file_replaces_its_like_and_nothing_else(model, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert_refused(run("gguf", model, tmp_path / "thesis.txt"), "thesis.txt: is no GGUF file and would be lost")
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+    for _ in range(2):
+        assert run("gguf", model, tmp_path / "x.gguf").returncode == 0
+
+
 def test_an_fp8_model_becomes_no_gguf(model, tmp_path):
     assert run("fp8", model, tmp_path / "fp8").returncode == 0
     assert_refused(run("gguf", tmp_path / "fp8", tmp_path / "x.gguf"), "config.json: has a quantization_config")

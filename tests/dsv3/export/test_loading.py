@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,6 +130,17 @@ def test_code_and_pickles_in_the_folder_are_never_run_and_other_code_is_told(mod
     assert not (tmp_path / "proof").exists()
 
 
+@pytest.mark.parametrize("reach", ["''.__class__.__mro__[1].__subclasses__()", "cycler.__init__.__globals__.os"])
+def test_a_template_in_the_tokenizer_is_not_rendered_and_could_not_reach_python(model, tmp_path, reach):
+    (model / "SHA256SUMS").unlink()
+    (model / "chat_template.jinja").write_text(f"{{{{ {reach}.system('touch {tmp_path}/proof') }}}}")
+    tokenizer = load_tokenizer(model)
+    assert tokenizer.decode(tokenizer.encode("the king")) == "the king"
+    with pytest.raises(Exception, match="is unsafe"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    assert not (tmp_path / "proof").exists()
+
+
 def test_the_shipped_code_is_this_checkouts_and_nothing_is_told(exported, capsys):
     load_model(exported, CPU)
     assert capsys.readouterr().out == ""
@@ -136,6 +149,14 @@ def test_the_shipped_code_is_this_checkouts_and_nothing_is_told(exported, capsys
 def test_pickles_alone_are_no_model(model):
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     assert_refused(model, "safetensors")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "fifo"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_what_is_no_file_is_not_read(model, name, make):
+    (model / name).unlink()
+    make(model / name)
+    assert_refused(model)
 
 
 def test_a_second_file_of_weights_is_refused(model):

@@ -133,6 +133,19 @@ def test_the_shipped_parameters_are_valid_and_every_line_of_them_is_commented(mo
         ({"tokenize.vocab_size": 1025}, "must be <= 1024, the vocab_size of mini_model/config_nano.json"),
         ({"train.block_size": 1025}, "train.block_size is 1025; must be <= 1024, the max_position_embeddings of"),
         ({"evaluate.block_size": 1025}, "evaluate.block_size is 1025; must be <= 1024"),
+        (
+            {"estimate_size.context_tokens": 10**30},
+            "context_tokens is 1000000000000000000000000000000; must be < 9223372036854775808",
+        ),
+        (
+            {"tokenize.shard_tokens": 2**63},
+            "tokenize.shard_tokens is 9223372036854775808; must be < 9223372036854775808",
+        ),
+        ({"train.gradient_accumulation_steps": 10**400}, "gradient_accumulation_steps is 1000"),
+        ({"sample.num_return_sequences": 1001}, "sample.num_return_sequences is 1001; must be <= 1000"),
+        ({"train.max_steps": 10**10}, "params.yaml: train.max_steps is 10000000000; must be <= 1000000000"),
+        ({"train.init_from": "x" * 5000}, "must have at most 4096 characters, none of them NUL"),
+        ({"data.timeout_s": 1e308}, "params.yaml: data.timeout_s is 1e+308; must be <= 3600"),
         ({"evaluate.stride": 257}, "evaluate.stride is 257; must be <= 256, evaluate.block_size, or tokens are"),
         ({"runtime.num_processes": 3}, "runtime.num_processes is 3; must divide train.gradient_accumulation_steps (1)"),
         (
@@ -212,8 +225,30 @@ def test_a_file_that_is_missing_or_no_yaml_is_one_line():
             {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 0.5}},
             "rope_parameters.factor is 0.5; must be >= 1 for rope_type yarn",
         ),
-        ({"rope_parameters": {"rope_theta": -1}}, "rope_parameters.rope_theta is -1; must be a number >= 1"),
-        ({"rope_parameters": {"rope_theta": True}}, "rope_parameters.rope_theta is true; must be a number >= 1"),
+        (
+            {"rope_parameters": {"rope_theta": -1}},
+            "rope_parameters.rope_theta is -1; must be a number >= 2 and <= 1e+12, or left out",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": True}},
+            "rope_parameters.rope_theta is true; must be a number >= 2 and <= 1e+12, or left out",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": None}},
+            "rope_parameters.rope_theta is null; must be a number >= 2 and <= 1e+12, or left out",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1}},
+            "rope_parameters.rope_theta is 1; must be a number >= 2 and <= 1e+12, or left out",
+        ),
+        (
+            {"rope_parameters": {"mscale": 1e300}},
+            "rope_parameters.mscale is 1e+300; must be a number >= 0 and <= 100, or left out",
+        ),
+        (
+            {"rope_parameters": {"beta_fast": 0.5}},
+            "rope_parameters.beta_fast is 0.5; must be >= 1, beta_slow: fast dimensions are extrapolated",
+        ),
         (
             {"rope_parameters": {"rope_thetta": 1e4}},
             "rope_parameters.rope_thetta is no field of it; did you mean rope_theta?",
@@ -222,6 +257,8 @@ def test_a_file_that_is_missing_or_no_yaml_is_one_line():
             {"rope_parameters": {"partial_rotary_factor": 0.5}},
             "rope_parameters.partial_rotary_factor is 0.5; must be 1: qk_rope_head_dim is the part that is rotated",
         ),
+        ({"pad_token_id": -1}, "pad_token_id is -1; must be null, or >= 0 and < 1024, the vocab_size"),
+        ({"eos_token_id": [1, 1024]}, "eos_token_id is 1024; must be null, or >= 0 and < 1024, the vocab_size"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.factor is null; must be >= 1 for rope_type yarn"),
     ],
 )
@@ -323,6 +360,8 @@ BOMB = "a: &a [x, x, x, x]\n" + "".join(
         (b"- " * 30_000, "params.yaml: not YAML that can be read (it is nested too deeply)"),
         (b"a: [" + b"1," * 100_000 + b"]", "params.yaml: has 100,000 lines and commas; must have <= 5,000"),
         (b"seed: " + b"9" * 5000, "params.yaml: not YAML that can be read (Exceeds the limit"),
+        (b"seed: 0x" + b"f" * 5000, "params.yaml: seed is a number of more digits than Python writes; must be <"),
+        (b"x" * 900 + b": 1", f"params.yaml: {'x' * 60} is no parameter"),
         (b"seed: 2024-99-99", "params.yaml: not YAML that can be read (month must be in 1..12)"),
         (b"seed: !!int x", "params.yaml: not YAML that can be read (invalid literal"),
         (b"seed: !!python/object/apply:os.system [x]", "params.yaml:1: not YAML (could not determine a constructor"),
@@ -376,7 +415,9 @@ def test_a_path_with_a_nul_is_one_line():
     write(changed({"model.config": "mini_model/a"}))
     text = Path("params.yaml").read_text(encoding="utf-8")
     Path("params.yaml").write_text(text.replace("mini_model/a", '"mini_model/a\\0"'), encoding="utf-8")
-    with pytest.raises(UserError, match="is no path"):
+    with pytest.raises(
+        UserError, match=r"model.config is 'mini_model/a\\x00'; must have at most 4096 characters, none of them NUL"
+    ):
         read_params(Path("params.yaml"))
 
 

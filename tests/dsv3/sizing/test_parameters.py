@@ -95,7 +95,7 @@ def test_every_part_of_any_topology_has_as_many_parameters_as_stock_transformers
 def test_our_model_of_any_topology_has_as_many_parameters_prediction_modules_included(sizes, num_mtp):
     sizes = sizes | {"num_nextn_predict_layers": num_mtp}
     with torch.device("meta"):
-        model = OurModel(OurConfig(**sizes))
+        model = OurModel(OurConfig(eos_token_id=0, **sizes))
     architecture = Architecture(**sizes)
     built = sum(parameter.numel() for parameter in model.parameters())
     assert num_parameters(architecture) + num_mtp_parameters(architecture) == built

@@ -1,3 +1,5 @@
+import pytest
+
 from dsv3.artifacts import write_json
 from dsv3.generation.sampling import Sample, markdown
 from dsv3.generation.speculative import DraftCounts
@@ -55,3 +57,11 @@ def test_what_another_stage_left_counts_only_if_made_from_this_model_with_these_
     assert results(evaluate={**evaluate, "params": {"params.yaml": {"evaluate": {"stride": 64}}}}) == []
     assert results(train={"outs": [{"path": "model", "md5": "b"}]}) == []
     assert list(valid_events(tmp_path / "none", params, 7)) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "schema: '2.0'", "stages: 3", "stages: {train: 1}", "<<<<<<< HEAD\nstages: {}\n=======\n", "\0"]
+)
+def test_a_dvc_lock_that_cannot_be_read_says_nothing(tmp_path, text):
+    (tmp_path / "dvc.lock").write_text(text)
+    assert list(valid_events(tmp_path / "dvc.lock", {}, 7)) == []

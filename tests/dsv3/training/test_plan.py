@@ -6,8 +6,9 @@ import torch
 from dsv3.errors import UserError
 from dsv3.sizing.memory import training_memory
 from dsv3.training import precision
-from dsv3.training.plan import check_unlinked, introduction, memory_note
+from dsv3.training.plan import check_tokens, check_unlinked, introduction, memory_note
 from dsv3.training.precision import autocast_dtype, resolved_precision
+from tests.damage import DAMAGES
 from tests.training_inputs import plan_of
 
 
@@ -42,6 +43,25 @@ def test_a_batch_of_many_epochs_is_refused(tmp_path):
     with pytest.raises(UserError) as caught:
         plan_of(tmp_path, train=batch | {"gradient_accumulation_steps": 2})
     assert f"gradient_accumulation_steps is {2 * blocks}; must be <= {blocks}, the sequences of 32" in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("damage", ["empty", "foreign", "missing"])
+def test_a_damaged_tokenizer_is_not_trained_for(tmp_path, file, damage):
+    plan_of(tmp_path)
+    assert check_tokens(tmp_path / "tokens").startswith("checked  2 token shards")
+    DAMAGES[damage](tmp_path / "tokens" / "tokenizer" / file)
+    with pytest.raises(UserError, match=r"tokenizer.*run the tokenize stage again") as told:
+        check_tokens(tmp_path / "tokens")
+    assert "\n" not in str(told.value)
+
+
+def test_another_tokenizer_of_the_same_form_is_not_trained_for(tmp_path):
+    plan_of(tmp_path)
+    path = tmp_path / "tokens" / "tokenizer" / "tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"a":', '"#":', 1), encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer.json: is not the tokenizer that was written"):
+        check_tokens(tmp_path / "tokens")
 
 
 def test_an_output_behind_a_link_that_leads_out_of_the_project_is_refused(tmp_path, monkeypatch):
