@@ -1,6 +1,6 @@
 # One word per need; `make help` lists them. Everything runs in .venv, which the first one that needs it makes.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro compare test test-ui check audit format ui bench ablations clean
+.PHONY: help setup repro compare test test-ui soak check audit format ui bench ablations clean
 
 BIN := .venv/bin
 # The first that runs and can make an environment: a name on the PATH may be a shim without a Python behind it. Those
@@ -37,6 +37,10 @@ test: .venv/.dev ## run all tests, a real pipeline among them (those marked gpu 
 test-ui: .venv/.ui ## test what Aim shows of two experiments, in a real browser (Chromium)
 	$(BIN)/python -m pytest tests/browser -m browser -rs
 
+MINUTES ?= 30
+soak: .venv/.dev ## kill, stop, damage and fill up small trainings for MINUTES=30, and compare what they give, bit by bit
+	$(BIN)/python -m tests.stress.soak --minutes $(MINUTES)
+
 check: .venv/.dev ## check format, lint, types, import rules and contracts, as pre-commit does
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -67,7 +71,7 @@ ablations: setup ## train the recipe without each of its parts (hours; JOBS=2: t
 	$(BIN)/python -m benchmarks.study run ablations --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.study report ablations
 
-clean: ## remove caches and the checkpoints of unfinished trainings; data, results, runs and .venv stay
+clean: ## remove caches and all checkpoints, those to go on from among them; data, results, runs and .venv stay
 	rm -rf .checkpoints .pytest_cache .ruff_cache .hypothesis .import_linter_cache .triton_cache
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
 

@@ -4,7 +4,6 @@ A stage that dies half-way must not leave a file that looks finished, so everyth
 flushed to the disk, and renamed over it; a rename within one folder is atomic on POSIX and on Windows.
 """
 
-import errno
 import glob
 import hashlib
 import json
@@ -21,7 +20,7 @@ from typing import Any, TypeVar
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dsv3.errors import UserError
+from dsv3.errors import DiskFull, UserError, is_disk_full
 
 CHUNK_BYTES = 1 << 20
 
@@ -65,11 +64,11 @@ def _host() -> str:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure."""
-    make_folder(path.parent)
-    remove_abandoned(path)
     temporary = temporary_name(path)
     try:
-        with reporting_full_disk(path.parent):
+        with reporting_full_disk(path):
+            make_folder(path.parent)
+            remove_abandoned(path)
             yield temporary
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
@@ -110,14 +109,14 @@ def replacing_directory(path: Path, contents: Sequence[str] = ("*",)) -> Iterato
     """
     check_replaceable(path, contents)
     path = path.absolute()
-    make_folder(path.parent)
-    remove_abandoned(path)
     temporary = temporary_name(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    permissions = temporary.stat().st_mode & 0o777
     try:
-        with reporting_full_disk(path.parent):
+        with reporting_full_disk(path):
+            make_folder(path.parent)
+            remove_abandoned(path)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            permissions = temporary.stat().st_mode & 0o777
             yield temporary
             set_permissions(temporary, permissions)
             sync_directory(temporary)
@@ -129,24 +128,29 @@ def replacing_directory(path: Path, contents: Sequence[str] = ("*",)) -> Iterato
 
 
 @contextmanager
-def reporting_full_disk(folder: Path) -> Iterator[None]:
-    """Turn a full disk within the block into a `UserError` that names the folder.
+def reporting_full_disk(path: Path) -> Iterator[None]:
+    """Turn a full disk, met within the block while `path` is written, into a `DiskFull` that names its folder.
 
-    Libraries have their own types for it: safetensors says "No space left on device" in a `SafetensorError`, torch's
-    archive writer only that it failed.
+    What is half-written still lies beside it, and is part of the room that was too small. torch's archive writer has
+    several texts, of which none names the reason: on a disk without room it is taken to be that.
     """
     try:
         yield
+    except DiskFull:  # of a file within this folder
+        raise
     except Exception as error:
-        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        is_full = is_full or "No space left on device" in str(error)
-        is_full = is_full or (
-            "PytorchStreamWriter failed" in str(error) and shutil.disk_usage(folder).free < CHUNK_BYTES
-        )
-        if not is_full:
-            raise
+        folder = next(each for each in path.parents if each.is_dir())
         free = shutil.disk_usage(folder).free
-        raise UserError(f"{folder}: the disk is full ({free:,} bytes free); make room and run the same again") from None
+        if not is_disk_full(error) and not (isinstance(error, RuntimeError) and free < CHUNK_BYTES):
+            raise
+        room = free + allocated_bytes(temporary_name(path))
+        line = f"{path.parent}: the disk is full: {path.name} needs more than the {room:,} bytes that are free"
+        raise DiskFull(f"{line}; make room and run the same again") from None
+
+
+def allocated_bytes(path: Path) -> int:
+    """Return the bytes that a file, or a folder with all in it, takes on the disk; 0 for one that is missing."""
+    return sum(each.lstat().st_blocks * 512 for each in (path, *path.rglob("*")) if each.exists())
 
 
 def make_folder(path: Path) -> None:

@@ -7,8 +7,10 @@ import errno
 import logging
 import os
 import shlex
+import shutil
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -19,7 +21,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dsv3.errors import LOST_PROCESS_STATUS, Interrupted, UserError, one_line
+from dsv3.errors import LOST_PROCESS_STATUS, Interrupted, UserError, is_disk_full, is_out_of_memory, one_line
 
 ParamsOption = Annotated[
     Path, typer.Option("--params", help="The parameters, validated whole before anything else happens.")
@@ -28,30 +30,35 @@ DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Validate, look at the inputs, print the plan, write nothing.")
 ]
 
-MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EROFS, errno.EIO, errno.EMFILE}
+MACHINE_ERRORS = {errno.EROFS, errno.EIO, errno.EMFILE}
 """Errors of the machine, not of the program, that may name no file."""
 LOST_PROCESS_TYPES = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 
-_hanging: list[threading.Thread] = []
+_skips_shutdown = threading.Event()
 
 
-def end_despite(thread: threading.Thread) -> None:
-    """Let the process end although `thread` may never do: Python would wait for it, or for what it waits for."""
-    _hanging.append(thread)
+def skip_shutdown() -> None:
+    """Let the process end without Python's shutdown, which waits for what a library has left open, perhaps for ever."""
+    _skips_shutdown.set()
 
 
 @contextmanager
-def ending_despite_hanging_threads() -> Iterator[None]:
-    """End the process with the block's own status, without Python's shutdown, where a thread still hangs."""
+def ending_without_shutdown() -> Iterator[None]:
+    """End the process with the block's own status at once where `skip_shutdown` was called; else leave it to Python."""
     try:
         yield
-    except SystemExit as end:
-        if any(thread.is_alive() for thread in _hanging):
-            logging.shutdown()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
-        raise
+    except BaseException as end:
+        if not _skips_shutdown.is_set():
+            raise
+        status: Any = 1
+        if isinstance(end, SystemExit):
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        else:
+            traceback.print_exc()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def command(main: Callable[..., None]) -> None:
@@ -113,23 +120,7 @@ def without_eof(main: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def machine_fault(error: RuntimeError) -> tuple[str, int]:
-    """Return the line and the exit status for an error of torch that is no mistake of the program; else no line.
-
-    For memory on a GPU and for NCCL torch has types; for memory on a CPU and for gloo it has texts.
-    """
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-        what = ". ".join(one_line(error).split(". ")[:2])  # torch goes on for ten lines
-        return f"out of memory ({what}); take smaller batches, or set train.gradient_checkpointing", 2
-    if type(error).__name__ in LOST_PROCESS_TYPES or "gloo/transport" in str(error):
-        line = (
-            "another process of this training has ended, so this one ends; dvc repro goes on from the last checkpoint"
-        )
-        return line, LOST_PROCESS_STATUS
-    return "", 1
-
-
-@ending_despite_hanging_threads()
+@ending_without_shutdown()
 def run_app(app: typer.Typer) -> None:
     """Run a command line; a `UserError` is printed as one line and ends the process with status 2.
 
@@ -138,26 +129,39 @@ def run_app(app: typer.Typer) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         app()
-    except UserError as error:
-        print(one_line(error), file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:
-        if error.filename is None and error.errno not in MACHINE_ERRORS:
-            raise
-        print(one_line(f"{error.filename or Path.cwd()}: {error.strerror}"), file=sys.stderr)
-        raise SystemExit(2) from None
-    except MemoryError as error:
-        print(
-            f"out of memory{f' ({error})' if str(error) else ''}; use a machine with more, or less data at a time",
-            file=sys.stderr,
-        )
-        raise SystemExit(2) from None
-    except RuntimeError as error:
-        line, status = machine_fault(error)
-        if not line:
-            raise
-        print(line, file=sys.stderr)
-        raise SystemExit(status) from None
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         raise SystemExit(interrupted.exit_status) from None
+    except Exception as error:
+        line = users_line(error)
+        if line is None:
+            raise
+        print(line, file=sys.stderr)
+        raise SystemExit(LOST_PROCESS_STATUS if is_lost_process(error) else 2) from None
+
+
+def is_lost_process(error: Exception) -> bool:
+    """Return whether another process of a distributed training is gone: NCCL has types for it, gloo a text."""
+    return type(error).__name__ in LOST_PROCESS_TYPES or "gloo/transport" in str(error)
+
+
+def users_line(error: Exception) -> str | None:
+    """Return the one line of an error that is the user's or the machine's; None for one of the program's own."""
+    if isinstance(error, UserError):
+        return one_line(error)
+    if is_disk_full(error):
+        where = Path(getattr(error, "filename", None) or Path.cwd())
+        folder = next(each for each in (where, *where.absolute().parents) if each.is_dir())
+        free = shutil.disk_usage(folder).free
+        return f"{where}: the disk is full ({free:,} bytes free); make room and run the same again"
+    if is_out_of_memory(error):
+        what = ". ".join(one_line(error).split(". ")[:2])  # torch goes on for ten lines
+        remedy = "use a machine with more, smaller batches, less data at a time, or train.gradient_checkpointing"
+        return f"out of memory{f' ({what})' if what else ''}; {remedy}"
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in MACHINE_ERRORS):
+        return one_line(f"{error.filename or Path.cwd()}: {error.strerror}")
+    if is_lost_process(error):
+        return (
+            "another process of this training has ended, so this one ends; dvc repro goes on from the last checkpoint"
+        )
+    return None

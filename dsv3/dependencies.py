@@ -42,6 +42,7 @@ TRAIN_VIEWS = {
     "dsv3/training/fingerprint.py": "names checkpoints; another definition gives other names by itself",
     "dsv3/training/interruption.py": "when a training stops; it goes on to the same weights",
     "dsv3/training/launch.py": "starts processes; their number is `runtime`'s and changes at most the rounding",
+    "dsv3/training/leftovers.py": "removes what other trainings have left",
     "dsv3/training/lock.py": "who may write checkpoints, not what is in them",
 }
 """Further views of `train`. The sizing is a file each, so that what a training really shares with it counts."""

@@ -5,6 +5,7 @@ command line prints it as one line and exits with status 2. Anything else that i
 and keeps its traceback.
 """
 
+import errno
 from typing import Any
 
 LOST_PROCESS_STATUS = 75
@@ -13,6 +14,23 @@ LOST_PROCESS_STATUS = 75
 
 class UserError(Exception):
     """A mistake of the user's: where, the value, the bound, the remedy, in one line."""
+
+
+class DiskFull(UserError):
+    """There is no room for what is written: where, how much there is, the remedy."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether the system had no room for a file; safetensors says so in a text of its own type."""
+    is_known = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return is_known or any(text in str(error) for text in ("No space left on device", "Disk quota exceeded"))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory could not be had; torch says so in a type for GPUs and in texts, safetensors in a text."""
+    is_known = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    texts = ("can't allocate memory", "Cannot allocate memory")
+    return is_known or type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in texts)
 
 
 def one_line(value: Any) -> str:

@@ -53,8 +53,11 @@ class RuntimeParams(Section):
     """Most checkpoints kept."""
 
     keep_last_checkpoint: bool
-    """Keep the last checkpoint of a finished training: a longer one, which is another training with a schedule of its
-    own, may go on from it (train.resume_from_checkpoint)."""
+    """Keep the last checkpoint of a finished training for good: a longer one, which is another training with a schedule
+    of its own, may go on from it (train.resume_from_checkpoint). false: until another training begins."""
+
+    keep_abandoned_days: int = Field(ge=0)
+    """Days after which the checkpoints of a training that was stopped are removed when another one begins."""
 
     resume: Literal["auto", "never", "must"]
     """auto: go on from a checkpoint of the same fingerprint where there is one."""

@@ -15,7 +15,9 @@ import atexit
 import html
 import logging
 import os
-from collections.abc import Mapping
+import threading
+import traceback
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -24,12 +26,16 @@ from aim.ext.cleanup import AutoClean
 from aim.ext.resource.log import LogLine
 from filelock import FileLock
 
+from dsv3.cli import skip_shutdown
+from dsv3.errors import one_line
 from dsv3.params.runtime import RuntimeParams
 from dsv3.tracking.events import Distribution, Event, Figure, Heatmap, LastLine, Result, Row, Text
 from dsv3.tracking.identity import RunIdentity, aim_folder, project_root
 from dsv3.tracking.loads import picture
 from dsv3.tracking.metrics import TABLES, charted, numbers, place
 from dsv3.tracking.tracker import Mode
+
+logger = logging.getLogger(__name__)
 
 SYSTEM_TRACKING_INTERVAL_S = 10
 INITIALIZATION_S = 120
@@ -46,6 +52,20 @@ logging.getLogger("aim").setLevel(logging.WARNING)  # it reports its threads at 
 # each stage ended with a traceback, and nothing was closed. The same without a thread.
 AutoClean._registered_with_atexit = True
 atexit.register(AutoClean._cleanup)
+
+
+def report_ended_thread(ended: threading.ExceptHookArgs, others: Callable[..., Any] = threading.excepthook) -> None:
+    """Log in one line why a thread of Aim's has ended, as they do on a full disk; `others` reports other threads."""
+    frames = traceback.walk_tb(ended.exc_traceback)
+    if not any(frame.f_globals.get("__name__", "").startswith("aim.") for frame, _ in frames):
+        others(ended)
+        return
+    reason = one_line(f"{ended.exc_type.__name__}: {ended.exc_value}")
+    logger.warning("tracker aim: what records terminal and machine has ended (%s); the run goes on", reason)
+    skip_shutdown()
+
+
+threading.excepthook = report_ended_thread
 
 
 def tracker(runtime: RuntimeParams) -> "AimTracker":

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from dsv3.artifacts import read_model, write_text
+from dsv3.artifacts import read_model, reporting_full_disk, write_text
 from dsv3.errors import UserError
 from dsv3.params.read import Params
 from dsv3.params.runtime import RuntimeParams
@@ -59,7 +59,7 @@ class Recorder:
         self._columns: dict[str, list[str]] = {table: [] for table in TABLES}
         self._views = views
         self._aim_repo = aim_repo
-        self._rewrite()
+        self.write_tables()
 
     @property
     def run_hash(self) -> str | None:
@@ -87,7 +87,7 @@ class Recorder:
     def restore(self, state: Mapping[str, Sequence[Mapping[str, Cell]]]) -> None:
         """Replace all rows by a checkpoint's and rewrite the files; a tracker that lacks them is shown them again."""
         self._rows = {table: [dict(row) for row in state.get(table, [])] for table in TABLES}
-        self._rewrite()
+        self.write_tables()
         self._views.write_missing(in_order(Row(table, row) for table, rows in self._rows.items() for row in rows))
 
     def run_record(self) -> dict[str, Any]:
@@ -103,13 +103,15 @@ class Recorder:
         return max((int(row["step"]) for rows in self._rows.values() for row in rows), default=0)
 
     def _append(self, table: str, row: Cells) -> None:
-        if not set(row) <= set(self._columns[table]):
+        if not set(row) <= set(self._columns[table]) or not self._path(table).is_file():
             self._write_table(table)
             return
-        with self._path(table).open("a", encoding="utf-8", newline="\n") as file:
+        path = self._path(table)
+        with reporting_full_disk(path), path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(_line(row, self._columns[table]))
 
-    def _rewrite(self) -> None:
+    def write_tables(self) -> None:
+        """Write every table whole."""
         for table in TABLES:
             self._write_table(table)
 
@@ -134,7 +136,12 @@ def open_recorder(
     directory: Path, runtime: RuntimeParams, identity: RunIdentity, run_hash: str | None = None
 ) -> Recorder:
     """Return the recorder of a training, for its main process only; `run_hash` comes from the checkpoint, if any."""
-    return Recorder(directory, identity, open_views(runtime, identity, run_hash, "train"), shown_repo(runtime))
+    views = open_views(runtime, identity, run_hash, "train")
+    try:
+        return Recorder(directory, identity, views, shown_repo(runtime))
+    except BaseException:
+        views.close("failed")
+        raise
 
 
 def add_to_run(run: Path, params: Params, events: Iterable[Event]) -> None:

@@ -3,15 +3,16 @@
 A tracker has one name: in `runtime.trackers`, of its module in this folder, and of the package that it needs.
 """
 
+import gc
 import importlib
 import logging
 import sys
-import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
-from typing import Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
-from dsv3.cli import end_despite
+from dsv3.cli import skip_shutdown
 from dsv3.errors import one_line
 from dsv3.params.runtime import RuntimeParams, TrackerName
 from dsv3.tracking.events import Event, Row
@@ -23,8 +24,13 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-CLOSE_S = 20.0
-"""Longest wait for a tracker that is closing: a server that is gone, or a full disk, can keep it for ever."""
+CALL_S = 20.0
+"""Longest wait for a tracker: a server that is gone, or a full disk, can keep it for ever."""
+OPEN_S = 60.0
+"""The same while it opens a run: others may be waiting for the same repository."""
+
+_left_open: list[Any] = []
+"""Trackers that have failed, and the errors, which know what was being opened: to collect them would close them."""
 
 Mode = Literal["train", "add", "rebuild"]
 """Who opens a run: the training, a later stage that adds to it, or the command that writes all of it again."""
@@ -109,13 +115,18 @@ def remedy(name: TrackerName) -> str:
 
 
 class IsolatedTracker:
-    """A tracker whose failures are logged once and never reach the caller; one that can't be opened is left alone."""
+    """A tracker whose failures are logged once and never reach the caller; one that can't be opened is left alone.
+
+    All its calls run in one thread of its own, so that one which never returns, as on a full disk or with a server that
+    is gone, costs the caller a bounded time, once.
+    """
 
     def __init__(self, name: TrackerName, load: Callable[[], Tracker]) -> None:
         self._name: TrackerName = name
         self._load = load
         self._tracker: Tracker | None = None
         self._has_failed = False
+        self._calls = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
 
     @property
     def has_rows(self) -> bool:
@@ -124,40 +135,57 @@ class IsolatedTracker:
 
     def open(self, identity: RunIdentity, run_hash: str | None, mode: Mode) -> str | None:
         """Import the tracker and open it; return its run's hash, or None where it has none or can't be opened."""
-        tracker = self._attempt(self._load)
+        tracker = self._attempt(self._load, None)
         if tracker is None:
             return None
-        opened = self._attempt(lambda: tracker.open(identity, run_hash, mode))
-        if not self._has_failed:
-            self._tracker = tracker
+        self._tracker = tracker
+        opened = self._attempt(lambda: tracker.open(identity, run_hash, mode), OPEN_S)
+        if self._has_failed:
+            self._tracker = None
         return opened
 
     def write(self, event: Event) -> None:
         """Show the event."""
         if tracker := self._tracker:
-            self._attempt(lambda: tracker.write(event))
+            self._attempt(lambda: tracker.write(event), CALL_S)
 
     def close(self, status: str) -> None:
-        """Close the tracker, in a thread of its own; leave it behind where that takes longer than `CLOSE_S`."""
-        if tracker := self._tracker:
-            closing = threading.Thread(target=self._attempt, args=(lambda: tracker.close(status),), daemon=True)
-            closing.start()
-            closing.join(CLOSE_S)
-            if closing.is_alive():
-                self._attempt(lambda: raise_timeout(f"not closed within {CLOSE_S:g} s"))
-                end_despite(closing)
-        self._tracker = None
+        """Close the tracker."""
+        if self._tracker is not None:
+            self._attempt(lambda: self._close_and_release(status), CALL_S)
+        self._calls.shutdown(wait=False)
 
-    def _attempt(self, action: Callable[[], T]) -> T | None:
-        try:
-            return action()
+    def _close_and_release(self, status: str) -> None:
+        """Close the tracker and let go of it in its own thread: what it holds flushes to the disk when it is freed."""
+        tracker, self._tracker = self._tracker, None
+        if tracker is not None:
+            tracker.close(status)
+        del tracker
+        gc.collect()
+
+    def _attempt(self, action: Callable[[], T], limit_s: float | None) -> T | None:
+        """Return what `action` returns, or None where it fails; leave a tracker alone that does not answer in time."""
+        call = self._calls.submit(action)
+        wait([call], limit_s)
+        if not call.done():
+            self._fail(TimeoutError(f"no answer within {limit_s:g} s"))
+            self._tracker = None
+            return None
         # A tracker is a view: whatever is wrong with it (a full disk, a dead server, a locked database, a broken
         # installation) must not cost a training.
+        try:
+            return call.result()
         except Exception as error:
-            if not self._has_failed:
-                self._report(error)
-            self._has_failed = True
+            self._fail(error)
             return None
+
+    def _fail(self, error: Exception) -> None:
+        """Log the first failure; see that nothing closes what the tracker has left: Aim tries a full disk for ever."""
+        _left_open.append((self._tracker, error))
+        if not self._has_failed:
+            self._report(error)
+        self._has_failed = True
+        skip_shutdown()
 
     def _report(self, error: Exception) -> None:
         """Log one line."""
@@ -171,11 +199,6 @@ class IsolatedTracker:
             hint,
             self._name,
         )
-
-
-def raise_timeout(reason: str) -> None:
-    """Raise `TimeoutError`."""
-    raise TimeoutError(reason)
 
 
 class Views:

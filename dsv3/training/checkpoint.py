@@ -18,8 +18,9 @@ processes, sharded or not; so a training goes on over more of them, or on one.
 The same fingerprint resumes; any other starts afresh. A folder is written under a temporary name, flushed, marked
 complete and renamed; only then are older ones removed. `complete` holds the fingerprint, the step, and SHA-256 and size
 of every other file. They are compared before anything is loaded: a checkpoint that differs is set aside with a line,
-and the next older one is taken. Folders with other names are left alone. After the export all of it is deleted, or a
-repeated training would find itself finished: with `runtime.keep_last_checkpoint` it does.
+and the next older one is taken. Folders with other names are left alone. After the export all but the last is deleted.
+That one stays until another training begins (`dsv3.training.leftovers`): the same training, started again, finds itself
+finished and exports, so that what DVC could not keep is not computed twice.
 
 No state of data or random numbers is saved: both are functions of the seed and the step.
 """

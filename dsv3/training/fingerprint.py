@@ -4,7 +4,8 @@ Checkpoints lie in a folder that it names, with the facts that it was made of be
 
     .checkpoints/<fingerprint>/facts.json
 
-A training that finds none of its own says in one line which others of its experiment lie there, and what differs.
+They say too whether the training has ended, and so how long they stay (`dsv3.training.leftovers`). A training that
+finds none of its own says in one line which others of its experiment lie there, and what differs.
 """
 
 import hashlib
@@ -12,12 +13,14 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dsv3.artifacts import write_json
 from dsv3.training.checkpoint import checkpoints
 
 FACTS = "facts.json"
+Ended = Literal["no", "finished", "kept"]
+"""Whether a training has ended; kept: its last checkpoint was asked for (runtime.keep_last_checkpoint)."""
 MOST_NAMED = 3
 """Checkpoints, and differences of each, that the one line names."""
 
@@ -62,21 +65,22 @@ def difference(place: tuple[str, ...], there: Any, here: Any) -> str:
     return f"{'.'.join(place)} is {json.dumps(there)} there and {json.dumps(here)} here"
 
 
-def write_facts(directory: Path, fingerprint: Fingerprint, experiment: str) -> None:
-    """Write what the fingerprint of `directory` was made of, and the experiment that it belongs to."""
-    write_json(directory / FACTS, {"experiment": experiment, "facts": fingerprint.facts})
+def write_facts(directory: Path, fingerprint: Fingerprint, experiment: str, ended: Ended = "no") -> None:
+    """Write what the fingerprint of `directory` was made of, its experiment, and whether it has ended."""
+    write_json(directory / FACTS, {"experiment": experiment, "ended": ended, "facts": fingerprint.facts})
 
 
 def other_checkpoints(directory: Path, fingerprint: Fingerprint, experiment: str) -> str:
     """Return one line on the checkpoints of the same experiment beside `directory`: which, and what differs.
 
-    The newest come first. Empty where there are none.
+    The newest come first. Empty where there are none. A finished training's is not for others, unless it was asked for.
     """
     found: list[tuple[float, str]] = []
     for file in directory.parent.glob(f"*/{FACTS}"):
         try:
             known, saved = json.loads(file.read_text(encoding="utf-8")), checkpoints(file.parent)
-            if saved and file.parent != directory and known["experiment"] == experiment:
+            is_left = saved and file.parent != directory and known.get("ended") != "finished"
+            if is_left and known["experiment"] == experiment:
                 reasons = shortened(fingerprint.differences(known["facts"]), ", ")
                 folder = saved[-1].relative_to(directory.parent.parent)
                 found.append((saved[-1].stat().st_mtime, f"{folder} ({reasons})"))

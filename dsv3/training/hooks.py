@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from dsv3.errors import UserError
+from dsv3.errors import DiskFull, UserError
 from dsv3.kernels.weight_cache import cached_weights
 from dsv3.progress import Progress
 from dsv3.tracking.recorder import Recorder
@@ -147,6 +148,17 @@ def check_weights_are_finite(run: Run) -> None:
             f"step {run.state.step}: {bad[0]} holds a number that is not finite; nothing is saved or exported; "
             f"{NON_FINITE_REMEDY}"
         )
+
+
+def save_or_go_on(run: Run, recorder: Recorder | None, directory: Path) -> None:
+    """Write a checkpoint; before the last step a training goes on without it where the disk is full, which is said."""
+    try:
+        save(run, recorder, directory)
+    except DiskFull as full:
+        if run.state.step == run.plan.total_steps:
+            raise
+        tqdm.write(f"step {run.state.step}: not saved, the training goes on: {full}")
+        run.accelerator.wait_for_everyone()
 
 
 def save(run: Run, recorder: Recorder | None, directory: Path) -> None:

@@ -32,6 +32,7 @@ from dsv3.training.checkpoint import (
 )
 from dsv3.training.fingerprint import Fingerprint, other_checkpoints, write_facts
 from dsv3.training.interruption import caught_signals
+from dsv3.training.leftovers import remove_leftovers
 from dsv3.training.lock import hold_lock
 from dsv3.training.loop import Hook, Run, train
 from dsv3.training.model import model_of
@@ -72,8 +73,10 @@ def run_training(
             saved = resume_or_start(run, directory, fingerprint)
             recorder = None
             if accelerator.is_main_process:
-                recorder = start_recorder(plan, chosen, fingerprint, outputs, saved)
+                recorder = start_recorder(plan, chosen, fingerprint, outputs, saved.get("aim_run_hash"))
             with closing_as_it_ends(recorder):
+                if recorder is not None and saved:
+                    recorder.restore(saved["rows"])
                 mode = progress_mode if accelerator.is_main_process else ProgressMode.none
                 with shown_progress(mode, "train", plan.total_steps, "step", run.state.step) as progress:
                     progress.note(chosen.summary(), chosen.metrics())
@@ -81,19 +84,25 @@ def run_training(
                     train(run, hooks_of_run, checkpoint_writer(recorder, directory))
                 metrics = export_and_record(run, recorder, chosen, directory, outputs)
             if accelerator.is_main_process:
-                leave_checkpoints(run, directory)
+                leave_last_checkpoint(run, directory, fingerprint)
             accelerator.wait_for_everyone()
     return metrics
 
 
-def leave_checkpoints(run: Run, directory: Path) -> None:
-    """Delete the checkpoints of a finished training; keep its last one, and say so, where that is wanted."""
-    if not run.plan.params.runtime.keep_last_checkpoint:
-        delete_checkpoints(directory)
-        return
-    (last,) = checkpoints(directory)[-1:]
-    delete_checkpoints(directory, {last, best_folder(directory, run.state.best_step)})
-    tqdm.write(f"kept {last}; a longer training goes on from it by train.resume_from_checkpoint")
+def leave_last_checkpoint(run: Run, directory: Path, fingerprint: Fingerprint) -> None:
+    """Delete the checkpoints of a finished training but for its last one; say how long that stays, and what for."""
+    params = run.plan.params
+    last, best = checkpoints(directory)[-1], best_folder(directory, run.state.best_step)
+    delete_checkpoints(directory, {last, best})
+    keeps = params.runtime.keep_last_checkpoint
+    write_facts(directory, fingerprint, experiment_name(params), "kept" if keeps else "finished")
+    use = (
+        "a longer training goes on from it by train.resume_from_checkpoint"
+        if keeps
+        else "until another training begins; should DVC fail now, dvc repro exports from it and trains nothing"
+    )
+    size = sum(file.stat().st_size for folder in (last, best) for file in folder.glob("*"))
+    tqdm.write(f"kept {last} ({size / 1e6:,.1f} MB): {use}")
 
 
 @contextmanager
@@ -148,6 +157,7 @@ def resume_or_start(run: Run, directory: Path, fingerprint: Fingerprint) -> dict
     if found:
         saved = load_checkpoint(found, run.model, run.optimizer)
         run.state = TrainState.from_json(saved)
+        clear_the_way(run, directory)
         return saved
     others = other_checkpoints(directory, fingerprint, experiment_name(params))
     if mode == "must":
@@ -161,7 +171,22 @@ def resume_or_start(run: Run, directory: Path, fingerprint: Fingerprint) -> dict
             tqdm.write(others)
         if mode == "never":
             delete_checkpoints(directory)
-    return start_from_named_checkpoint(run)
+    saved = start_from_named_checkpoint(run)
+    clear_the_way(run, directory)
+    return saved
+
+
+def clear_the_way(run: Run, directory: Path) -> None:
+    """Remove what other trainings have left, unless this one is finished and only exports again, which is said."""
+    params = run.plan.params
+    if not run.accelerator.is_main_process:
+        return
+    if run.state.step == run.plan.total_steps:
+        tqdm.write("finished already: exported again from its last checkpoint; runtime.resume: never trains it anew")
+        return
+    name = params.train.resume_from_checkpoint
+    named = None if name is None else project_root() / name
+    remove_leftovers(directory, params.runtime.keep_abandoned_days, named, tqdm.write)
 
 
 def agreed_checkpoint(run: Run, directory: Path) -> Path | None:
@@ -200,17 +225,14 @@ def start_from_named_checkpoint(run: Run) -> dict[str, Any]:
 
 
 def start_recorder(
-    plan: TrainingPlan, chosen: Choices, fingerprint: Fingerprint, outputs: Outputs, saved: Mapping[str, Any]
+    plan: TrainingPlan, chosen: Choices, fingerprint: Fingerprint, outputs: Outputs, run_hash: str | None
 ) -> Recorder:
-    """Return the run's recorder, opened, with the rows up to the checkpoint where the training goes on from one."""
+    """Return the run's recorder, opened; `run_hash` is the checkpoint's, where the training goes on from one."""
     data = {**plan.meta, "corpus": {**plan.meta.get("corpus", {}), **outputs.manifest}}
     architecture = read_json(Path(plan.params.model.config))
     identity = run_identity(plan.params, fingerprint.digest, architecture, data, plan.size, asdict(chosen))
     identity = replace(identity, plan=plan.summary())
-    recorder = open_recorder(outputs.results, plan.params.runtime, identity, saved.get("aim_run_hash"))
-    if saved:
-        recorder.restore(saved["rows"])
-    return recorder
+    return open_recorder(outputs.results, plan.params.runtime, identity, run_hash)
 
 
 def training_hooks(run: Run, recorder: Recorder | None, directory: Path, progress: Progress) -> list[Hook]:
@@ -222,7 +244,7 @@ def training_hooks(run: Run, recorder: Recorder | None, directory: Path, progres
         Hook(runtime.logging_steps, lambda run: hooks.log_curves(run, recorder)),
         Hook(train.eval_steps, lambda run: hooks.validate(run, recorder, directory, progress)),
         *fp8,
-        Hook(runtime.save_steps, checkpoint_writer(recorder, directory)),
+        Hook(runtime.save_steps, lambda run: hooks.save_or_go_on(run, recorder, directory)),
     ]
 
 
@@ -243,6 +265,7 @@ def export_and_record(
     if recorder is None:
         return None
     model = model_of(Path(run.plan.params.model.config), weights) if shards else run.model
+    recorder.write_tables()  # DVC may have deleted them: it starts a stage again while the orphan of another still runs
     metrics = final_metrics(run, recorder, chosen)
     scores = validation_of(recorder, metrics["exported_step"])
     card = model_card(model_facts(run, recorder, chosen, outputs), scores, outputs.manifest)

@@ -13,7 +13,9 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from dsv3 import artifacts
 from dsv3.artifacts import (
+    allocated_bytes,
     check_replaceable,
     read_json,
     replacing,
@@ -24,7 +26,7 @@ from dsv3.artifacts import (
     write_json,
     write_text,
 )
-from dsv3.errors import UserError
+from dsv3.errors import DiskFull, UserError
 from tests.training_inputs import ROOT
 
 
@@ -192,6 +194,7 @@ def test_a_free_name_may_be_taken(tmp_path):
 
 FULL = {
     "system": OSError(errno.ENOSPC, "No space left on device"),
+    "safetensors' quota": SafetensorError("I/O error: Disk quota exceeded (os error 122)"),
     "quota": OSError(errno.EDQUOT, "Disk quota exceeded"),
     "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
 }
@@ -201,15 +204,52 @@ FULL = {
 @pytest.mark.parametrize("replace", [replacing, replacing_directory])
 def test_a_full_disk_is_told_with_its_folder_and_leaves_what_was_there(tmp_path, replace, error):
     with (
-        pytest.raises(UserError, match=rf"{tmp_path}: the disk is full \([\d,]+ bytes free\)"),
+        pytest.raises(DiskFull, match=rf"{tmp_path}: the disk is full: new needs more than the [\d,]+ bytes that are"),
         replace(tmp_path / "new"),
     ):
         raise error
     assert names(tmp_path) == []
 
 
-def test_torchs_writer_fails_for_a_full_disk_or_for_reasons_of_its_own(tmp_path, monkeypatch):
-    error = RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0")
+@pytest.mark.parametrize("replace", [replacing, replacing_directory])
+def test_room_includes_what_is_half_written_and_is_removed(tmp_path, monkeypatch, replace):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
+    with pytest.raises(DiskFull, match="new needs more than the 12,288 bytes"), replace(tmp_path / "new") as temporary:
+        file = temporary / "part" if replace is replacing_directory else temporary
+        file.write_bytes(b"x" * 4096)
+        monkeypatch.setattr(artifacts, "allocated_bytes", lambda path: 8192 if path == temporary else 0)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_folder_that_cannot_be_made_on_a_full_disk_is_told_so_too(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    for replace in (replacing, replacing_directory):
+        with pytest.raises(DiskFull, match="below: the disk is full"), replace(tmp_path / "below" / "new"):
+            pass
+
+
+def test_what_is_written_in_a_folder_is_named_and_not_the_folder(tmp_path):
+    with (
+        pytest.raises(DiskFull, match="inner needs more"),
+        replacing_directory(tmp_path / "outer") as folder,
+        replacing(folder / "inner"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_allocated_bytes_are_those_of_all_files_below(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_bytes(b"x" * 10_000)
+    assert allocated_bytes(tmp_path / "nothing") == 0
+    assert allocated_bytes(tmp_path / "a") >= 10_000
+
+
+@pytest.mark.parametrize("text", ["PytorchStreamWriter failed writing file data/0", "unexpected pos 39744 vs 39632"])
+def test_torchs_writer_fails_for_a_full_disk_or_for_reasons_of_its_own(tmp_path, monkeypatch, text):
+    error = RuntimeError(f"[enforce fail at inline_container.cc:672] . {text}")
     with pytest.raises(RuntimeError), replacing(tmp_path / "new"):
         raise error
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))

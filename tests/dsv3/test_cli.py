@@ -1,11 +1,14 @@
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from dsv3.cli import DryRunOption, command, missing_options
 from dsv3.errors import LOST_PROCESS_STATUS, Interrupted, UserError
@@ -47,8 +50,52 @@ def test_a_name_in_what_the_system_says_cannot_steer_a_terminal(monkeypatch, cap
     assert capsys.readouterr().err == f"{tmp_path}/a [2J b: No such file or directory\n"
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
-def test_a_full_disk_is_one_line_even_where_no_file_is_named(monkeypatch, capsys, number):
+FULL = {
+    "system": OSError(errno.ENOSPC, "No space left on device"),
+    "quota": OSError(errno.EDQUOT, "Disk quota exceeded"),
+    "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+}
+
+
+@pytest.mark.parametrize("error", FULL.values(), ids=FULL)
+def test_a_full_disk_is_one_line_with_place_and_room_even_where_no_file_is_named(monkeypatch, capsys, error):
+    def main() -> None:
+        raise error
+
+    assert status(main, monkeypatch) == 2
+    assert re.fullmatch(
+        rf"{Path.cwd()}: the disk is full \([\d,]+ bytes free\); make room and run the same again\n",
+        capsys.readouterr().err,
+    )
+
+
+def test_a_full_disk_is_that_of_the_file_that_is_named(monkeypatch, capsys, tmp_path):
+    def main() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "below" / "file"))
+
+    assert status(main, monkeypatch) == 2
+    assert capsys.readouterr().err.startswith(f"{tmp_path}/below/file: the disk is full (")
+
+
+NO_MEMORY = {
+    "system": OSError(errno.ENOMEM, "Cannot allocate memory"),
+    "safetensors": SafetensorError("Error while deserializing: Cannot allocate memory (os error 12)"),
+    "Python": MemoryError("Unable to allocate 4.00 GiB for an array"),
+}
+
+
+@pytest.mark.parametrize("error", NO_MEMORY.values(), ids=NO_MEMORY)
+def test_memory_that_cannot_be_had_is_one_line_whoever_asked_for_it(monkeypatch, capsys, error):
+    def main() -> None:
+        raise error
+
+    assert status(main, monkeypatch) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("out of memory (") and "smaller batches" in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO])
+def test_what_the_machine_refuses_is_one_line_even_where_no_file_is_named(monkeypatch, capsys, number):
     def main() -> None:
         raise OSError(number, os.strerror(number))
 

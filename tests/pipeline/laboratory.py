@@ -98,10 +98,10 @@ class Laboratory:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")}
         return {**inherited, **author, "PATH": path, "DVC_NO_ANALYTICS": "1", "OMP_NUM_THREADS": "1"}
 
-    def run(self, *command: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, status: int = 0, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Run a command at the root; its exit status must be `status`."""
         result = subprocess.run(
-            command, cwd=self.root, env=self.environment(), capture_output=True, text=True, timeout=300, check=False
+            command, cwd=self.root, env=self.environment(), capture_output=True, text=True, timeout=timeout, check=False
         )
         assert result.returncode == status, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
         return result

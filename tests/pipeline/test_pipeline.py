@@ -4,6 +4,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def test_the_pipeline_runs_from_nothing_to_a_model_that_was_scored(laboratory):
     history = laboratory.rows("results/train/history.tsv")
     loss = history[0].index("loss")
     assert float(history[-1][loss]) < float(history[1][loss])
-    assert [path.name for path in (laboratory.root / ".checkpoints").iterdir()] == ["locks"]
+    assert [path.name for path in laboratory.root.glob(".checkpoints/*/step_*")] == ["step_20"]
 
 
 def test_nothing_runs_a_second_time(laboratory):
@@ -259,8 +260,9 @@ def test_a_mistake_is_one_line_and_status_2_in_every_stage(laboratory, change, t
 def test_after_ctrl_c_the_next_repro_goes_on_to_the_same_weights_whatever_comments_were_written(laboratory, tmp_path):
     longer = {"train": {"max_steps": 120}}
     laboratory.set_params(longer)
-    process = laboratory.start("dvc", "repro", "train")
     checkpoints = laboratory.root / ".checkpoints"
+    shutil.rmtree(checkpoints)  # of trainings that have finished
+    process = laboratory.start("dvc", "repro", "train")
     deadline = time.monotonic() + 120
     while not list(checkpoints.glob("*/step_*/complete")):
         assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
@@ -282,6 +284,17 @@ def test_after_ctrl_c_the_next_repro_goes_on_to_the_same_weights_whatever_commen
     straight.run("dvc", "repro", "train")
     weights = "outputs/final_model/model.safetensors"
     assert (laboratory.root / weights).read_bytes() == (straight.root / weights).read_bytes()
+
+
+def test_what_dvc_could_not_keep_is_exported_again_and_not_trained_again(laboratory):
+    """As after a full `.dvc/cache`: the stage has ended, DVC has not noted it, and deletes the outputs first."""
+    laboratory.set_params({"train": {"max_steps": 11}})
+    laboratory.run("dvc", "repro", "train")
+    weights = laboratory.root / "outputs/final_model/model.safetensors"
+    before = weights.read_bytes(), laboratory.rows("results/train/history.tsv")
+    result = laboratory.run("dvc", "repro", "--force", "--single-item", "train")
+    assert "finished already: exported again from its last checkpoint" in result.stdout
+    assert (weights.read_bytes(), laboratory.rows("results/train/history.tsv")) == before
 
 
 LOAD = """

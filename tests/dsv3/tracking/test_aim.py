@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from aim.storage.context import Context
 from PIL import Image
 
 from dsv3.artifacts import write_json
+from dsv3.tracking import aim as aim_tracker
 from dsv3.tracking.aim import AimTracker
 from dsv3.tracking.events import Distribution, Figure, LastLine, Result, Text
 from dsv3.tracking.recorder import add_to_run, open_recorder
@@ -277,3 +279,28 @@ def test_what_is_open_at_the_end_of_a_process_is_closed_without_a_thread(tmp_pat
     command = [sys.executable, "-W", "ignore", "-c", LEAVES_OPEN, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert (done.stdout, done.stderr) == ("open: 0\n", "")
+
+
+@pytest.mark.parametrize("module", ["aim.ext.resource.tracker", "dsv3.made_up"])
+def test_a_thread_of_aims_that_ends_on_a_full_disk_costs_one_line_and_others_are_reported_as_ever(
+    monkeypatch, caplog, module
+):
+    told, skipped = [], []
+    monkeypatch.setattr(aim_tracker, "skip_shutdown", lambda: skipped.append(True))
+    names = {"__name__": module}
+    exec("def fails():\n    raise OSError('No space left')", names)  # as code of that module
+    try:
+        names["fails"]()
+    except OSError as error:
+        ended = threading.ExceptHookArgs((type(error), error, error.__traceback__, None))
+    aim_tracker.report_ended_thread(ended, told.append)
+    is_aims = module.startswith("aim.")
+    assert told == ([] if is_aims else [ended])
+    assert skipped == ([True] if is_aims else [])
+    assert len(caplog.messages) == is_aims
+    assert all("has ended (OSError: No space left); the run goes on" in message for message in caplog.messages)
+
+
+def test_python_asks_it_about_threads_that_end():
+    program = "import threading, dsv3.tracking.aim as aim; assert threading.excepthook is aim.report_ended_thread"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

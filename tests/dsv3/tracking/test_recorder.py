@@ -1,4 +1,5 @@
 import csv
+import gc
 import json
 import logging
 import re
@@ -6,6 +7,7 @@ import subprocess
 import sys
 import threading
 import tomllib
+import weakref
 from pathlib import Path
 from typing import get_args
 
@@ -132,51 +134,111 @@ def test_a_failing_tracker_warns_once_and_stops_nothing(tmp_path, identity, capl
     assert len(failing.rows()) == len(healthy.rows()) == len(table(tmp_path / "history.tsv")) == 3
 
 
-class NeverClosing(Memory):
-    """A tracker whose close waits for ever, as Aim's does for a server that is gone."""
+class NeverReturning(Memory):
+    """A tracker of which one method waits, as Aim's do for a server that is gone and on a full disk."""
 
-    def close(self, status):
-        super().close(status)
-        threading.Event().wait()
+    def __init__(self, method):
+        super().__init__()
+        self.method, self.end = method, threading.Event()
+
+    def _call(self, method, *arguments):
+        super()._call(method, *arguments)
+        if method == self.method:
+            self.end.wait()
 
 
-def test_a_tracker_that_never_closes_is_left_behind(tmp_path, identity, caplog, monkeypatch):
-    monkeypatch.setattr("dsv3.tracking.tracker.CLOSE_S", 0.05)
-    left_behind = []
-    monkeypatch.setattr("dsv3.tracking.tracker.end_despite", left_behind.append)
-    healthy = Memory()
-    recorder = recorder_of(tmp_path, identity, NeverClosing(), healthy)
+@pytest.mark.parametrize("method", ["open", "write", "close"])
+def test_a_tracker_that_never_answers_is_left_behind_after_one_wait(tmp_path, identity, caplog, monkeypatch, method):
+    for limit in ("CALL_S", "OPEN_S"):
+        monkeypatch.setattr(f"dsv3.tracking.tracker.{limit}", 2.0)
+    skipped = []
+    monkeypatch.setattr("dsv3.tracking.tracker.skip_shutdown", lambda: skipped.append(True))
+    hanging, healthy = NeverReturning(method), Memory()
+    recorder = recorder_of(tmp_path, identity, hanging, healthy)
+    for step in (1, 2):
+        recorder.log("history", {"step": step, "loss": 1.0})
     recorder.close("finished")
+    hanging.end.set()
     (message,) = caplog.messages
-    assert "tracker aim failed (TimeoutError: not closed within 0.05 s); the run goes on" in message
-    assert healthy.calls[-1] == ("close", "finished")
-    assert len(left_behind) == 1
+    assert "tracker aim failed (TimeoutError: no answer within 2 s); the run goes on" in message
+    assert [call[0] for call in hanging.calls][-1] == method
+    assert [call[0] for call in healthy.calls] == ["open", "write", "write", "close"]
+    assert skipped == [True]
 
 
 HANGING_COMMAND = """
 import threading
-from dsv3.cli import command, end_despite
+from dsv3.cli import command, skip_shutdown
 from dsv3.errors import UserError
 
 def main() -> None:
-    thread = threading.Thread(target=threading.Event().wait)  # Python waits for it at its end: it is no daemon
-    thread.start()
-    end_despite(thread)
+    threading.Thread(target=threading.Event().wait).start()  # Python waits for it at its end: it is no daemon
+    skip_shutdown()
     print("saved")
-    if {fails}:
-        raise UserError("a mistake")
+    {fails}
 
 command(main)
 """
 
 
-@pytest.mark.parametrize(("fails", "status"), [(False, 0), (True, 2)])
-def test_a_command_ends_with_its_own_status_despite_a_thread_that_hangs(fails, status):
+@pytest.mark.parametrize(
+    ("fails", "status", "told"),
+    [
+        ("", 0, ""),
+        ('raise UserError("a mistake")', 2, "a mistake"),
+        ("1 / 0", 1, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_command_ends_with_its_own_status_despite_a_thread_that_hangs(fails, status, told):
     program = HANGING_COMMAND.format(fails=fails)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == status
     assert done.stdout == "saved\n"
-    assert done.stderr == ("a mistake\n" if fails else "")
+    assert "".join(done.stderr.splitlines()[-1:]) == told
+
+
+def test_a_tracker_that_has_failed_is_not_waited_for_at_the_end_of_the_process(tmp_path, identity, monkeypatch):
+    skipped = []
+    monkeypatch.setattr("dsv3.tracking.tracker.skip_shutdown", lambda: skipped.append(True))
+    recorder = recorder_of(tmp_path, identity, Memory(fails_in=("write",)))
+    assert not skipped
+    recorder.log("history", {"step": 1, "loss": 1.0})
+    assert skipped
+
+
+@pytest.mark.parametrize("method", ["open", "write"])
+def test_a_tracker_that_has_failed_is_not_collected_which_would_close_it(tmp_path, identity, method):
+    """Aim's runs close themselves, in whatever thread collects them; on a full disk that never returned."""
+    tracker = Memory(fails_in=(method,))
+    left = weakref.ref(tracker)
+    recorder = recorder_of(tmp_path, identity, tracker)
+    recorder.log("history", {"step": 1, "loss": 1.0})
+    recorder.close("failed")
+    del tracker, recorder
+    gc.collect()
+    assert left() is not None
+
+
+def test_a_tracker_is_freed_in_its_own_thread(tmp_path, identity):
+    class Freed(Memory):
+        def __del__(self):
+            threads.append(threading.current_thread())
+
+    threads: list[threading.Thread] = []
+    made = [Freed()]
+    made[0].itself = made[0]  # a cycle, as Aim's objects are
+    views = Views([IsolatedTracker("aim", made.pop)], identity, None, "train")
+    views.close("finished")
+    assert len(threads) == 1 and threads[0] is not threading.main_thread()
+
+
+def test_trackers_are_closed_where_the_tables_cannot_be_written(tmp_path, identity, params, monkeypatch):
+    tracker = Memory()
+    monkeypatch.setattr("dsv3.tracking.recorder.open_views", lambda *_: views_of(identity, tracker))
+    monkeypatch.setattr(Recorder, "write_tables", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        open_recorder(tmp_path, params.runtime, identity)
+    assert tracker.calls[-1] == ("close", "failed")
 
 
 def test_a_tracker_that_cannot_be_opened_is_left_alone(tmp_path, identity, caplog):

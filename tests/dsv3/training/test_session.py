@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from dsv3.errors import Interrupted, UserError
+from dsv3.errors import DiskFull, Interrupted, UserError
 from dsv3.training import hooks, session
 from dsv3.training.loop import Run
 from dsv3.training.session import Outputs, run_training
@@ -219,17 +220,15 @@ def test_checkpoints_of_another_training_are_named_in_one_line_with_what_differs
 
 
 def test_a_training_that_saves_nothing_leaves_only_its_lock_behind(tmp_path):
-    trained(tmp_path, train={"max_steps": 2})
-    assert [path.name for path in (tmp_path / ".checkpoints").iterdir()] == ["locks"]
     with pytest.raises(UserError, match="no checkpoint"):
         trained(tmp_path, train={"max_steps": 2}, runtime={"resume": "must"})
     assert [path.name for path in (tmp_path / ".checkpoints").iterdir()] == ["locks"]
 
 
 def test_going_on_from_a_named_checkpoint_equals_going_on(tmp_path, monkeypatch):
-    whole = trained(tmp_path / "whole")
     name = interrupted_at_seven(tmp_path, monkeypatch)
     metrics = trained(tmp_path / "rest", train={"resume_from_checkpoint": name})
+    whole = trained(tmp_path / "whole", runtime={"resume": "never"})
     assert metrics["validation"] == whole["validation"]
 
 
@@ -254,12 +253,12 @@ EVEN = {
 
 def test_the_last_checkpoint_is_kept_on_request_and_a_longer_training_goes_on_from_it(tmp_path, capsys):
     whole = trained(tmp_path / "whole", train={**EVEN, "max_steps": 16})
-    assert list((tmp_path / ".checkpoints").glob("*/step_*")) == []
     keeps = {"keep_last_checkpoint": True}
     trained(tmp_path / "first", train={**EVEN, "max_steps": 12}, runtime=keeps)
     (last,) = (tmp_path / ".checkpoints").glob("[!l]*/*_*")
     assert last.name == "step_12"
-    assert f"kept {last}; a longer training goes on from it" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"kept {last} (" in told and "MB): a longer training goes on from it" in told
     longer = {**EVEN, "max_steps": 16, "resume_from_checkpoint": str(last.relative_to(tmp_path))}
     metrics = trained(tmp_path / "longer", train=longer)
     assert (metrics["step"], metrics["validation"]) == (16, whole["validation"])
@@ -268,20 +267,82 @@ def test_the_last_checkpoint_is_kept_on_request_and_a_longer_training_goes_on_fr
     assert last.is_dir()
 
 
-def test_a_training_whose_last_checkpoint_was_kept_is_finished_when_it_is_repeated(tmp_path, monkeypatch):
-    best = {"load_best_model_at_end": True, "eval_steps": 5, "learning_rate": 0.5}
-    first = trained(tmp_path, train=best, runtime={"keep_last_checkpoint": True})
-    names = {path.name for path in next((tmp_path / ".checkpoints").glob("[!l]*")).iterdir()}
-    assert names == {"facts.json", "step_12", f"best_{first['exported_step']}"}
-    before = (tmp_path / "final_model" / "model.safetensors").read_bytes()
+@pytest.fixture
+def started_at(monkeypatch) -> list[int]:
+    """The step from which each training starts."""
     steps: list[int] = []
     original = session.train
     monkeypatch.setattr(session, "train", lambda run, *rest: (steps.append(run.state.step), original(run, *rest)))
-    second = trained(tmp_path, train=best)  # and is not kept any longer
-    assert steps == [12]
-    assert (second["validation"], second["exported_step"]) == (first["validation"], first["exported_step"])
-    assert (tmp_path / "final_model" / "model.safetensors").read_bytes() == before
-    assert list((tmp_path / ".checkpoints").glob("*/*_*")) == []
+    return steps
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_finished_training_that_is_started_again_writes_the_same_and_trains_nothing(
+    tmp_path, started_at, capsys, keeps
+):
+    best = {"load_best_model_at_end": True, "eval_steps": 5, "learning_rate": 0.5}
+    first = trained(tmp_path, train=best, runtime={"keep_last_checkpoint": keeps})
+    (folder,) = (tmp_path / ".checkpoints").glob("[!l]*")
+    kept = {"facts.json", "step_12", f"best_{first['exported_step']}"}
+    assert {path.name for path in folder.iterdir()} == kept
+    outputs = [*(tmp_path / "results").glob("*.tsv"), tmp_path / "final_model" / "model.safetensors"]
+    before = [path.read_bytes() for path in outputs]
+    for name in ("results", "final_model"):
+        shutil.rmtree(tmp_path / name)  # as DVC does before it runs a stage
+    capsys.readouterr()
+    second = trained(tmp_path, train=best)
+    assert started_at == [0, 12]
+    assert second == first
+    assert [path.read_bytes() for path in outputs] == before
+    assert {path.name for path in folder.iterdir()} == kept  # DVC may fail a second time
+    told = capsys.readouterr().out
+    assert "finished already: exported again from its last checkpoint" in told
+    assert "until another training begins; should DVC fail now, dvc repro exports from it and trains nothing" in told
+
+
+def test_only_one_finished_trainings_checkpoint_is_kept_and_it_is_no_start_for_others(tmp_path, started_at, capsys):
+    trained(tmp_path)
+    trained(tmp_path, train={"learning_rate": 0.02})
+    (left,) = (tmp_path / ".checkpoints").glob("[!l]*")
+    assert left.name == fingerprint_of(tmp_path, train={"learning_rate": 0.02})
+    assert "of another training" not in capsys.readouterr().out
+    trained(tmp_path)
+    assert started_at == [0, 0, 0]
+
+
+def test_a_finished_training_is_trained_anew_where_that_is_wanted(tmp_path, started_at):
+    first = trained(tmp_path)
+    second = trained(tmp_path, runtime={"resume": "never"})
+    assert started_at == [0, 0]
+    assert first["validation"] == second["validation"]
+
+
+def test_a_finished_trainings_checkpoint_stays_while_another_starts_from_it(tmp_path):
+    trained(tmp_path / "first", train={**EVEN, "max_steps": 12})
+    (last,) = (tmp_path / ".checkpoints").glob("*/step_12")
+    named = {**EVEN, "max_steps": 16, "resume_from_checkpoint": str(last.relative_to(tmp_path))}
+    assert trained(tmp_path / "longer", train=named)["step"] == 16
+    assert last.is_dir()
+
+
+def test_tables_are_whole_at_the_end_although_something_deleted_them_meanwhile(tmp_path, monkeypatch):
+    """DVC does, where it starts a stage while an orphan of another DVC still runs it."""
+    trained(tmp_path / "whole")
+    log_curves = hooks.log_curves
+
+    def deleting(run: Run, *arguments: Any) -> None:
+        log_curves(run, *arguments)
+        if run.state.step == 12:
+            shutil.rmtree(tmp_path / "results", ignore_errors=True)
+
+    monkeypatch.setattr(hooks, "log_curves", deleting)
+    trained(tmp_path, runtime={"resume": "never"})
+    tables = [sorted((tmp_path / name / "results").glob("*.tsv")) for name in ("whole", ".")]
+    assert [path.name for path in tables[0]] == [path.name for path in tables[1]]
+    for whole, path in zip(*tables, strict=True):
+        assert [line.split()[:2] for line in path.read_text().splitlines()] == [
+            line.split()[:2] for line in whole.read_text().splitlines()
+        ]
 
 
 @pytest.mark.parametrize(
@@ -307,6 +368,24 @@ def test_no_more_checkpoints_are_kept_than_asked_for(tmp_path, monkeypatch):
         trained(tmp_path, runtime={"save_steps": 1, "save_total_limit": 2})
     (directory,) = (tmp_path / ".checkpoints").glob("[!l]*")
     assert sorted(path.name for path in directory.iterdir()) == ["facts.json", "step_6", "step_7"]
+
+
+def test_a_checkpoint_that_finds_no_room_costs_a_line_and_not_the_training(tmp_path, monkeypatch, capsys):
+    save_checkpoint, full = hooks.save_checkpoint, {5}
+
+    def writing(directory: Path, model: Any, optimizer: Any, config: Any, state: dict[str, Any]) -> None:
+        if state["step"] in full:
+            raise DiskFull("the disk is full")
+        save_checkpoint(directory, model, optimizer, config, state)
+
+    monkeypatch.setattr(hooks, "save_checkpoint", writing)
+    first = trained(tmp_path)
+    assert "step 5: not saved, the training goes on: the disk is full" in capsys.readouterr().out
+    full |= {12}
+    with pytest.raises(DiskFull):  # nothing could be exported again then
+        trained(tmp_path, runtime={"resume": "never"})
+    full.clear()
+    assert trained(tmp_path)["validation"] == first["validation"]
 
 
 def poisoned(tmp_path, monkeypatch, value: float, match: str) -> list[str]:
