@@ -157,7 +157,12 @@ def replacing_together(path: Path, model: nn.Module) -> Iterator[tuple[Path, boo
 def write_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Write the weights, and the optimizer's state where one is given, into `folder`."""
     if is_sharded(model):
-        dcp.save(named_tensors(model, optimizer), checkpoint_id=folder)
+        try:
+            dcp.save(named_tensors(model, optimizer), checkpoint_id=folder)
+        except (
+            dcp.api.CheckpointException
+        ) as error:  # on every process, what happened on some: no Exception of Python's
+            raise next(iter(error.failures.values()))[0] from None
         return
     save_model(model, str(folder / WEIGHTS))
     if optimizer is not None:

@@ -151,11 +151,14 @@ def check_weights_are_finite(run: Run) -> None:
 
 
 def save_or_go_on(run: Run, recorder: Recorder | None, directory: Path) -> None:
-    """Write a checkpoint; before the last step a training goes on without it where the disk is full, which is said."""
+    """Write a checkpoint; before the last step a training goes on without it where the disk is full, which is said.
+
+    One that is sharded ends: its processes don't all learn of it.
+    """
     try:
         save(run, recorder, directory)
     except DiskFull as full:
-        if run.state.step == run.plan.total_steps:
+        if run.state.step == run.plan.total_steps or is_sharded(run.model):
             raise
         tqdm.write(f"step {run.state.step}: not saved, the training goes on: {full}")
         run.accelerator.wait_for_everyone()

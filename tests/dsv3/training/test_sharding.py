@@ -4,6 +4,7 @@ As a module, this file is the program that trains: every case on one process, th
 that has imported everything. It writes what it measured.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -13,12 +14,15 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from traceback import StackSummary
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
-from dsv3.errors import UserError
+from dsv3.errors import UserError, is_disk_full
+from dsv3.training import checkpoint
 from dsv3.training.optimizer import balanced_owners, rows_per_process
 from dsv3.training.sharding import check_sharding, gathered_weights, local
 from tests.committed import DEFAULTS
@@ -178,6 +182,18 @@ def test_what_cannot_be_shared_is_refused_in_one_line(changes, num_processes, to
     runtime = DEFAULTS.runtime.model_copy(update=changes)
     with pytest.raises(UserError, match=told):
         check_sharding(DEFAULTS.model_copy(update={"runtime": runtime}), num_processes, n_routed_experts=8)
+
+
+def test_a_full_disk_of_another_process_is_one_of_this(monkeypatch, tmp_path):
+    def save(*_: object, **__: object) -> None:
+        full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "__1_0.distcp"))
+        raise CheckpointException("save", {1: (full, StackSummary.extract([]))})
+
+    monkeypatch.setattr(checkpoint, "is_sharded", lambda _: True)
+    monkeypatch.setattr(checkpoint.dcp, "save", save)
+    with pytest.raises(OSError, match="No space left") as raised:
+        checkpoint.write_tensors(tmp_path, torch.nn.Linear(2, 2), None)
+    assert is_disk_full(raised.value)
 
 
 # What the processes do.
