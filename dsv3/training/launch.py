@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dsv3.errors import LOST_PROCESS_STATUS, UserError
+from dsv3.params.read import Params
 from dsv3.params.runtime import RuntimeParams
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,47 @@ def _check_ranks(runtime: RuntimeParams, environment: Mapping[str, str]) -> None
             f"params.yaml: runtime.num_processes is {runtime.num_processes}; must be {allowed}, the processes "
             f"that the launcher has started (or unset {' '.join(WORKER_VARIABLES)})"
         )
+
+
+def check_sharding(params: Params, world_size: int, n_routed_experts: int) -> None:
+    """Raise `UserError` where the parameters ask for a sharding that `world_size` processes can't have."""
+    runtime = params.runtime
+    if runtime.sharding == "none":
+        for name, value in {"cpu_offload": runtime.cpu_offload, "expert_parallel": runtime.expert_parallel}.items():
+            if value not in ("none", 1):
+                raise UserError(f"params.yaml: runtime.{name} is {value}; needs runtime.sharding full")
+        return
+    if world_size == 1:
+        raise UserError(
+            f"params.yaml: runtime.sharding is {runtime.sharding}; there is one process and nothing to share; raise "
+            "runtime.num_processes, or set it to none"
+        )
+    per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if runtime.sharding == "hybrid" and (per_machine == 1 or world_size == per_machine or world_size % per_machine):
+        raise UserError(
+            f"params.yaml: runtime.sharding is hybrid; needs several machines with equally many processes, at least 2 "
+            f"each ({world_size} processes, {per_machine} on this machine); set it to full"
+        )
+    if runtime.expert_parallel > 1:
+        check_expert_parallel(params, world_size, n_routed_experts)
+
+
+def check_expert_parallel(params: Params, world_size: int, n_routed_experts: int) -> None:
+    """Raise `UserError` where the experts can't be shared by `runtime.expert_parallel` processes."""
+    runtime, num_processes = params.runtime, params.runtime.expert_parallel
+    where = f"params.yaml: runtime.expert_parallel is {num_processes}"
+    if world_size % num_processes or n_routed_experts % num_processes:
+        raise UserError(
+            f"{where}; must divide the {world_size} processes and the architecture's {n_routed_experts} experts"
+        )
+    excluded = {
+        "runtime.sharding": runtime.sharding != "full",
+        "runtime.cpu_offload": runtime.cpu_offload != "none",
+        "train.torch_compile": params.train.torch_compile,
+    }
+    for name, is_set in excluded.items():
+        if is_set:
+            raise UserError(f"{where}; not together with {name} as it is set; set one of the two back")
 
 
 def is_worker() -> bool:

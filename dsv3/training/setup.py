@@ -29,14 +29,14 @@ from dsv3.sizing.chunked_loss import is_loss_chunked
 from dsv3.training.checkpoint import FORMAT_VERSION
 from dsv3.training.fingerprint import Fingerprint
 from dsv3.training.interruption import Interruption
-from dsv3.training.launch import check_environment
+from dsv3.training.launch import check_environment, check_sharding
 from dsv3.training.loop import Run
 from dsv3.training.loss import chunked_cross_entropy
 from dsv3.training.model import CPU, META, build_model
 from dsv3.training.optimizer import Optimizer, parameter_groups
 from dsv3.training.plan import TrainingPlan
 from dsv3.training.precision import COMPUTE_DTYPES, autocast_dtype, resolved_precision
-from dsv3.training.sharding import check_sharding, shard_model
+from dsv3.training.sharding import Sharding, shard_model
 from dsv3.training.state import TrainState
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 
@@ -188,7 +188,14 @@ def prepare_run(
     train = plan.params.train
     shards = plan.params.runtime.sharding != "none"
     if shards:
-        shard_model(model, plan.params.runtime, accelerator.device)
+        runtime = plan.params.runtime
+        sharding = Sharding(
+            within_machines=runtime.sharding == "hybrid",
+            expert_parallel=runtime.expert_parallel,
+            reshard_after_forward=runtime.reshard_after_forward,
+            offloads=runtime.cpu_offload != "none",
+        )
+        shard_model(model, sharding, accelerator.device)
     # Muon's matrix products run in the training's own format: bf16 where the device is fast at it, else fp32.
     dtype = autocast_dtype(train.precision, accelerator.device)
     optimizer = Optimizer(parameter_groups(model, train), train, dtype)

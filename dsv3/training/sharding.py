@@ -24,6 +24,7 @@ whole model gathered; one gather per layer and pass more than replicas need none
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,9 +35,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from dsv3.errors import UserError
-from dsv3.params.read import Params
-from dsv3.params.runtime import RuntimeParams
 from mini_model.modeling_deepseek import DeepseekV3Experts, DeepseekV3ForCausalLM
 
 # It warns of every gather of experts that are cut twice, which takes two steps; only checkpoints and exports do.
@@ -45,6 +43,18 @@ logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERR
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 """Gathered on the main process, in the CPU's memory; empty on the others."""
 FROM_MAIN_PROCESS = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a model is cut over the processes: section `runtime`, in which no number depends on it."""
+
+    within_machines: bool
+    """Each machine holds a whole model (hybrid)."""
+    expert_parallel: int
+    reshard_after_forward: bool
+    offloads: bool
+    """Shards lie in the CPU's memory."""
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -57,57 +67,16 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def check_sharding(params: Params, world_size: int, n_routed_experts: int) -> None:
-    """Raise `UserError` where the parameters ask for a sharding that `world_size` processes can't have."""
-    runtime = params.runtime
-    if runtime.sharding == "none":
-        for name, value in {"cpu_offload": runtime.cpu_offload, "expert_parallel": runtime.expert_parallel}.items():
-            if value not in ("none", 1):
-                raise UserError(f"params.yaml: runtime.{name} is {value}; needs runtime.sharding full")
-        return
-    if world_size == 1:
-        raise UserError(
-            f"params.yaml: runtime.sharding is {runtime.sharding}; there is one process and nothing to share; raise "
-            "runtime.num_processes, or set it to none"
-        )
-    per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    if runtime.sharding == "hybrid" and (per_machine == 1 or world_size == per_machine or world_size % per_machine):
-        raise UserError(
-            f"params.yaml: runtime.sharding is hybrid; needs several machines with equally many processes, at least 2 "
-            f"each ({world_size} processes, {per_machine} on this machine); set it to full"
-        )
-    if runtime.expert_parallel > 1:
-        check_expert_parallel(params, world_size, n_routed_experts)
-
-
-def check_expert_parallel(params: Params, world_size: int, n_routed_experts: int) -> None:
-    """Raise `UserError` where the experts can't be shared by `runtime.expert_parallel` processes."""
-    runtime, num_processes = params.runtime, params.runtime.expert_parallel
-    where = f"params.yaml: runtime.expert_parallel is {num_processes}"
-    if world_size % num_processes or n_routed_experts % num_processes:
-        raise UserError(
-            f"{where}; must divide the {world_size} processes and the architecture's {n_routed_experts} experts"
-        )
-    excluded = {
-        "runtime.sharding": runtime.sharding != "full",
-        "runtime.cpu_offload": runtime.cpu_offload != "none",
-        "train.torch_compile": params.train.torch_compile,
-    }
-    for name, is_set in excluded.items():
-        if is_set:
-            raise UserError(f"{where}; not together with {name} as it is set; set one of the two back")
-
-
-def device_mesh(runtime: RuntimeParams, device: torch.device, world_size: int) -> DeviceMesh:
+def device_mesh(sharding: Sharding, device: torch.device, world_size: int) -> DeviceMesh:
     """Return the processes as one row (full), or as machines by processes of a machine (hybrid)."""
-    if runtime.sharding == "full":
+    if not sharding.within_machines:
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
     per_machine = int(os.environ["LOCAL_WORLD_SIZE"])
     shape = (world_size // per_machine, per_machine)
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def shard_model(model: DeepseekV3ForCausalLM, runtime: RuntimeParams, device: torch.device) -> None:
+def shard_model(model: DeepseekV3ForCausalLM, sharding: Sharding, device: torch.device) -> None:
     """Cut the model's parameters over the processes, in place, and fill them with the main process's weights.
 
     On the others the model has no memory yet (device meta). An optimizer is made after this: parameters are replaced.
@@ -115,15 +84,15 @@ def shard_model(model: DeepseekV3ForCausalLM, runtime: RuntimeParams, device: to
     is_main_process = dist.get_rank() == 0
     weights: dict[str, Any] = dict(model.state_dict()) if is_main_process else {}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()} if is_main_process else {}
-    mesh = device_mesh(runtime, device, dist.get_world_size())
-    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if runtime.cpu_offload != "none" else OffloadPolicy()
-    options = {"mesh": mesh, "reshard_after_forward": runtime.reshard_after_forward, "offload_policy": offload}
-    if runtime.expert_parallel > 1:
-        options["ignored_params"] = share_experts(model, runtime, device, options)
+    mesh = device_mesh(sharding, device, dist.get_world_size())
+    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if sharding.offloads else OffloadPolicy()
+    options = {"mesh": mesh, "reshard_after_forward": sharding.reshard_after_forward, "offload_policy": offload}
+    if sharding.expert_parallel > 1:
+        options["ignored_params"] = share_experts(model, sharding, device, options)
     for layer in model.model.layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)  # the rest: embedding, last norm, head; gathered throughout the forward pass
-    weights_device = torch.device("cpu") if runtime.cpu_offload != "none" else device
+    weights_device = torch.device("cpu") if sharding.offloads else device
     model.to_empty(device=weights_device)
     model.tie_weights()
     set_model_state_dict(model, weights, options=FROM_MAIN_PROCESS)
@@ -131,14 +100,14 @@ def shard_model(model: DeepseekV3ForCausalLM, runtime: RuntimeParams, device: to
 
 
 def share_experts(
-    model: DeepseekV3ForCausalLM, runtime: RuntimeParams, device: torch.device, options: dict[str, Any]
+    model: DeepseekV3ForCausalLM, sharding: Sharding, device: torch.device, options: dict[str, Any]
 ) -> set[nn.Parameter]:
     """Give each process of a row of `runtime.expert_parallel` its experts; return the stacks that are not cut further.
 
     With several rows, a row's experts are cut over the processes of the same place in each, as other weights are.
     """
-    num_rows = dist.get_world_size() // runtime.expert_parallel
-    shape, names = (num_rows, runtime.expert_parallel), ("rows", "experts")
+    num_rows = dist.get_world_size() // sharding.expert_parallel
+    shape, names = (num_rows, sharding.expert_parallel), ("rows", "experts")
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     mesh._flatten("all")  # norms are then summed over all processes at once
     stacks: set[nn.Parameter] = set()

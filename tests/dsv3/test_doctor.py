@@ -297,7 +297,7 @@ def test_a_mistake_is_told_once_and_the_checks_that_it_prevents_are_named():
     lines = lines_of_the_command()
     assert sum("top_p is 2" in line for line in lines) == 1
     assert lines[-1] == "--  torch, experts, memory, disk, aim, trackers, views: not checked, for a reason above"
-    assert len(lines) == len(CHECKS) - 6 + 1
+    assert len(lines) == len(CHECKS) - 7 + 1
 
 
 def test_a_package_that_is_missing_is_told_once(monkeypatch, capsys):

@@ -40,7 +40,8 @@ def trained(folder, **train_params):
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    plan = plan_of(folder, **SECTIONS, train={**TRAIN, **train_params})
+    runtime = {"resume": "never"}  # the same training in another folder would export from the first one's checkpoint
+    plan = plan_of(folder, **SECTIONS, train={**TRAIN, **train_params}, runtime=runtime)
     run_training(plan, Outputs(folder / "tokens", folder / "final_model", folder / "results", {"source": "made up"}))
     with (folder / "results" / "fp8.tsv").open(newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))

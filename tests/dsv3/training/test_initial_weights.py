@@ -226,7 +226,7 @@ def test_resuming_takes_the_checkpoint_and_ends_as_an_uninterrupted_training(tmp
     with monkeypatch.context() as patch:
         patch.setattr(hooks, "log_curves", stopping)
         with pytest.raises(Interrupted):
-            trained(tmp_path / "rest", train=train)
+            trained(tmp_path / "rest", train=train, runtime={"resume": "never"})
     steps: list[int] = []
     original = session.train
     monkeypatch.setattr(session, "train", lambda run, *rest: (steps.append(run.state.step), original(run, *rest)))

@@ -23,8 +23,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dsv3.errors import UserError, is_disk_full
 from dsv3.training import checkpoint
+from dsv3.training.launch import check_sharding
 from dsv3.training.optimizer import balanced_owners, rows_per_process
-from dsv3.training.sharding import check_sharding, gathered_weights, local
+from dsv3.training.sharding import gathered_weights, local
 from tests.committed import DEFAULTS
 from tests.training_inputs import ROOT, WIDE, environment, history, started_run
 
