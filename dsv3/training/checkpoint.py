@@ -159,9 +159,7 @@ def write_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     if is_sharded(model):
         try:
             dcp.save(named_tensors(model, optimizer), checkpoint_id=folder)
-        except (
-            dcp.api.CheckpointException
-        ) as error:  # on every process, what happened on some: no Exception of Python's
+        except dcp.api.CheckpointException as error:  # on every process what happened on some; a BaseException
             raise next(iter(error.failures.values()))[0] from None
         return
     save_model(model, str(folder / WEIGHTS))
@@ -187,7 +185,7 @@ def read_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
     else:
         load_model(model, folder / WEIGHTS)
     if optimizer is not None:
-        optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True))
+        optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
 
 
 def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:

@@ -32,8 +32,8 @@ def columns(folder: Path, table: str, *names: str) -> list[tuple[str, ...]]:
         return [tuple(row[name] for name in names) for row in csv.DictReader(file, delimiter="\t")]
 
 
-def interrupt_once_saved(folder: Path, number: int) -> tuple[int, str]:
-    """Start the stage, send the signal when the first checkpoint stands, return the exit status and stderr."""
+def start_until_saved(folder: Path) -> subprocess.Popen[str]:
+    """Start the stage; return its process when the first checkpoint stands."""
     process = subprocess.Popen(
         stage_command(folder),
         cwd=ROOT,
@@ -46,6 +46,12 @@ def interrupt_once_saved(folder: Path, number: int) -> tuple[int, str]:
     while not list(folder.glob(".checkpoints/*/step_*/complete")) and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.002)
+    return process
+
+
+def interrupt_once_saved(folder: Path, number: int) -> tuple[int, str]:
+    """Start the stage, send the signal when the first checkpoint stands, return the exit status and stderr."""
+    process = start_until_saved(folder)
     os.kill(process.pid, number)
     _, errors = process.communicate(timeout=100)
     return process.returncode, errors

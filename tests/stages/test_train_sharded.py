@@ -3,15 +3,13 @@
 import os
 import shutil
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.stages.test_train import interrupt_once_saved
-from tests.training_inputs import ROOT, environment, run_stage, stage_command, write_inputs
+from tests.stages.test_train import interrupt_once_saved, start_until_saved
+from tests.training_inputs import run_stage, write_inputs
 
 SHARDED = {"num_processes": 2, "sharding": "full", "save_steps": 2}
 MODEL = "final_model/model.safetensors"
@@ -44,18 +42,7 @@ def test_a_killed_process_ends_the_others_with_a_line_and_the_training_goes_on_t
     tmp_path, uninterrupted
 ):
     write_inputs(tmp_path, runtime=SHARDED | {"save_steps": 1})
-    process = subprocess.Popen(
-        stage_command(tmp_path),
-        cwd=ROOT,
-        env=environment(tmp_path),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".checkpoints/*/step_*/complete")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.002)
+    process = start_until_saved(tmp_path)
     workers = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"]
     os.kill(workers[0].pid, signal.SIGKILL)
     _, errors = process.communicate(timeout=60)

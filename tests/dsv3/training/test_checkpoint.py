@@ -46,6 +46,19 @@ def test_a_checkpoint_holds_the_files_people_look_for_and_gives_everything_back(
     assert torch.equal(state["exp_avg"], expected_state["exp_avg"])
 
 
+def test_what_was_loaded_does_not_change_with_its_file(tmp_path):
+    save(tmp_path, 7, seed=1)
+    model, optimizer = model_and_optimizer(seed=2)
+    load_checkpoint(tmp_path / "step_7", model, optimizer)
+    for file in (tmp_path / "step_7").iterdir():  # in place: a mapped file would show through
+        size = file.stat().st_size
+        with file.open("r+b") as handle:
+            handle.write(b"\xff" * size)
+    expected, expected_optimizer = model_and_optimizer(seed=1)
+    assert torch.equal(model.weight, expected.weight)
+    assert torch.equal(optimizer.state[model.weight]["exp_avg"], expected_optimizer.state[expected.weight]["exp_avg"])
+
+
 def test_the_newest_complete_checkpoint_comes_last_and_a_half_written_one_not_at_all(tmp_path):
     for step in (9, 10, 2):
         save(tmp_path, step)
