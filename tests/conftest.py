@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,14 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 settings.register_profile("same verdict", deadline=None, derandomize=True)
 settings.load_profile("same verdict")
 
+
+class NeverSet(threading.Event):
+    """An event that stays as it is."""
+
+    def set(self) -> None:
+        pass
+
+
 LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -61,6 +70,16 @@ def same_start() -> None:
     np.random.seed(0)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_end() -> Iterator[None]:
+    """Let no command that runs in this process end it: a tracker that failed in an earlier test would ask for that."""
+    from dsv3 import cli
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_skips_shutdown", NeverSet())
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from dsv3.cli import DryRunOption, command, missing_options
+from dsv3.cli import DryRunOption, command, missing_options, skip_shutdown
 from dsv3.errors import LOST_PROCESS_STATUS, Interrupted, UserError
 from tests.committed import PROJECT
 from tests.training_inputs import ROOT
@@ -161,6 +161,13 @@ def test_an_interrupted_training_ends_with_the_signals_status(monkeypatch, capsy
 
     assert status(main, monkeypatch) == 143
     assert capsys.readouterr().err == "saved at step 3\n"
+
+
+def test_a_tracker_that_failed_in_another_test_does_not_end_the_process_of_the_tests(monkeypatch):
+    def main() -> None:
+        skip_shutdown()
+
+    assert status(main, monkeypatch) == 0
 
 
 def test_the_programs_own_mistake_keeps_its_traceback(monkeypatch):
