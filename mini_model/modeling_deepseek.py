@@ -94,19 +94,25 @@ class DeepseekV3RotaryEmbedding(Float32Buffers):
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines of the positions (B, S), on `x`'s device, in fp32: (B, 1, S, P / 2) each."""
-        angles = position_ids[:, None, :, None].float() * self.inv_freq.to(x.device)
+        """Return cosines and sines of the positions (B, S), on `x`'s device, in fp32: (B, S, P / 2) each."""
+        inv_freq = self.inv_freq.to(x.device)
+        if (self.config.rope_parameters or {}).get("rope_type") == "dynamic":  # of the sequence's length
+            inv_freq = inverse_frequencies(self.config, x.device, int(position_ids.max()) + 1)[0]
+        angles = position_ids[..., None].float() * inv_freq
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
 
 
-def inverse_frequencies(config: DeepseekV3Config) -> tuple[Tensor, float]:
+def inverse_frequencies(
+    config: DeepseekV3Config, device: torch.device | None = None, length: int | None = None
+) -> tuple[Tensor, float]:
     """Return RoPE's P / 2 angular frequencies and YaRN's factor on cosine and sine (1 without YaRN).
 
     YaRN (arXiv:2309.00071) divides the slow frequencies by `factor`, leaves the fast ones, and blends in between.
+    Only `dynamic` depends on the sequence's `length`.
     """
     rope = config.rope_parameters or {}
     if rope.get("rope_type", "default") != "default":
-        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
+        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, device, length)
     exponents = torch.arange(0, config.qk_rope_head_dim, 2, dtype=torch.float) / config.qk_rope_head_dim
     return 1.0 / rope["rope_theta"] ** exponents, 1.0
 
@@ -115,8 +121,9 @@ def apply_rotary(x_BHSP: Tensor, cos: Tensor, sin: Tensor, interleave: bool) -> 
     """Return `x` with each pair of dimensions rotated by its position's angle; first halves of all pairs come first.
 
     A pair is (2i, 2i + 1) if `interleave`, else (i, i + P / 2). Queries and keys come out in the same order, so their
-    product doesn't depend on it.
+    product doesn't depend on it. Cosines and sines are those of `DeepseekV3RotaryEmbedding`.
     """
+    cos, sin = cos[:, None], sin[:, None]  # the same for all heads
     first, second = (x_BHSP[..., 0::2], x_BHSP[..., 1::2]) if interleave else x_BHSP.chunk(2, dim=-1)
     rotated_BHSP = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return rotated_BHSP.to(x_BHSP.dtype)

@@ -56,7 +56,7 @@ VARIANT = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq
 MODEL_TYPE = "deepseek_v3"
 """The one `model_type` whose weights this model computes with; `kimi_k2` and later DeepSeeks differ in parts."""
 
-ROPE_TYPES = ("default", "yarn")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
 
 ROPE_BOUNDS = {
     "rope_theta": (2, 1e12),
@@ -122,8 +122,8 @@ def check_positions(config: Any) -> None:
         raise ValueError(
             f"rope_parameters.rope_type is {rope_type!r:.60}; must be {' or '.join(map(repr, ROPE_TYPES))}"
         )
-    if rope_type == "yarn" and not (is_number(factor) and factor >= 1):
-        raise ValueError(f"rope_parameters.factor is {json.dumps(factor)}; must be >= 1 for rope_type yarn")
+    if rope_type != "default" and not (is_number(factor) and factor >= 1):
+        raise ValueError(f"rope_parameters.factor is {json.dumps(factor)}; must be >= 1 for rope_type {rope_type}")
     for name, (least, most) in ROPE_BOUNDS.items():
         value = rope.get(name, least)
         if not (is_number(value) and least <= value <= most):

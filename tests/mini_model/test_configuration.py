@@ -26,8 +26,8 @@ SHIPPED = sorted((PROJECT / "mini_model").glob("config*.json"))
         ({"scoring_func": "tanh"}, "scoring_func is 'tanh'; must be 'sigmoid', the router of DeepSeek-V3"),
         ({"moe_layer_freq": 2}, "moe_layer_freq is 2; must be 1, the router of DeepSeek-V3"),
         (
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "rope_parameters.rope_type is 'dynamic'; must be 'default' or 'yarn'",
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_parameters.rope_type is 'llama3'; must be 'default' or 'linear' or 'dynamic' or 'yarn'",
         ),
     ],
 )

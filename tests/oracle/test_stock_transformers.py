@@ -49,6 +49,11 @@ TOPOLOGIES = {
     "tied embeddings": {"tie_word_embeddings": True},
     "yarn": {"rope_parameters": YARN},
     "yarn with mscale": {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 32.0}},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "dynamic, past its length": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+        "max_position_embeddings": 6,
+    },
     "rope in halves": {"rope_interleave": False},
     "gates not normalized": {"norm_topk_prob": False, "routed_scaling_factor": 1.0},
     "biased projections, other epsilon": {"attention_bias": True, "rms_norm_eps": 1e-3},
@@ -127,6 +132,7 @@ def test_decoding_with_a_cache_is_equal(pair, ids):
     ours, stock, _ = (model.eval() for model in pair)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
+    stock(ids[:, :1])  # with dynamic positions it computes with the longest text it has seen, until it sees a short one
     caches = [None, None]
     for start, stop in ((0, 6), (6, 7), (7, 8), (8, 10)):
         logits = []

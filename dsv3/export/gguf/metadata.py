@@ -111,9 +111,16 @@ def check_expressible(config: DeepseekV3Config) -> None:
             f"config.json: num_hidden_layers is {config.num_hidden_layers}; llama.cpp takes a deepseek2 with that many "
             "layers for one without q_lora_rank; train with another number"
         )
-    rope: dict[str, Any] = config.rope_parameters or {}
-    if rope.get("rope_type", "default") == "default":
+    check_rope_expressible(config.rope_parameters or {})
+
+
+def check_rope_expressible(rope: dict[str, Any]) -> None:
+    """Raise `UserError` for the first of `rope_parameters` that llama.cpp does not compute."""
+    rope_type = rope.get("rope_type", "default")
+    if rope_type == "default":
         return
+    if rope_type != "yarn":
+        raise UserError(f"config.json: rope_parameters.rope_type is {rope_type}; llama.cpp reads default and yarn")
     for name, value in YARN_DEFAULTS.items():
         if rope.get(name, value) != value:
             raise UserError(f"config.json: rope_parameters.{name} is {rope[name]}; llama.cpp computes {value} only")

@@ -140,6 +140,14 @@ def test_an_impossible_architecture_is_refused_in_one_line(model, tmp_path):
     assert_refused(run("gguf", model, tmp_path / "x.gguf"), "n_group is 3; must divide")
 
 
+def test_positions_that_llama_cpp_does_not_scale_are_refused_in_one_line(model, tmp_path):
+    config = read_json(model / "config.json")
+    rope = {**config["rope_parameters"], "rope_type": "linear", "factor": 2.0}
+    write_json(model / "config.json", config | {"rope_parameters": rope})
+    line = "rope_parameters.rope_type is linear; llama.cpp reads default and yarn"
+    assert_refused(run("gguf", model, tmp_path / "x.gguf"), line)
+
+
 def test_help_imports_nothing_heavy():
     code = (
         "import runpy, sys\n"
