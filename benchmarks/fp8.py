@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.fp8_peers import GPU_SHAPES, Product, contestants, layers, unavailable
 from benchmarks.moe import Layer, Shape
-from benchmarks.timing import Functions, best_device, conditions, medians_s
+from benchmarks.timing import Functions, best_device, check_json, conditions, medians_s
 from benchmarks.train_step import Setting, our_step
 from dsv3.cli import command
 from dsv3.devices import multiplies_fp8
@@ -194,6 +194,7 @@ def main(
     output: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ) -> None:
     """Time quantizers, layers and steps in FP8."""
+    check_json(output)
     torch.set_num_threads(threads)
     target = best_device(device)
     about = conditions(target)

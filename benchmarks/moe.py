@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
-from benchmarks.timing import Functions, best_device, conditions, medians_s
+from benchmarks.timing import Functions, best_device, check_json, conditions, medians_s
 from dsv3.cli import command
 from dsv3.devices import multiplies_fp8
 from dsv3.kernels.permute import expert_order
@@ -186,6 +186,7 @@ def main(
     output: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
 ) -> None:
     """Time one layer of experts under every backend."""
+    check_json(output)
     torch.set_num_threads(threads)
     target = best_device(device)
     shapes = shape or (GPU_ADAPES if target.type == "cuda" else SHAPES)

@@ -6,6 +6,7 @@ The settings are the report's (section 4.2), with params.yaml's peak rate; the b
 batch, ramped up on five stairs.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dsv3.artifacts import check_replaceable_file
 from dsv3.cli import ParamsOption, command
 from dsv3.evaluation.figures import BLUE, STYLE, VERMILION, save_figure
 from dsv3.params.read import read_params
@@ -74,6 +76,7 @@ def main(
     output: Annotated[Path, typer.Option(help="The picture to write.")] = Path("docs/figures/schedules.png"),
 ) -> None:
     """Draw the schedules."""
+    check_replaceable_file(output, re.compile(rb"\x89PNG"), "PNG")
     train = read_params(params).train
     save_figure(curves(TrainParams(**{**train.model_dump(), **REPORT})), output)
     print(output)

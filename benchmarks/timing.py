@@ -6,6 +6,7 @@ that the previous contestant left there would be read at several times the speed
 
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from dsv3.artifacts import check_replaceable_file
 
 Functions = Mapping[str, Callable[[], object]]
 
@@ -75,6 +78,12 @@ def synchronize(device: torch.device) -> None:
     """Wait for a GPU; a CPU is done when it returns."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def check_json(path: Path | None) -> None:
+    """Raise `UserError`, before anything is measured, where the file to be written is there and no benchmark's."""
+    if path is not None:
+        check_replaceable_file(path, re.compile(rb'\{\s*"conditions": '), "benchmark's results")
 
 
 def conditions(device: torch.device) -> dict[str, Any]:

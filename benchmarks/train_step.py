@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV3Config as StockConfig
 from transformers import DeepseekV3ForCausalLM as StockModel
 
-from benchmarks.timing import Functions, best_device, conditions, elapsed_s, medians_s
+from benchmarks.timing import Functions, best_device, check_json, conditions, elapsed_s, medians_s
 from dsv3.artifacts import read_json
 from dsv3.cli import command
 from dsv3.devices import multiplies_fp8
@@ -246,6 +246,7 @@ def main(  # noqa: PLR0913 (options)
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures there, too.")] = None,
 ) -> None:
     """Measure, and print a line per contestant."""
+    check_json(json_path)
     chosen = best_device(device)
     precision = ("bf16" if chosen.type == "cuda" else "fp32") if precision == "auto" else precision
     setting = Setting(config, batch, block, precision, checkpointing, bf16_moments, chosen)

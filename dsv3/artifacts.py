@@ -23,6 +23,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dsv3.errors import DiskFull, UserError, is_disk_full
 
 CHUNK_BYTES = 1 << 20
+BEGINNING_BYTES = 1 << 10
+"""What is read of a file to know its kind."""
 
 
 class FileContent(BaseModel):
@@ -96,6 +98,35 @@ def check_replaceable(path: Path, contents: Sequence[str]) -> None:
         raise UserError(
             f"{path}: holds {foreign[0]}{others}, which is not written here and would be lost; name another folder"
         )
+
+
+def check_not_mixed(path: Path, contents: Sequence[str]) -> None:
+    """Raise `UserError` where the folder `path` holds both files that match one of `contents` and others.
+
+    `contents` are the names of files that are written into it one by one. Where they lie beside others, somebody else
+    may have written them: `metrics.json` is every stage's. Hidden names are Git's and DVC's.
+    """
+    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    ours = [entry for entry in names if any(fnmatch(entry, name) for name in contents)]
+    others = [entry for entry in names if entry not in ours and not entry.startswith(".")]
+    if ours and others:
+        raise UserError(
+            f"{path}: holds {ours[0]}, which would be replaced, beside {others[0]}, which is not written here; "
+            "name another folder"
+        )
+
+
+def check_replaceable_file(path: Path, beginning: re.Pattern[bytes], kind: str) -> None:
+    """Raise `UserError` unless `path` is free, or a file that begins as every one of this `kind` does."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name the file to be written")
+    if not path.exists():
+        return
+    if path.is_file():
+        with path.open("rb") as file:
+            if beginning.match(file.read(BEGINNING_BYTES)):
+                return
+    raise UserError(f"{path}: is no {kind} and would be lost; name another file")
 
 
 @contextmanager

@@ -7,6 +7,8 @@ import typer
 
 from dsv3.cli import DryRunOption, ParamsOption, stage
 
+FILES = ("accepted.txt", "headline.json", "metrics.json", "table.json", "table.md")
+
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder for tables, metrics.json, headline.json and accepted.txt.")],
@@ -15,13 +17,14 @@ def main(
     dry_run: DryRunOption = False,
 ) -> None:
     """Count parameters, memory and arithmetic of the chosen model, and compare all of them in a table."""
-    from dsv3.artifacts import write_json, write_text
+    from dsv3.artifacts import check_not_mixed, write_json, write_text
     from dsv3.params.architecture import read_architecture
     from dsv3.params.read import read_params
     from dsv3.sizing.machines import has_nvidia_driver
     from dsv3.sizing.report import check_budget, markdown_table, metrics, table_row
 
     parameters = read_params(params)
+    check_not_mixed(output, FILES)
     train, inference = parameters.train, parameters.estimate_size
     chosen = Path(parameters.model.config)
     paths = sorted({*configs.glob("config*.json"), chosen})

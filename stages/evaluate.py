@@ -29,14 +29,16 @@ def main(
     parameters = read_params(params)
     settings = parameters.evaluate
 
+    from dsv3.artifacts import check_not_mixed
     from dsv3.data.meta import check_shards, open_stream, read_meta
     from dsv3.devices import device_name, torch_device
-    from dsv3.evaluation.files import summary, write_evaluation
+    from dsv3.evaluation.files import FILES, summary, write_evaluation
     from dsv3.evaluation.sliding_window import SPLITS, check_fits, evaluate
     from dsv3.export.loading import check_model, load_model
     from dsv3.tracking.recorder import add_to_run, read_record
     from dsv3.tracking.results import evaluate_events
 
+    check_not_mixed(output, FILES)
     check_model(model)
     record = read_record(run)
     described = read_meta(tokens)

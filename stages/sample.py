@@ -25,13 +25,14 @@ def main(
     settings = parameters.sample
     import time
 
-    from dsv3.artifacts import write_text
+    from dsv3.artifacts import check_replaceable_file, write_text
     from dsv3.devices import device_name, torch_device
     from dsv3.export.loading import check_model, load_model, load_tokenizer
-    from dsv3.generation.sampling import check_fits, markdown, sample_all, total_drafts
+    from dsv3.generation.sampling import BEGINNING, check_fits, markdown, sample_all, total_drafts
     from dsv3.tracking.recorder import add_to_run, read_record
     from dsv3.tracking.results import sample_events
 
+    check_replaceable_file(output, BEGINNING, "page of samples")
     check_model(model)
     record = read_record(run)
     device = torch_device(parameters.runtime)

@@ -16,12 +16,13 @@ def main(
     dry_run: DryRunOption = False,
 ) -> None:
     """Split the corpus into train, validation and test, and write each as shards of token ids."""
-    from dsv3.artifacts import write_json
-    from dsv3.data.tokens import tokens_summary, write_tokens
+    from dsv3.artifacts import check_replaceable_file, write_json
+    from dsv3.data.tokens import METRICS_BEGINNING, tokens_summary, write_tokens
     from dsv3.params.architecture import read_architecture
     from dsv3.params.read import read_params
 
     parameters = read_params(params)
+    check_replaceable_file(metrics, METRICS_BEGINNING, "metrics.json of tokenize")
     if dry_run:
         print(f"would write {tokens_summary(corpus, parameters.tokenize)} into {output}")
         return

@@ -32,13 +32,12 @@ def main(
 
     parameters = read_params(params)
 
-    from dsv3.export.model_folder import check_model_folder
     from dsv3.training.initial_weights import check_not_replaced
     from dsv3.training.launch import check_environment, is_worker, run_workers
     from dsv3.training.plan import (
+        check_folders,
         check_output,
         check_tokens,
-        check_unlinked,
         introduction,
         read_manifest,
         read_training_plan,
@@ -49,8 +48,7 @@ def main(
     plan = read_training_plan(parameters, tokens)
     check_output(sizes, "estimate_size")
     manifest = read_manifest(corpus)
-    check_model_folder(model, tokens)
-    check_unlinked(model, results)
+    check_folders(model, results, tokens)
     if not is_worker():
         print(introduction(plan))
     starts_workers = parameters.runtime.num_processes > 1 and not is_worker()

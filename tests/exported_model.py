@@ -1,7 +1,10 @@
 """A small exported model with random weights and all that `evaluate` and `sample` read, made in a second."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from dsv3.params.read import Params
 from dsv3.tracking.identity import run_identity
 from dsv3.tracking.recorder import record_of
 from dsv3.training.model import build_model
-from tests.training_inputs import write_inputs
+from tests.training_inputs import ROOT, write_inputs
 
 
 def write_exported(folder: Path, **sections: dict) -> Path:
@@ -28,6 +31,22 @@ def write_exported(folder: Path, **sections: dict) -> Path:
     identity = run_identity(values, "f" * 64, architecture, meta, {}, {"device": "cpu"})
     write_json(folder / "run.json", record_of(identity, None, ".aim", step=12))
     return params
+
+
+def run_without_home(stage: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run a stage in `folder` as a user whose home can't be written, not even by root: a file stands there."""
+    home = folder / "home"
+    home.touch()
+    inherited = {name: value for name, value in os.environ.items() if name not in {"HF_HOME", "MPLCONFIGDIR"}}
+    return subprocess.run(
+        [sys.executable, "-m", f"stages.{stage}", *options],
+        cwd=folder,
+        env={**inherited, "HOME": str(home), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
 
 
 def set_params(folder: Path, **sections: dict) -> None:

@@ -1,6 +1,7 @@
 """From a corpus folder to a folder of token shards, with the numbers that describe it."""
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ from dsv3.errors import UserError
 from dsv3.params.tokenize import TokenizeParams
 
 TRAINED = "byte_level_bpe"
+METRICS_BEGINNING = re.compile(rb'\{\s*"vocab_size": \d+,\s*"vocabulary_used": ')
+"""What the metrics begin with, as JSON."""
+
 TOKEN_FILES = ("tokenizer", "meta.json", "train_*.bin", "validation_*.bin", "test_*.bin")
 """All that a token folder may hold, as glob patterns."""
 

@@ -8,6 +8,8 @@ from dsv3.artifacts import write_json, write_text
 from dsv3.evaluation.figures import expert_load, loss_by_position, save_figure
 from dsv3.evaluation.sliding_window import Evaluation
 
+FILES = ("metrics.json", "headline.json", "loss_by_position.tsv", "expert_load.tsv", "figures")
+
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """Write metrics.json, headline.json, loss_by_position.tsv, expert_load.tsv and figures/*.png."""

@@ -63,7 +63,7 @@ class RuntimeParams(Section):
     """auto: go on from a checkpoint of the same fingerprint where there is one."""
 
     trackers: list[TrackerName]
-    """Views of the run; the truth is in results/."""
+    """Views of the run, shown what runs from now on; dsv3.tracking.rebuild shows them what is in results/."""
 
     track_fp8_operands: bool
     """Show trackers what FP8 does to each operand of each module; false: to the whole model. results/ has both."""

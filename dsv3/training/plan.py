@@ -7,13 +7,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from dsv3.artifacts import read_model
+from dsv3.artifacts import check_not_mixed, read_model
 from dsv3.data.batches import Batches
 from dsv3.data.meta import check_shards, open_stream, read_meta
 from dsv3.data.shards import TokenStream
 from dsv3.data.tokenizer import SpecialTokens, check_tokenizer
 from dsv3.devices import free_bytes, torch_device
 from dsv3.errors import UserError
+from dsv3.export.model_folder import check_model_folder
 from dsv3.params.architecture import Architecture, read_architecture
 from dsv3.params.read import Params
 from dsv3.params.runtime import Device
@@ -21,8 +22,12 @@ from dsv3.sizing.flops import training_flops_per_token
 from dsv3.sizing.memory import training_memory
 from dsv3.sizing.report import training_size
 from dsv3.tracking.identity import project_root
+from dsv3.tracking.metrics import TABLES
 from dsv3.training.budget import Budget, budget_of
 from dsv3.training.initial_weights import InitialWeights, read_initial_weights
+
+RESULTS = ("run.json", "metrics.json", "headline.json", *(f"{table}.tsv" for table in TABLES))
+"""What a training writes beside the model."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +201,13 @@ def read_manifest(corpus: Path) -> dict[str, Any]:
     """Return the corpus's manifest."""
     check_output(corpus / "manifest.json", "download")
     return read_model(corpus / "manifest.json", Described, "run the download stage again").model_dump()
+
+
+def check_folders(model: Path, results: Path, tokens: Path) -> None:
+    """Raise `UserError` where a training would replace what others wrote, or where DVC would refuse what it writes."""
+    check_model_folder(model, tokens)
+    check_not_mixed(results, RESULTS)
+    check_unlinked(model, results)
 
 
 def check_unlinked(*paths: Path) -> None:

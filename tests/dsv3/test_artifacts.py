@@ -2,6 +2,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from safetensors.numpy import save_file
 from dsv3 import artifacts
 from dsv3.artifacts import (
     allocated_bytes,
+    check_not_mixed,
     check_replaceable,
+    check_replaceable_file,
     read_json,
     replacing,
     replacing_directory,
@@ -190,6 +193,34 @@ def test_a_file_or_a_link_is_no_folder_to_be_replaced(tmp_path):
 
 def test_a_free_name_may_be_taken(tmp_path):
     check_replaceable(tmp_path / "new", CONTENTS)
+    check_not_mixed(tmp_path / "new", CONTENTS)
+    check_replaceable_file(tmp_path / "new", PAGE, "page")
+
+
+def test_files_are_not_written_over_their_like_beside_others(tmp_path):
+    for name in ("notes.md", ".gitignore"):
+        (tmp_path / name).touch()
+    check_not_mixed(tmp_path, CONTENTS)  # none would be replaced
+    (tmp_path / "metrics.json").touch()
+    with pytest.raises(UserError, match=r"holds metrics\.json, which would be replaced, beside notes\.md"):
+        check_not_mixed(tmp_path, CONTENTS)
+    (tmp_path / "notes.md").unlink()
+    check_not_mixed(tmp_path, CONTENTS)
+
+
+PAGE = re.compile(rb"# Page\n")
+
+
+def test_a_file_is_replaced_by_its_like_alone(tmp_path):
+    (tmp_path / "page.md").write_text("# Page\n\nof an earlier run\n")
+    check_replaceable_file(tmp_path / "page.md", PAGE, "page")
+    (tmp_path / "thesis.md").write_text("# Thesis\n")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("thesis.md", "pipe"):
+        with pytest.raises(UserError, match=f"{name}: is no page and would be lost; name another file"):
+            check_replaceable_file(tmp_path / name, PAGE, "page")
+    with pytest.raises(UserError, match="is a folder; name the file to be written"):
+        check_replaceable_file(tmp_path, PAGE, "page")
 
 
 FULL = {

@@ -109,3 +109,13 @@ def test_a_mistake_in_any_section_is_one_line_and_status_2(project):
     result = run(project, "--output", "out")
     assert (result.returncode, result.stderr) == (2, "params.yaml: sample.top_p is 2; must be <= 1\n")
     assert not (project / "out").exists()
+
+
+def test_a_table_among_others_files_is_kept(project):
+    (project / "mine").mkdir()
+    for name in ("table.md", "thesis.md"):
+        (project / "mine" / name).write_text("precious")
+    result = run(project, "--output", "mine")
+    assert result.returncode == 2
+    assert result.stderr.startswith("mine: holds table.md, which would be replaced, beside thesis.md")
+    assert (project / "mine" / "table.md").read_text() == "precious"

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dsv3.errors import UserError
 from stages import evaluate
-from tests.exported_model import edit_json, set_params, write_exported
+from tests.exported_model import edit_json, run_without_home, set_params, write_exported
 
 
 def run(folder: Path, output: Path, dry_run: bool = False) -> None:
@@ -52,6 +52,23 @@ def test_it_writes_metrics_tables_and_figures(prepared, output):
     for name in ("loss_by_position", "expert_load"):
         with Image.open(output / "figures" / f"{name}.png") as image:
             assert image.width > 300
+
+
+def test_no_home_is_needed(copy):
+    inputs = ["--model", "final_model", "--tokens", "tokens", "--run", "run.json", "--output", "evaluate"]
+    done = run_without_home("evaluate", copy, *inputs)
+    assert done.returncode == 0, done.stderr
+    assert (copy / "evaluate" / "metrics.json").is_file()
+
+
+def test_numbers_of_another_stage_are_kept(copy):
+    results = copy / "results" / "train"
+    results.mkdir(parents=True)
+    for name in ("metrics.json", "history.tsv"):
+        (results / name).write_text("the training's")
+    with pytest.raises(UserError, match=r"train: holds metrics\.json, which would be replaced, beside history\.tsv"):
+        run(copy, results)
+    assert (results / "metrics.json").read_text() == "the training's"
 
 
 def test_a_second_evaluation_gives_the_same_files(prepared, output, tmp_path):

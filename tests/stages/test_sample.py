@@ -9,7 +9,7 @@ from dsv3.errors import UserError
 from dsv3.tracking.events import Result
 from dsv3.tracking.tracker import Views
 from stages import sample
-from tests.exported_model import edit_json, set_params, write_exported
+from tests.exported_model import edit_json, run_without_home, set_params, write_exported
 
 
 def run(folder: Path, output: Path, dry_run: bool = False) -> None:
@@ -55,6 +55,28 @@ def test_dry_run_prints_the_plan_and_writes_nothing(prepared, tmp_path, capsys):
     run(prepared, tmp_path / "none.md", dry_run=True)
     assert "2 prompts, 1 continuations each, at most 8 tokens, on cpu" in capsys.readouterr().out
     assert not (tmp_path / "none.md").exists()
+
+
+def test_no_home_is_needed(prepared, page, tmp_path):
+    shutil.copytree(prepared, tmp_path / "copy")
+    inputs = ["--model", "final_model", "--run", "run.json", "--output", "again.md"]
+    done = run_without_home("sample", tmp_path / "copy", *inputs)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "copy" / "again.md").read_text() == page
+
+
+def test_a_file_that_is_no_page_of_samples_is_refused_first_and_kept(prepared, tmp_path):
+    (tmp_path / "thesis.md").write_text("# Thesis")
+    for dry_run in (False, True):
+        with pytest.raises(UserError, match=r"thesis\.md: is no page of samples and would be lost; name another file"):
+            run(prepared, tmp_path / "thesis.md", dry_run)
+    assert (tmp_path / "thesis.md").read_text() == "# Thesis"
+
+
+def test_an_earlier_page_is_replaced(prepared, page, tmp_path):
+    (tmp_path / "page.md").write_text(page.replace("king", "queen"))
+    run(prepared, tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == page
 
 
 def test_a_text_that_does_not_fit_the_model_is_told(prepared, tmp_path):

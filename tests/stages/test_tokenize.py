@@ -57,6 +57,17 @@ def test_a_dry_run_writes_nothing(project):
     assert not (project / "results").exists()
 
 
+def test_metrics_replace_those_of_an_earlier_run_and_no_other_file(project):
+    assert run(project).returncode == 0
+    assert run(project).returncode == 0
+    for name in ("params.yaml", "data/tokens/meta.json"):
+        before = (project / name).read_bytes()
+        result = run(project, "--metrics", name)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == f"{name}: is no metrics.json of tokenize and would be lost; name another file\n"
+        assert (project / name).read_bytes() == before
+
+
 @pytest.mark.parametrize("arguments", [(), ("--dry-run",)])
 def test_a_missing_corpus_is_one_line_and_exit_status_2(project, arguments):
     shutil.rmtree(project / "data")

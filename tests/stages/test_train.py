@@ -181,6 +181,17 @@ def test_a_folder_with_others_files_is_refused_before_the_training(tmp_path):
     assert (tmp_path / "final_model" / "thesis.txt").read_text() == "precious"
 
 
+def test_a_folder_with_others_results_is_refused_before_the_training(tmp_path):
+    write_inputs(tmp_path)
+    (tmp_path / "results").mkdir()
+    for name in ("metrics.json", "expert_load.tsv"):
+        (tmp_path / "results" / name).write_text("the evaluation's")
+    done = run_stage(tmp_path)
+    assert done.returncode == 2
+    assert "results: holds metrics.json, which would be replaced, beside expert_load.tsv" in done.stderr
+    assert (tmp_path / "results" / "metrics.json").read_text() == "the evaluation's"
+
+
 def test_an_earlier_model_is_replaced(tmp_path, uninterrupted):
     write_inputs(tmp_path)
     shutil.copytree(uninterrupted / "final_model", tmp_path / "final_model")

@@ -1,5 +1,6 @@
 """Experiments of DVC, several at once, beside Aim's interface."""
 
+import os
 import random
 import re
 import signal
@@ -48,7 +49,7 @@ def at_once(trainings: Trainings, draw: random.Random) -> Outcome:
         if not answers(port):
             raise Failure("Aim's interface has died")
     finally:
-        interface.send_signal(signal.SIGTERM)
+        os.killpg(interface.pid, signal.SIGTERM)  # Aim's server is a child, which outlives it
         interface.communicate(timeout=60)
     return Outcome(len(QUEUED) + len(TEMPORARY))
 

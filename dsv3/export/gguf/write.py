@@ -6,6 +6,7 @@ The file is written tensor by tensor, so at most one layer's experts are in memo
 fp32 in every file, as in llama.cpp's own converter: they are small, and the choice of experts depends on them.
 """
 
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from gguf.quants import quantize
 from safetensors import safe_open
 from torch import Tensor
 
-from dsv3.artifacts import replacing
+from dsv3.artifacts import check_replaceable_file, replacing
 from dsv3.errors import UserError
 from dsv3.export.gguf.metadata import ARCHITECTURE, network_metadata
 from dsv3.export.gguf.tensors import gguf_tensors
@@ -33,8 +34,7 @@ TYPES = {
 }
 """dtype -> type of the matrices, and of the file as a whole."""
 
-MAGIC = b"GGUF"
-"""What such a file begins with."""
+BEGINNING = re.compile(rb"GGUF")
 
 
 def export_gguf(model: Path, output: Path, dtype: Dtype) -> str:
@@ -44,7 +44,7 @@ def export_gguf(model: Path, output: Path, dtype: Dtype) -> str:
     """
     check_source(model)
     config = read_config(model)
-    check_replaceable_file(output)
+    check_replaceable_file(output, BEGINNING, "GGUF file")
     metadata: dict[str, Any] = {
         "general.name": model.resolve().name,
         "general.file_type": int(TYPES[dtype][1]),
@@ -70,19 +70,6 @@ def export_gguf(model: Path, output: Path, dtype: Dtype) -> str:
     left_out = config.num_nextn_predict_layers
     without = f", without its MTP modules ({left_out})" if left_out else ""
     return f"{output}: {config.num_hidden_layers} layers, matrices in {dtype}{without}"
-
-
-def check_replaceable_file(output: Path) -> None:
-    """Raise `UserError` where `output` is something else than a file of this format."""
-    if output.is_dir():
-        raise UserError(f"{output}: is a folder; name the file to be written")
-    if not output.exists():
-        return
-    if output.is_file():
-        with output.open("rb") as file:
-            if file.read(len(MAGIC)) == MAGIC:
-                return
-    raise UserError(f"{output}: is no GGUF file and would be lost; name another file")
 
 
 def read_config(model: Path) -> DeepseekV3Config:
