@@ -62,9 +62,12 @@ format: .venv/.dev ## format the code and mend what can be mended
 ui: setup ## compare runs in Aim, in prepared views; on this machine only: it asks for no password
 	@$(BIN)/python -m dsv3.tracking.views
 
-bench: .venv/.dev ## measure what the README claims, on this machine
-	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do \
-		name=benchmarks.$$(basename "$$script" .py); echo "python -m $$name"; $(BIN)/python -m "$$name"; done
+BENCHMARKS := train_step time_to_loss quality generate startup tokenize growth
+bench: .venv/.dev ## measure speed and quality beside peers, on this machine, after make repro; write docs/benchmarks.md
+	@mkdir -p docs/benchmarks
+	@set -e; for name in $(BENCHMARKS); do \
+		echo "python -m benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name --json docs/benchmarks/$$name.json; done
+	$(BIN)/python -m benchmarks.page
 
 JOBS ?= 1
 ablations: setup ## train the recipe without each of its parts (hours; JOBS=2: two at a time), write docs/ablations.md

@@ -4,13 +4,16 @@ On a GPU time is taken by its own events, and its second-level cache is overwrit
 that the previous contestant left there would be read at several times the speed of memory.
 """
 
+import json
 import os
 import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,12 @@ Functions = Mapping[str, Callable[[], object]]
 
 
 def medians_s(functions: Functions, rounds: int, device: torch.device) -> dict[str, float]:
-    """Return the median time of each function in seconds.
+    """Return the median time of each function in seconds, over the rounds of `paired_s`."""
+    return {name: statistics.median(values) for name, values in paired_s(functions, rounds, device).items()}
+
+
+def paired_s(functions: Functions, rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Return the times of each function in seconds, a value per round.
 
     Every round times each function once, in an order that rotates, so that a disturbance of the machine strikes all of
     them alike. Each is called once more just before, untimed: it would else pay for what the one before it left behind
@@ -36,7 +44,43 @@ def medians_s(functions: Functions, rounds: int, device: torch.device) -> dict[s
         for name in names[shift:] + names[:shift]:
             functions[name]()
             times[name].append(elapsed_s(functions[name], device, evict))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Return the median of the ratios round by round, which a drift of the machine's speed does not move."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a whole process took, its own children among it."""
+
+    wall_s: float
+    cpu_s: float
+    peak_bytes: int
+    """Resident memory of the largest single process."""
+
+
+LAUNCHER = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+done = subprocess.run(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+wall_s, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+sys.stderr.buffer.write(done.stderr)
+print(json.dumps([done.returncode, wall_s, used.ru_utime + used.ru_stime, used.ru_maxrss]))
+"""
+"""A small process between: a child's peak of memory is at least what its parent holds when it starts it."""
+
+
+def process_cost(command: Sequence[str], folder: Path | None = None) -> Cost:
+    """Run a command to its end in `folder`, by default the working directory; raise `RuntimeError` where it fails."""
+    launched = [sys.executable, "-c", LAUNCHER, *command]
+    done = subprocess.run(launched, cwd=folder, capture_output=True, text=True, check=True)
+    returncode, wall_s, cpu_s, peak = json.loads(done.stdout)
+    if returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with status {returncode}: {done.stderr[-2000:]}")
+    return Cost(wall_s, cpu_s, peak if sys.platform == "darwin" else peak * 1024)
 
 
 def elapsed_s(function: Callable[[], object], device: torch.device, evict: Callable[[], object]) -> float:

@@ -1,21 +1,22 @@
 """Text of any length to tokens, in pieces of bounded size and on all cores.
 
-A long document is cut into pieces that are encoded one by one. A byte-level BPE first splits a text into words, and no
-token crosses a word's border, so a cut there changes nothing; the place that is a border for sure is before a space or
-line end with no white space behind it (the splitting rule sets the last white space before a word apart). With a
-tokenizer of another kind, tokens near a cut may be others than without it. Every piece is decoded again and compared
+A long document is cut into pieces that are encoded one by one, at borders of words (`dsv3.data.words`), where a cut
+changes nothing for a byte-level BPE. With a tokenizer of another kind, tokens near a cut may be others than without it.
+
+A byte-level BPE gives each segment between two borders the same tokens wherever it stands, so each different one is
+encoded once and then looked up. Other tokenizers encode whole pieces. What is encoded is decoded again and compared
 with its text, so it is known and not assumed whether the tokens decode to the text exactly.
 
-A task is a group of pieces. Small corpora are encoded in this process, where the library itself uses several threads;
-large ones by several processes, with a bounded number of groups in flight.
+A task is a group of pieces. Small corpora are encoded in this process; large ones by several processes, with a bounded
+number of groups in flight.
 """
 
 import multiprocessing
 import os
-import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,11 +25,11 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from dsv3.data.corpus import Chunk
-from dsv3.data.tokenizer import SpecialTokens, read_tokenizer, special_tokens
+from dsv3.data.tokenizer import SpecialTokens, read_tokenizer, special_tokens, splits_at_word_borders
+from dsv3.data.words import MAX_SEGMENTS, WORD_BORDER, segments
 
 PIECE_CHARACTERS = 1 << 16
 GROUP_CHARACTERS = 1 << 20
-WORD_BORDER = re.compile(r"[ \n](?=\S)")
 
 
 class Piece(NamedTuple):
@@ -96,25 +97,46 @@ class Encoder:
         self.tokenizer: Tokenizer = read_tokenizer(directory)
         self.special: SpecialTokens = special_tokens(self.tokenizer, directory)
         self.dtype = dtype
+        self._known: dict[str, bytes] | None = {} if splits_at_word_borders(self.tokenizer) else None
+        """The tokens of the segments met so far; None where segments depend on each other."""
 
     def encode(self, group: list[Piece]) -> Encoded:
         """Return the tokens of `group`: bos before each document, and eos behind it where that is another token."""
         texts = [piece.text for piece in group]
-        ids = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        decoded = self.tokenizer.decode_batch(ids, skip_special_tokens=False)
-        bos, eos = [self.special.bos_token_id], [self.special.eos_token_id]
-        ends = eos if eos != bos else []
+        ids, is_exact = self._whole(texts) if self._known is None else self._by_segment(texts, self._known)
+        bos, eos = (self._as_bytes([token]) for token in (self.special.bos_token_id, self.special.eos_token_id))
+        ends = eos if eos != bos else b""
         parts = [
-            np.array((bos if piece.opens else []) + piece_ids + (ends if piece.closes else []), self.dtype)
+            part
             for piece, piece_ids in zip(group, ids, strict=True)
+            for part in (bos if piece.opens else b"", piece_ids, ends if piece.closes else b"")
         ]
         return Encoded(
-            np.concatenate(parts),
+            np.frombuffer(b"".join(parts), self.dtype),
             characters=sum(map(len, texts)),
             bytes=sum(len(text.encode()) for text in texts),
             documents=sum(piece.opens for piece in group),
-            round_trip_exact=decoded == texts,
+            round_trip_exact=is_exact,
         )
+
+    def _by_segment(self, texts: list[str], known: dict[str, bytes]) -> tuple[list[bytes], bool]:
+        """Return what `_whole` returns, by encoding only segments that were not met before."""
+        if len(known) > MAX_SEGMENTS:
+            known.clear()
+        cut = [segments(text) for text in texts]
+        new = list(set(chain.from_iterable(cut)).difference(known))
+        encoded, is_exact = self._whole(new)
+        known.update(zip(new, encoded, strict=True))
+        return [b"".join(map(known.__getitem__, parts)) for parts in cut], is_exact
+
+    def _whole(self, texts: list[str]) -> tuple[list[bytes], bool]:
+        """Return the ids of each text as bytes, and whether they decode to the texts exactly."""
+        ids = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        decoded = self.tokenizer.decode_batch(ids, skip_special_tokens=False)
+        return [self._as_bytes(text_ids) for text_ids in ids], decoded == texts
+
+    def _as_bytes(self, ids: list[int]) -> bytes:
+        return np.array(ids, self.dtype).tobytes()
 
 
 def encode_groups(

@@ -6,10 +6,9 @@ folder that is written (`tokenizer.json`, `tokenizer_config.json`) is what `tran
 """
 
 import json
-import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,11 +17,12 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.trainers import BpeTrainer
 
 from dsv3.artifacts import sha256_file, write_json
 from dsv3.data.files import local_path
+from dsv3.data.words import repeated, word_counts
 from dsv3.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -36,10 +36,6 @@ BROUGHT_FILES = (TOKENIZER_FILE, CONFIG_FILE, MAP_FILE, TEMPLATE_FILE, MODEL_CON
 REMEDY = "bring another, or run the tokenize stage again"
 MIN_FREQUENCY = 2
 """A merge that occurs once saves one token and costs an entry."""
-
-MAX_WORD_CHARACTERS = 128
-"""The trainer's time grows with the square of a word's length, and text without spaces is one word."""
-LONG_WORD = re.compile(rf"\S{{{MAX_WORD_CHARACTERS + 1},}}")
 
 
 @dataclass(frozen=True)
@@ -55,9 +51,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     A terminal is shown the trainer's progress.
     """
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer, byte_level = Tokenizer(BPE()), ByteLevel(add_prefix_space=False)
     trainer = BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=MIN_FREQUENCY,
@@ -65,18 +59,26 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator((part for text in texts for part in short_words(text)), trainer)
+    tokenizer.pre_tokenizer = WhitespaceSplit()  # words are counted already, and hold no white space in this alphabet
+    tokenizer.train_from_iterator(repeated(word_counts(texts, byte_level)), trainer)
+    tokenizer.pre_tokenizer, tokenizer.decoder = byte_level, ByteLevelDecoder()
     return tokenizer
 
 
-def short_words(text: str) -> Iterator[str]:
-    """Yield `text` in parts, cut only inside words that are longer than MAX_WORD_CHARACTERS."""
-    begin = 0
-    for word in LONG_WORD.finditer(text):
-        for cut in range(word.start() + MAX_WORD_CHARACTERS, word.end(), MAX_WORD_CHARACTERS):
-            yield text[begin:cut]
-            begin = cut
-    yield text[begin:]
+def splits_at_word_borders(tokenizer: Tokenizer) -> bool:
+    """Return whether no token crosses a border of `dsv3.data.words`, and a text's tokens are always the same.
+
+    It is known of a byte-level BPE with GPT-2's rule, without normalization, dropout or added tokens in plain text.
+    """
+    stated = json.loads(tokenizer.to_str())
+    model, rule = stated["model"], stated["pre_tokenizer"] or {}
+    return (
+        stated["normalizer"] is None
+        and (rule.get("type"), rule.get("add_prefix_space"), rule.get("use_regex")) == ("ByteLevel", False, True)
+        and (stated["decoder"] or {}).get("type") == "ByteLevel"
+        and (model.get("type"), model.get("dropout")) == ("BPE", None)
+        and all(token["special"] for token in stated["added_tokens"])
+    )
 
 
 def save_trained(tokenizer: Tokenizer, directory: Path) -> None:

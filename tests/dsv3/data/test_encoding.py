@@ -49,6 +49,33 @@ def test_cutting_at_a_words_border_changes_no_token(folder, words):
         assert head.ids + tail.ids == whole
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    texts=st.lists(st.lists(WORDS, min_size=1, max_size=20).map("".join), min_size=1, max_size=4),
+    most=st.integers(0, 9),
+)
+def test_tokens_looked_up_by_segment_are_those_of_the_whole_text(folder, texts, most):
+    """Also after the known ones were forgotten, and at a second look."""
+    encoder, group = Encoder(folder, U2), [Piece(text, False, False) for text in texts]
+    whole = [token for text in texts for token in encoder.tokenizer.encode(text, add_special_tokens=False).ids]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "MAX_SEGMENTS", most)
+        for _ in range(2):
+            found = encoder.encode(group)
+            assert found.tokens.tolist() == whole
+            assert found.round_trip_exact
+
+
+def test_a_tokenizer_whose_words_have_other_borders_gets_whole_pieces(folder, tmp_path):
+    directory = tmp_path / "tokenizer"
+    save_trained(train_tokenizer([TEXT], 320), directory)
+    tokenizer = read_tokenizer(directory)
+    tokenizer.add_tokens(["the winter"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    tokens = Encoder(directory, U2).encode([Piece("is the winter of", False, False)]).tokens
+    assert tokenizer.token_to_id("the winter") in tokens
+
+
 def test_a_text_without_borders_is_cut_all_the_same(folder, monkeypatch):
     monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 10)
     assert [len(piece.text) for piece in pieces([Chunk(0, "雪" * 45)])] == [10, 10, 10, 15]

@@ -7,17 +7,25 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 
+from dsv3.data import words as words_module
 from dsv3.data.tokenizer import (
-    MAX_WORD_CHARACTERS,
+    END_OF_TEXT,
     copy_pretrained,
     num_ids,
     read_tokenizer,
     save_trained,
-    short_words,
     special_tokens,
+    splits_at_word_borders,
     train_tokenizer,
 )
+from dsv3.data.words import MAX_WORD_CHARACTERS, short_words
 from dsv3.errors import UserError
 
 TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n\n" * 20
@@ -193,15 +201,51 @@ def test_a_text_is_cut_for_the_trainer_inside_long_words_only(words):
 def test_a_text_without_spaces_reaches_the_trainer_in_short_words(monkeypatch):
     received = []
 
-    class Watched:
-        def __init__(self, model):
-            pass
+    def watched(words):
+        received.extend(words)
+        return iter(())
 
-        def train_from_iterator(self, texts, trainer):
-            received.extend(texts)
-
-    monkeypatch.setattr("dsv3.data.tokenizer.Tokenizer", Watched)
+    monkeypatch.setattr("dsv3.data.tokenizer.repeated", watched)
     letters = "".join(random.Random(0).choices("ACGT", k=5000))
     train_tokenizer([letters], 300)
-    assert "".join(received) == letters
     assert max(map(len, received)) == MAX_WORD_CHARACTERS
+    assert sum(map(len, received)) == len(letters)
+
+
+SCRAPS = st.lists(
+    st.sampled_from(["the king", " is", "\n\n", "  ", "\t", "'s", " 12", "naïve雪", ".\x1c", "aaa"]), max_size=40
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(SCRAPS.map("".join), max_size=4), most=st.integers(0, 5))
+def test_training_on_counted_words_gives_the_librarys_own_tokenizer(texts, most):
+    """However often the segments that were counted are forgotten, and however long the repeated words may be."""
+    own = Tokenizer(BPE())
+    own.pre_tokenizer, own.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=290, min_frequency=2, special_tokens=[END_OF_TEXT], initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    own.train_from_iterator(texts, trainer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(words_module, "MAX_SEGMENTS", most)
+        patch.setattr(words_module, "REPEATED_CHARACTERS", 7)
+        assert train_tokenizer(texts, 290).to_str() == own.to_str()
+
+
+def test_tokens_are_looked_up_by_segment_only_where_segments_are_known_to_be_independent(folder):
+    assert splits_at_word_borders(read_tokenizer(folder))
+    changes = {
+        "dropout": lambda tokenizer: setattr(tokenizer.model, "dropout", 0.1),
+        "prefix": lambda tokenizer: setattr(tokenizer, "pre_tokenizer", ByteLevel(add_prefix_space=True)),
+        "rule": lambda tokenizer: setattr(
+            tokenizer, "pre_tokenizer", ByteLevel(add_prefix_space=False, use_regex=False)
+        ),
+        "normalizer": lambda tokenizer: setattr(tokenizer, "normalizer", Lowercase()),
+        "added": lambda tokenizer: tokenizer.add_tokens(["to be"]),
+    }
+    for name, change in changes.items():
+        tokenizer = read_tokenizer(folder)
+        change(tokenizer)
+        assert not splits_at_word_borders(tokenizer), name
