@@ -162,6 +162,7 @@ def users_line(error: Exception) -> str | None:
         return one_line(f"{error.filename or Path.cwd()}: {error.strerror}")
     if is_lost_process(error):
         return (
-            "another process of this training has ended, so this one ends; dvc repro goes on from the last checkpoint"
+            "another process of this training has ended or no longer answers, so this one ends; dvc repro goes on from "
+            "the last checkpoint"
         )
     return None

@@ -34,13 +34,27 @@ def free_bytes(device: torch.device) -> int:
     return min(psutil.virtual_memory().available, _container_bytes(Path("/sys/fs/cgroup")))
 
 
+def total_bytes(device: torch.device) -> int:
+    """Return the memory of `device`, whoever has taken of it; on a CPU at most what a container may have."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limit, _ = _container_limit(Path("/sys/fs/cgroup"))
+    return int(min(psutil.virtual_memory().total, limit))
+
+
 def _container_bytes(cgroup: Path) -> float:
     """Return what the control group's limit leaves; infinity where there is none (version 2 of the interface)."""
+    limit, used = _container_limit(cgroup)
+    return limit - used
+
+
+def _container_limit(cgroup: Path) -> tuple[float, int]:
+    """Return the control group's limit, infinity where there is none, and how much is used."""
     try:
         limit, used = ((cgroup / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        return int(limit) - int(used)
+        return int(limit), int(used)
     except (OSError, ValueError):  # no control groups, or "max"
-        return float("inf")
+        return float("inf"), 0
 
 
 def multiplies_fp8(device: torch.device) -> bool:

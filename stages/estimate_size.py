@@ -14,6 +14,9 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder for tables, metrics.json, headline.json and accepted.txt.")],
     configs: Annotated[Path, typer.Option(help="Folder whose config*.json make up the table.")] = Path("mini_model"),
     params: ParamsOption = Path("params.yaml"),
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Show what each of so many training processes would need, by sharding.")
+    ] = None,
     dry_run: DryRunOption = False,
 ) -> None:
     """Count parameters, memory and arithmetic of the chosen model, and compare all of them in a table."""
@@ -21,12 +24,11 @@ def main(
     from dsv3.params.architecture import read_architecture
     from dsv3.params.read import read_params
     from dsv3.sizing.machines import has_nvidia_driver
-    from dsv3.sizing.report import check_budget, markdown_table, metrics, table_row
+    from dsv3.sizing.report import check_budget, markdown_table, metrics, process_table, table_row
 
     parameters = read_params(params)
     check_not_mixed(output, FILES)
-    train, inference = parameters.train, parameters.estimate_size
-    chosen = Path(parameters.model.config)
+    train, inference, chosen = parameters.train, parameters.estimate_size, Path(parameters.model.config)
     paths = sorted({*configs.glob("config*.json"), chosen})
     architecture = read_architecture(chosen)
     if dry_run:
@@ -40,6 +42,9 @@ def main(
     print(f"{chosen}, trained as params.yaml says:")
     for name, value in values.items():
         print(f"  {name:40} {value:>25,}")
+
+    if ranks is not None:
+        print(f"\nGiB on each of {ranks} processes, estimated:\n", *process_table(architecture, train, ranks), sep="\n")
 
     # Refused here rather than by train: the pipeline stops before a weight is made.
     accepted = output / "accepted.txt"

@@ -8,6 +8,9 @@ from dsv3.params.section import Section
 
 Device = Literal["cpu", "cuda"]
 
+MAX_TIMEOUT_S = 30 * 24 * 3600
+"""A month: torch counts in nanoseconds."""
+
 TrackerName = Literal["aim", "tensorboard", "wandb", "trackio"]
 """Every tracker: a module of dsv3/tracking and a package, both of this name."""
 
@@ -21,9 +24,10 @@ class RuntimeParams(Section):
     num_processes: int = Field(ge=1)
     """Training processes; must divide train.gradient_accumulation_steps."""
 
-    sharding: Literal["none", "full", "hybrid"]
+    sharding: Literal["none", "full", "hybrid", "auto"]
     """Of weights, gradients and optimizer state over the processes. none: each process has all of it; full: each has a
-    part; hybrid: the processes of one machine share it, and machines hold copies."""
+    part; hybrid: the processes of one machine share it, and machines hold copies; auto: the first of none, hybrid and
+    full whose estimate fits the device (on one process: none)."""
 
     expert_parallel: int = Field(ge=1)
     """With sharding full: processes that share the experts of a layer and send tokens to each other; 1: experts are
@@ -36,6 +40,10 @@ class RuntimeParams(Section):
     cpu_offload: Literal["none", "parameters"]
     """With sharding: parameters keeps the shards of weights, gradients and optimizer state in the CPU's memory, and
     updates them there."""
+
+    ddp_timeout: int = Field(ge=1, le=MAX_TIMEOUT_S)
+    """Seconds that a process waits for others that are alive and at work (torch's process group): they may be writing,
+    exporting or compiling. One that is stopped or cut off is noticed within half a minute, whatever this is."""
 
     dataloader_num_workers: int = Field(ge=0, le=256)
     """Worker processes that prepare batches; each is a whole Python."""

@@ -35,6 +35,9 @@ class Machine:
         return int(self.memory_gib * self.usable_share * GIB)
 
 
+USABLE_SHARE: dict[Device, float] = {"cpu": 0.8, "cuda": 0.92}
+"""Of a device that is no row of `MACHINES`."""
+
 MACHINES = (
     Machine("CPU, 8 GB", "cpu", 8, usable_share=0.7),
     Machine("CPU, 32 GB", "cpu", 32, usable_share=0.8),

@@ -67,12 +67,14 @@ class TrainingMemory:
     optimizer_workspace_bytes: int
     holds_gradients: bool
     """Whether gradients of earlier passes exist during a pass (accumulation)."""
+    gathered_bytes: int = 0
+    """On several processes: what a pass holds of the others' weights and gradients (`dsv3.sizing.sharded`)."""
 
     @property
     def peak_bytes(self) -> int:
         """The larger of a pass and an optimizer step, on top of weights, their derived copies and moments."""
         in_pass = self.activations_bytes + self.weight_casts_bytes + max(self.logits_bytes, self.recomputed_bytes)
-        in_pass += self.gradients_bytes if self.holds_gradients else 0
+        in_pass += self.gathered_bytes + (self.gradients_bytes if self.holds_gradients else 0)
         # The first layer is computed again when all others have their gradients.
         in_step = self.gradients_bytes + max(self.optimizer_workspace_bytes, self.recomputed_bytes)
         always = self.weights_bytes + self.optimizer_states_bytes + self.derived_weights_bytes

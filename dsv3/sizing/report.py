@@ -24,6 +24,7 @@ from dsv3.sizing.parameters import (
     num_router_biases,
     parameters_by_part,
 )
+from dsv3.sizing.sharded import process_memory, ways_of_sharing
 
 DEVICES: tuple[Device, ...] = ("cpu", "cuda")
 
@@ -160,6 +161,17 @@ def markdown_lines(header: list[str], rows: list[list[str]]) -> list[str]:
     rule = ["-" * width for width in widths]
     aligned = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, rule, *rows]]
     return [f"| {' | '.join(row)} |" for row in aligned]
+
+
+def process_table(a: Architecture, train: TrainParams, num_processes: int) -> list[str]:
+    """Return the lines of a Markdown table: what each of `num_processes` holds and needs, by `runtime.sharding`."""
+    header = ["runtime.sharding", "weights", "gradients", "optimizer", "gathered", "peak on a CPU", "peak on a GPU"]
+    rows = []
+    for name, sharing in ways_of_sharing(a, num_processes).items():
+        on_cpu, on_cuda = (process_memory(a, train, device, sharing) for device in DEVICES)
+        kinds = (on_cuda.weights_bytes, on_cuda.gradients_bytes, on_cuda.optimizer_states_bytes, on_cuda.gathered_bytes)
+        rows.append([name, *(f"{value / GIB:,.2f}" for value in (*kinds, on_cpu.peak_bytes, on_cuda.peak_bytes))])
+    return markdown_lines(header, rows)
 
 
 def shown_fit(fit: dict[str, Any] | None) -> str:

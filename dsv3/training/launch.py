@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dsv3.errors import LOST_PROCESS_STATUS, UserError
@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 SHUTDOWN_S = 600
 """Longest wait for workers that were told to stop: they finish a step and save."""
 
+
+KILLED_BY_AGENT_S = 20
+"""torch's agent gives the other workers 30 s after a failure, and then kills them: that is no failure of their own."""
 
 WORKER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 """What torch's elastic agent (this module's, torchrun's, accelerate launch's) sets for each worker: all, or none."""
@@ -154,6 +157,17 @@ def check_expert_parallel(params: Params, world_size: int, n_routed_experts: int
             raise UserError(f"{where}; not together with {name} as it is set; set one of the two back")
 
 
+def first_status(failures: Sequence[ProcessFailure]) -> int:
+    """Return the exit status of the worker that failed first, from `failures` in the order in which they were noticed.
+
+    The others were told to stop because of it, or missed it; one that was stopped (SIGSTOP) or hung was missed, did not
+    stop when it was told to, and was killed by the agent in the end.
+    """
+    first_at = failures[0].timestamp
+    own = [failure for failure in failures if failure.timestamp < first_at + KILLED_BY_AGENT_S]
+    return next((each.exitcode for each in own if each.exitcode != LOST_PROCESS_STATUS), LOST_PROCESS_STATUS)
+
+
 def is_worker() -> bool:
     """Return whether a launcher (this one, torchrun, accelerate) has started this process as one of several."""
     return "RANK" in os.environ
@@ -181,9 +195,7 @@ def run_workers(num_processes: int, module: str, arguments: Sequence[str]) -> No
     except SignalException as stopped:
         raise SystemExit(128 + stopped.sigval) from None
     except ChildFailedError as failed:
-        # In the order in which they were noticed: the others were told to stop, because of the first, or missed it.
-        statuses = [failure.exitcode for failure in failed.failures.values()]
-        status = next((status for status in statuses if status != LOST_PROCESS_STATUS), LOST_PROCESS_STATUS)
+        status = first_status(list(failed.failures.values()))
         if status == -signal.SIGKILL:
             logger.error(
                 "a process was killed (SIGKILL), as systems do when memory runs out; dvc repro goes on from the last "

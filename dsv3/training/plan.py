@@ -1,5 +1,6 @@
 """What a training is going to do, worked out before anything is built: steps, tokens, arithmetic, memory."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,17 @@ from dsv3.data.batches import Batches
 from dsv3.data.meta import check_shards, open_stream, read_meta
 from dsv3.data.shards import TokenStream
 from dsv3.data.tokenizer import SpecialTokens, check_tokenizer
-from dsv3.devices import free_bytes, torch_device
+from dsv3.devices import free_bytes, torch_device, total_bytes
 from dsv3.errors import UserError
 from dsv3.export.model_folder import check_model_folder
 from dsv3.params.architecture import Architecture, read_architecture
 from dsv3.params.read import Params
-from dsv3.params.runtime import Device
+from dsv3.params.runtime import Device, RuntimeParams
 from dsv3.sizing.flops import training_flops_per_token
-from dsv3.sizing.memory import training_memory
+from dsv3.sizing.machines import USABLE_SHARE
+from dsv3.sizing.memory import GIB, training_memory
 from dsv3.sizing.report import training_size
+from dsv3.sizing.sharded import chosen_sharding, replicated_memory
 from dsv3.tracking.identity import project_root
 from dsv3.tracking.metrics import TABLES
 from dsv3.training.budget import Budget, budget_of
@@ -44,6 +47,9 @@ class TrainingPlan:
     budget: Budget
     initial_weights: InitialWeights | None
     """The model that the training starts from; None: from new weights."""
+
+    sharding_note: str = ""
+    """What `runtime.sharding: auto` came to, and why."""
 
     @property
     def total_steps(self) -> int:
@@ -120,7 +126,35 @@ def introduction(plan: TrainingPlan) -> str:
     # Of a sharded training it is not known: what lies gathered at its peak is the engine's choice.
     is_whole = runtime.sharding == "none"
     note = memory_note(plan, device_type, free_bytes(device), runtime.num_processes) if is_whole else None
-    return "\n".join([plan.summary(), *([note] if note else [])])
+    return "\n".join([plan.summary(), *([plan.sharding_note] if plan.sharding_note else []), *([note] if note else [])])
+
+
+def launched_processes(runtime: RuntimeParams) -> tuple[int, int]:
+    """Return the processes that a launcher has started, or that `runtime` asks for: all of them, and this machine's."""
+    started = {name: int(os.environ.get(name, runtime.num_processes)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    return started["WORLD_SIZE"], started["LOCAL_WORLD_SIZE"]
+
+
+def with_chosen_sharding(params: Params, architecture: Architecture) -> tuple[Params, str]:
+    """Return `params` with what `runtime.sharding: auto` comes to here, and the line that says so; else unchanged.
+
+    By the device's memory, not by what is free, so that equal machines come to the same.
+    """
+    runtime = params.runtime
+    if runtime.sharding != "auto":
+        return params, ""
+    device, processes = torch_device(runtime), launched_processes(runtime)
+    device_type = runtime.device_type(has_cuda=device.type == "cuda")
+    sharing = processes[1] if device_type == "cpu" else 1  # a CPU's memory is shared by this machine's processes
+    usable = int(USABLE_SHARE[device_type] * total_bytes(device)) // sharing
+    if processes[0] > 1 and (runtime.expert_parallel > 1 or runtime.cpu_offload != "none"):
+        chosen, reason = "full", "for runtime.expert_parallel and runtime.cpu_offload"
+    else:
+        chosen = chosen_sharding(architecture, params.train, device_type, processes, usable)
+        needed = replicated_memory(architecture, params.train, device_type).peak_bytes
+        reason = f"{needed / GIB:.2f} GiB with none, {usable / GIB:.2f} usable"
+    line = f"sharding {chosen} (auto: {processes[0]} processes, {reason})"
+    return params.model_copy(update={"runtime": runtime.model_copy(update={"sharding": chosen})}), line
 
 
 def memory_note(plan: TrainingPlan, device_type: Device, free: int, num_processes: int) -> str | None:
@@ -182,7 +216,8 @@ def read_training_plan(params: Params, tokens: Path) -> TrainingPlan:
     budget = budget_of(params.train, batches.num_blocks_per_epoch)
     name = params.train.init_from
     initial_weights = read_initial_weights(name, Path(params.model.config), tokens) if name is not None else None
-    plan = TrainingPlan(params, meta.model_dump(), architecture, batches, validation, budget, initial_weights)
+    params, note = with_chosen_sharding(params, architecture)
+    plan = TrainingPlan(params, meta.model_dump(), architecture, batches, validation, budget, initial_weights, note)
     check_steps(plan)
     return plan
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
@@ -31,7 +32,8 @@ from dsv3.training.checkpoint import (
     newest_whole,
 )
 from dsv3.training.fingerprint import Fingerprint, other_checkpoints, write_facts
-from dsv3.training.interruption import caught_signals
+from dsv3.training.heartbeat import watched_processes
+from dsv3.training.interruption import Interruption, caught_signals
 from dsv3.training.leftovers import remove_leftovers
 from dsv3.training.lock import hold_lock
 from dsv3.training.loop import Hook, Run, train
@@ -65,27 +67,39 @@ def run_training(
     """
     with caught_signals() as interruption:
         accelerator = start_accelerator(plan)
-        model, chosen = prepare_model(plan, accelerator.device)
-        fingerprint = run_fingerprint(plan, chosen)
-        with hold_checkpoints(plan, fingerprint, accelerator.is_main_process) as directory:
-            accelerator.wait_for_everyone()
-            run = prepare_run(plan, accelerator, model, interruption)
-            saved = resume_or_start(run, directory, fingerprint)
-            recorder = None
-            if accelerator.is_main_process:
-                recorder = start_recorder(plan, chosen, fingerprint, outputs, saved.get("aim_run_hash"))
-            with closing_as_it_ends(recorder):
-                if recorder is not None and saved:
-                    recorder.restore(saved["rows"])
-                mode = progress_mode if accelerator.is_main_process else ProgressMode.none
-                with shown_progress(mode, "train", plan.total_steps, "step", run.state.step) as progress:
-                    progress.note(chosen.summary(), chosen.metrics())
-                    hooks_of_run = training_hooks(run, recorder, directory, progress)
-                    train(run, hooks_of_run, checkpoint_writer(recorder, directory))
-                metrics = export_and_record(run, recorder, chosen, directory, outputs)
-            if accelerator.is_main_process:
-                leave_last_checkpoint(run, directory, fingerprint)
-            accelerator.wait_for_everyone()
+        with watched_processes():
+            return train_and_export(plan, accelerator, interruption, outputs, progress_mode)
+
+
+def train_and_export(
+    plan: TrainingPlan,
+    accelerator: Accelerator,
+    interruption: Interruption,
+    outputs: Outputs,
+    progress_mode: ProgressMode,
+) -> dict[str, Any] | None:
+    """Train, as one of the processes that `accelerator` knows, and write `outputs`; return the metrics."""
+    model, chosen = prepare_model(plan, accelerator.device)
+    fingerprint = run_fingerprint(plan, chosen)
+    with hold_checkpoints(plan, fingerprint, accelerator.is_main_process) as directory:
+        accelerator.wait_for_everyone()
+        run = prepare_run(plan, accelerator, model, interruption)
+        saved = resume_or_start(run, directory, fingerprint)
+        recorder = None
+        if accelerator.is_main_process:
+            recorder = start_recorder(plan, chosen, fingerprint, outputs, saved.get("aim_run_hash"))
+        with closing_as_it_ends(recorder):
+            if recorder is not None and saved:
+                recorder.restore(saved["rows"])
+            mode = progress_mode if accelerator.is_main_process else ProgressMode.none
+            with shown_progress(mode, "train", plan.total_steps, "step", run.state.step) as progress:
+                progress.note(chosen.summary(), chosen.metrics())
+                hooks_of_run = training_hooks(run, recorder, directory, progress)
+                train(run, hooks_of_run, checkpoint_writer(recorder, directory))
+            metrics = export_and_record(run, recorder, chosen, directory, outputs)
+        if accelerator.is_main_process:
+            leave_last_checkpoint(run, directory, fingerprint)
+        accelerator.wait_for_everyone()
     return metrics
 
 

@@ -3,6 +3,7 @@
 import os
 import warnings
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     KwargsHandler,
     TorchDynamoPlugin,
+    broadcast_object_list,
 )
 
 from dsv3.artifacts import read_json
@@ -85,13 +87,13 @@ def start_accelerator(plan: TrainingPlan) -> Accelerator:
             f"params.yaml: runtime.num_processes is {local_processes}; must be <= {num_devices}, this machine's GPUs"
         )
     has_unused_parameters = min(train.mtp_loss_weight, train.mtp_loss_weight_final) == 0
+    # Checkpoints, and shards that lie in the CPU's memory, are exchanged by gloo.
+    backend = {"backend": "cpu:gloo,cuda:nccl"} if plan.params.runtime.sharding != "none" and not on_cpu else {}
     # Buffers are not broadcast: each process counts its own tokens, and biases are equal because their updates are.
     kwargs: list[KwargsHandler] = [
-        DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=has_unused_parameters)
+        DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=has_unused_parameters),
+        InitProcessGroupKwargs(timeout=timedelta(seconds=plan.params.runtime.ddp_timeout), **backend),
     ]
-    if plan.params.runtime.sharding != "none" and not on_cpu:
-        # Checkpoints, and shards that lie in the CPU's memory, are exchanged by gloo.
-        kwargs.append(InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl"))
     uses_autocast = autocast_dtype(train.precision, device) == torch.bfloat16
     # Everything that Accelerate would else take from the environment. The plugins also beat it where arguments do not.
     accelerator = Accelerator(
@@ -107,6 +109,7 @@ def start_accelerator(plan: TrainingPlan) -> Accelerator:
             "with configs/accelerate/ddp.yaml, and set runtime.sharding"
         )
     check_sharding(plan.params, accelerator.num_processes, plan.architecture.n_routed_experts)
+    check_agreement(plan)
     smallest = train.gradient_accumulation_steps // train.batch_ramp_levels
     if smallest % accelerator.num_processes:
         raise UserError(
@@ -114,6 +117,16 @@ def start_accelerator(plan: TrainingPlan) -> Accelerator:
             f"multiple of the {accelerator.num_processes} processes that were launched"
         )
     return accelerator
+
+
+def check_agreement(plan: TrainingPlan) -> None:
+    """Raise `UserError` where `runtime.sharding: auto` came to something else on the main process, a larger machine."""
+    own = plan.params.runtime.sharding
+    if plan.sharding_note and broadcast_object_list([own])[0] != own:
+        raise UserError(
+            f"params.yaml: runtime.sharding is auto; comes to {own} here and to another on the main process, whose "
+            "machine has another memory; name one of them"
+        )
 
 
 def fp8_recipe(train: TrainParams) -> Recipe:

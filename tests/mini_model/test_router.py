@@ -91,6 +91,14 @@ def test_no_gradient_reaches_the_bias(micro_model, token_ids):
     assert all(router.e_score_correction_bias.grad is None for _, router in model.routers())
 
 
+def test_the_cross_entropy_alone_moves_every_router(micro_model, token_ids):
+    """Through the gates; else only the sequence-wise loss would train the router, at a weight of 1e-4."""
+    model, ids = micro_model(num_nextn_predict_layers=1), token_ids()
+    model(ids, labels=ids, mtp_loss_weight=0.3, sequence_loss_weight=0.0).loss.backward()
+    assert len(model.routers()) == 3
+    assert all(router.weight.grad.abs().sum() > 0 for _, router in model.routers())
+
+
 def test_training_counts_every_choice_and_evaluation_none_unless_asked(micro_model, token_ids):
     model, ids = micro_model(num_nextn_predict_layers=1), token_ids(2, 12)
 

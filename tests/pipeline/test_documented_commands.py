@@ -132,6 +132,8 @@ NOT_RUN = {
     "make soak": ".ci/run runs it",
     "make soak MINUTES=30": "half an hour; .ci/run runs two minutes",
     "python -m tests.stress.proof NAME": "minutes to an hour each; tests/stress runs their parts",
+    "python -m tests.stress.proof sharded-kills": "minutes; tests/stages/test_train_sharded.py kills one",
+    "python -m tests.stress.sharding": "an hour; tests/dsv3/training/test_sharding.py samples it",
     "make audit": "needs the package index",
     "make bench": "minutes of timing on a quiet machine; tests/benchmarks runs its parts",
     "pytest -m gpu": "needs a GPU",

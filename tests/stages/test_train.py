@@ -42,9 +42,10 @@ def start_until_saved(folder: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
-    while not list(folder.glob(".checkpoints/*/step_*/complete")) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 240
+    while not list(folder.glob(".checkpoints/*/step_*/complete")):
         assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "no checkpoint yet"
         time.sleep(0.002)
     return process
 

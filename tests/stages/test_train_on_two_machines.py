@@ -8,9 +8,11 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
+from tests.stress.processes import wait_until
 from tests.training_inputs import ROOT, environment, run_stage, stage_command, write_inputs
 
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
@@ -21,13 +23,17 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
+def cable_of(machine: str) -> str:
+    return f"v{machine[4:]}"
+
+
 @pytest.fixture
 def machines() -> Iterator[list[str]]:
     """Yield the names of two network namespaces that a cable connects."""
     if shutil.which("ip") is None or os.geteuid() != 0:
         pytest.skip("network namespaces need root and iproute2")
     names = [f"dsv3{uuid.uuid4().hex[:6]}" for _ in ADDRESSES]
-    cables = [f"v{name[4:]}" for name in names]
+    cables = [cable_of(name) for name in names]
     try:
         for name in names:
             ip("netns", "add", name)
@@ -54,27 +60,62 @@ def agent_command(folder: Path, machine: str, address: str) -> list[str]:
     return ["ip", "netns", "exec", machine, sys.executable, *agent, *stage_command(folder)[1:]]
 
 
-def test_two_machines_of_two_processes_train_what_one_process_does(tmp_path, machines):
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    write_inputs(alone, train=TRAIN)
-    done = run_stage(alone)
-    assert done.returncode == 0, done.stderr
-    write_inputs(together, train=TRAIN, runtime={"sharding": "hybrid"})
-    agents = [
+def start_agents(folder: Path, machines: list[str]) -> list[subprocess.Popen[str]]:
+    return [
         subprocess.Popen(
-            agent_command(together, machine, address),
+            agent_command(folder, machine, address),
             cwd=ROOT,
-            env=environment(together) | {"GLOO_SOCKET_IFNAME": f"v{machine[4:]}"},
+            env=environment(folder) | {"GLOO_SOCKET_IFNAME": cable_of(machine)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for machine, address in zip(machines, ADDRESSES, strict=True)
     ]
-    ends = [agent.communicate(timeout=200) for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], ends
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    write_inputs(folder, train=TRAIN)
+    done = run_stage(folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def assert_same_training(together: Path, alone: Path) -> None:
     expected = load_file(alone / "final_model" / "model.safetensors")
     for name, weight in load_file(together / "final_model" / "model.safetensors").items():
         assert (weight - expected[name]).norm() < 1e-5 * expected[name].norm(), name
     # Every token of every step went to the same expert.
     assert (together / "results" / "router.tsv").read_bytes() == (alone / "results" / "router.tsv").read_bytes()
+
+
+def test_two_machines_of_two_processes_train_what_one_process_does(tmp_path, machines, alone):
+    write_inputs(tmp_path, train=TRAIN, runtime={"sharding": "hybrid"})
+    agents = start_agents(tmp_path, machines)
+    ends = [agent.communicate(timeout=200) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], ends
+    assert_same_training(tmp_path, alone)
+
+
+def test_a_cut_cable_ends_every_process_with_a_line_within_a_minute_and_the_training_goes_on(tmp_path, machines, alone):
+    write_inputs(tmp_path, train=TRAIN, runtime={"sharding": "hybrid", "save_steps": 1})
+    agents = start_agents(tmp_path, machines)
+    assert wait_until(lambda: list(tmp_path.glob(".checkpoints/*/step_*/complete")))
+    workers = [child for agent in agents for child in psutil.Process(agent.pid).children(recursive=True)]
+    workers = [worker for worker in workers if "RANK" in worker.environ()]
+    assert len(workers) == 4
+    ip("-n", machines[0], "link", "set", cable_of(machines[0]), "down")
+    _, left = psutil.wait_procs(workers, timeout=60)
+    assert left == []
+    errors = [agent.communicate(timeout=200)[1] for agent in agents]
+    for text in errors:
+        assert text.count("; dvc repro goes on from the last checkpoint\n") == 2, text
+        assert "stages/train.py" not in text  # no traceback of ours; torch's agents print theirs
+    ip("-n", machines[0], "link", "set", cable_of(machines[0]), "up")
+    write_inputs(tmp_path, train=TRAIN, runtime={"sharding": "hybrid", "resume": "must"})
+    agents = start_agents(tmp_path, machines)
+    ends = [agent.communicate(timeout=200) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], ends
+    assert_same_training(tmp_path, alone)

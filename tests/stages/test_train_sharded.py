@@ -3,11 +3,13 @@
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from dsv3.errors import LOST_PROCESS_STATUS
 from tests.stages.test_train import interrupt_once_saved, start_until_saved
 from tests.training_inputs import run_stage, write_inputs
 
@@ -66,3 +68,24 @@ def test_shards_of_one_processs_checkpoint_are_exported_as_its_files(tmp_path):
     assert done.returncode == 0, done.stderr
     again = {path.name: path.read_bytes() for path in (tmp_path / "final_model").iterdir()}
     assert [name for name in exported if again[name] != exported[name]] == []
+
+
+@pytest.mark.parametrize("stopped", ["0", "1"])
+def test_a_stopped_process_ends_the_others_with_a_line_within_a_minute_and_the_training_goes_on(
+    tmp_path, uninterrupted, stopped
+):
+    write_inputs(tmp_path, runtime=SHARDED | {"save_steps": 1})
+    process = start_until_saved(tmp_path)
+    workers = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
+    workers[stopped].suspend()
+    started_at = time.monotonic()
+    _, errors = process.communicate(timeout=100)
+    assert time.monotonic() - started_at < 60
+    assert process.returncode == LOST_PROCESS_STATUS, errors
+    (line,) = [line for line in errors.splitlines() if "process" in line]
+    assert line.startswith(f"no sign of life from process {stopped} of this training for 15 s")
+    assert "Traceback" not in errors
+    write_inputs(tmp_path, runtime=SHARDED | {"resume": "must"})
+    done = run_stage(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / MODEL).read_bytes() == (uninterrupted / MODEL).read_bytes()

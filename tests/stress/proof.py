@@ -4,6 +4,7 @@ Each takes minutes to an hour. The log (docs/log.md) has what they gave.
 """
 
 import argparse
+import itertools
 import random
 import re
 import signal
@@ -17,7 +18,7 @@ from tests.damage import DAMAGES
 from tests.stress import disks, experiments, trials
 from tests.stress.processes import Failure, Zygote
 from tests.stress.soak import Tally
-from tests.stress.trainings import FORMS, Trainings
+from tests.stress.trainings import FORMS, SHARDED_FORMS, Trainings
 from tests.stress.trials import Outcome
 
 SHORTEST = "muon, four steps"
@@ -34,6 +35,14 @@ def kills(tally: Tally, number: int) -> Named:
             yield form, partial(trials.killed, form=form)
         else:
             yield f"{form}, two processes", partial(trials.killed_two, form=form)
+
+
+def lost(tally: Tally, number: int, how: signal.Signals) -> Named:
+    """So many kills or stops of one of two processes that share a training, in each way of sharing."""
+    for form in itertools.cycle(SHARDED_FORMS):
+        if sum(counts["disturbances"] for counts in tally.counts.values()) >= number:
+            return
+        yield f"{how.name}, {form}", partial(trials.lost_one, form=form, number=how)
 
 
 def crashes(tally: Tally, number: int) -> Named:
@@ -111,6 +120,8 @@ def queues(tally: Tally, number: int) -> Named:
 
 PROOFS: dict[str, tuple[Callable[[Tally, int], Named], int]] = {
     "kills": (kills, 200),
+    "sharded-kills": (partial(lost, how=signal.SIGKILL), 20),
+    "sharded-stops": (partial(lost, how=signal.SIGSTOP), 20),
     "crashes": (crashes, 0),
     "damages": (damages, 200),
     "disks": (full_disks, 12),

@@ -34,6 +34,20 @@ FORMS: dict[str, dict[str, Any]] = {
         "runtime": {"save_steps": 2},
     },
 }
+SHARDED_FORMS: dict[str, dict[str, Any]] = {
+    "sharded, muon mtp": {"runtime": {"sharding": "full"}},
+    "sharded, adamw fp8, accumulation 4": {
+        "train": {"optim": "adamw", "use_fp8": True, "gradient_accumulation_steps": 4},
+        "architecture": WIDE,
+        "runtime": {"sharding": "full"},
+    },
+    "sharded, bf16 moments, best at end": {
+        "train": {"optim": "adamw", "adam_moments_dtype": "bf16", "load_best_model_at_end": True},
+        "runtime": {"sharding": "full"},
+    },
+    "sharded, experts over two": {"runtime": {"sharding": "full", "expert_parallel": 2}},
+}
+"""Forms for two processes."""
 TIMES = {"step_s", "tokens_per_s", "peak_memory_bytes", "model_flops_per_s"}
 """Columns that differ from run to run."""
 
@@ -62,7 +76,7 @@ class Trainings:
         """A new folder with the inputs of a training, which has not begun."""
         self._num += 1
         folder = self.root / f"training{self._num}"
-        sections = FORMS[form]
+        sections = {**FORMS, **SHARDED_FORMS}[form]
         write_inputs(
             folder,
             train={**STEPS, **sections.get("train", {})},
@@ -146,7 +160,8 @@ def result(folder: Path) -> dict[str, Any]:
     """What a training has computed: digests of weights and kept weights, and its tables without times."""
     found: dict[str, Any] = {"the model": sha256_file(folder / "final_model" / "model.safetensors")}
     (last,) = folder.glob(".checkpoints/*/step_*")
-    found["the last checkpoint"] = last.name, sha256_file(last / "model.safetensors")
+    weights = last / "model.safetensors"  # a sharded training's lie in the files of its processes
+    found["the last checkpoint"] = last.name, sha256_file(weights) if weights.exists() else ""
     for table in ("history", "validation", "router"):
         with (folder / "results" / f"{table}.tsv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))

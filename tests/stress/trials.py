@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dsv3.errors import LOST_PROCESS_STATUS
 from tests.damage import DAMAGES
 from tests.stress.processes import Failure, Process, wait_until
 from tests.stress.trainings import FORMS, Trainings
@@ -87,6 +88,26 @@ def killed_two(trainings: Trainings, draw: random.Random, form: str) -> Outcome:
     trainings.finish(folder, num_processes=2)
     trainings.check(form, folder, num_processes=2)
     return outcome
+
+
+def lost_one(trainings: Trainings, draw: random.Random, form: str, number: signal.Signals) -> Outcome:
+    """Kill or stop one of two processes that share a training; the other ends by itself, with a line; it goes on."""
+    folder = trainings.fresh(form, save_steps=draw.choice([1, 3]))
+    trainings.undisturbed(form, 2)
+    processes = trainings.start_two(folder)
+    wait_until(lambda: any("runs " in each.text() or each.status() is not None for each in processes))
+    time.sleep(draw.random() * 0.6 * trainings.fastest[form, 2])  # the rest is its start
+    draw.shuffle(processes)
+    victim, survivor = processes
+    victim.send(number)
+    status, text = survivor.ended(60.0)
+    victim.send(signal.SIGKILL)
+    was_lost = victim.status(10.0) == -signal.SIGKILL
+    if status not in (0, LOST_PROCESS_STATUS) or (status and text.count("dvc repro goes on from the last") != 1):
+        raise Failure(f"status {status}\n{text}")
+    trainings.finish(folder, num_processes=2)
+    trainings.check(form, folder, num_processes=2)
+    return Outcome(int(was_lost and status != 0))
 
 
 def signals(trainings: Trainings, draw: random.Random) -> Outcome:

@@ -8,20 +8,25 @@ from tests.training_inputs import run_stage, started_run, write_inputs
 
 
 @pytest.mark.parametrize(
-    ("statuses", "told"),
+    ("statuses", "seconds_between", "told"),
     [
-        ({1: 2, 0: -15}, 2),  # a mistake in the second worker; the first was told to stop
-        ({0: 2, 1: -15}, 2),
-        ({0: 75, 1: -9}, 137),  # the first missed the second, and was noticed before it
-        ({1: -9, 0: 143}, 137),  # the second was killed for its memory; the first saved and went
+        ({1: 2, 0: -15}, 0, 2),  # a mistake in the second worker; the first was told to stop
+        ({0: 2, 1: -15}, 0, 2),
+        ({0: 75, 1: -9}, 1, 137),  # the first missed the second, and was noticed before it
+        ({1: -9, 0: 143}, 2, 137),  # the second was killed for its memory; the first saved and went
+        ({0: 75, 1: -9}, 30, 75),  # the second hung, and torch's agent killed it in the end
+        ({0: 75}, 0, 75),  # the process that was lost is another machine's
     ],
 )
-def test_the_status_is_that_of_the_worker_that_failed_first(statuses, told, monkeypatch, tmp_path, caplog):
+def test_the_status_is_that_of_the_worker_that_failed_first(
+    statuses, seconds_between, told, monkeypatch, tmp_path, caplog
+):
     def fail(*_: object) -> None:
-        failures = {
-            rank: ProcessFailure(local_rank=rank, pid=1, exitcode=status, error_file=str(tmp_path / "none"))
-            for rank, status in statuses.items()
-        }
+        failures = {}
+        for number, (rank, status) in enumerate(statuses.items()):
+            failure = ProcessFailure(local_rank=rank, pid=1, exitcode=status, error_file=str(tmp_path / "none"))
+            failure.timestamp = 1_000 + number * seconds_between
+            failures[rank] = failure
         raise ChildFailedError("train", failures)
 
     monkeypatch.setattr(launch, "elastic_launch", lambda *_: fail)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from traceback import StackSummary
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from dsv3.errors import UserError, is_disk_full
 from dsv3.training import checkpoint
@@ -70,6 +72,8 @@ CASES: dict[str, dict[str, Any]] = {
     "experts over two of four": case(4, expert_parallel=2),
     "experts over four": case(4, expert_parallel=4),
     "uneven": case(3, max_steps=2),
+    "auto": case(2, sharding="auto", max_steps=2),
+    "bf16": case(2, precision="bf16", optim="adamw", max_steps=1),
     "fp8": case(2, WIDE, use_fp8=True, max_steps=1),
 }
 WEIGHTS_BOUND = {
@@ -77,6 +81,7 @@ WEIGHTS_BOUND = {
     "four": 1e-5,
     "bf16 moments": 1e-4,
     "uneven": 3e-5,
+    "bf16": 1e-4,
     "fp8": 1e-4,
     "experts over two, FP8": 5e-2,
     "experts over two, recomputed": 1e-5,
@@ -123,6 +128,29 @@ def test_each_process_holds_its_share_of_weights_gradients_and_moments(measured,
         assert share <= 1.05 / CASES[name]["num_processes"], kind
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_each_process_holds_what_the_sizing_stage_says(measured, name):
+    for kind, num_bytes in measured[name]["held"].items():
+        # Three processes don't divide the rows of matrices, of which the estimate knows experts only.
+        rel = 0.02 if name == "uneven" else 0.001
+        assert num_bytes == pytest.approx(measured[name]["estimated"][kind], rel=rel), kind
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_gradients_norm_counts_every_expert(measured, name):
+    norms = measured[name]["norms"]
+    assert norms["norm"] == pytest.approx(norms["of all"], rel=1e-5)
+    assert norms["without experts"] < 0.999 * norms["of all"]
+
+
+def test_under_autocast_weights_gradients_and_moments_stay_fp32(measured):
+    assert measured["bf16"]["dtypes"] == ["torch.float32"]
+
+
+def test_auto_is_what_fits_the_device(measured):
+    assert measured["auto"]["sharding"] == "full"
+
+
 def test_in_hybrid_sharding_a_machine_holds_the_whole_training(measured):
     assert max(measured["hybrid"]["shares"].values()) <= 1.05 / 2
 
@@ -144,6 +172,14 @@ def test_a_checkpoint_is_the_same_numbers_on_any_number_of_processes(measured):
 
 def test_a_sharded_training_goes_on_bit_for_bit(measured):
     assert measured["checkpoints"]["resumed"] == measured["checkpoints"]["uninterrupted"]
+
+
+@pytest.mark.parametrize("link", ["2", "3", "6"])
+def test_another_number_of_processes_goes_on_with_the_same_batches(measured, link):
+    found = measured["checkpoints"]["elastic"][link]
+    assert found["steps"] == STEPS
+    assert found["same_loads"]  # each token of each step went where it goes on one process
+    assert found["weights"] < 2e-6
 
 
 def test_the_dearest_matrices_go_to_different_owners():
@@ -202,25 +238,41 @@ def test_a_full_disk_of_another_process_is_one_of_this(monkeypatch, tmp_path):
 
 def train_case(folder: Path, name: str) -> None:
     """Train a case on one process, or as one of several; the main one writes what it saw."""
+    from dsv3.training import plan
+
     given, num_processes = CASES[name], int(os.environ.get("WORLD_SIZE", "1"))
+    if name == "auto":
+        plan.total_bytes = lambda _: 1 << 20  # a device of a megabyte
     runtime = given["runtime"] if num_processes > 1 else {}
     own = folder / f"{name}-{num_processes}-{os.environ.get('RANK', '0')}"
     run = started_run(own, runtime=runtime, train=given["train"], architecture=given["architecture"])
-    gradients: dict[str, int] = {}
+    gradients: dict[str, Any] = {}
     clip = run.clip_grad_norm
 
     def count_gradients(max_norm: float) -> torch.Tensor:
-        gradients["now"] = sum(local(p.grad).numel() for p in run.model.parameters() if p.grad is not None)
-        return clip(max_norm)
+        squares = {
+            n: whole(p.grad).square().sum().item() for n, p in run.model.named_parameters() if p.grad is not None
+        }
+        gradients["of all"] = sum(squares.values()) ** 0.5
+        gradients["without experts"] = sum(value for n, value in squares.items() if ".experts." not in n) ** 0.5
+        gradients["dtypes"] = {str(p.grad.dtype) for p in run.model.parameters() if p.grad is not None}
+        gradients["now"] = num_bytes([local(p.grad) for p in run.model.parameters() if p.grad is not None])
+        norm = clip(max_norm)
+        gradients["norm"] = norm.item()
+        return norm
 
     run.clip_grad_norm = count_gradients
     rows = history(run)
+    moments = [local(v) for s in run.optimizer.state.values() for k, v in s.items() if k != "step"]
     held = {
-        "weights": sum(local(p).numel() for p in run.model.parameters()),
+        "weights": num_bytes([local(p) for p in run.model.parameters()]),
         "gradients": gradients["now"],
-        "moments": sum(local(v).numel() for s in run.optimizer.state.values() for k, v in s.items() if k != "step"),
+        "moments": num_bytes(moments),
     }
     found: dict[str, Any] = {"rows": rows, "held": held, "loads": run.state.step_sums.load_LE}
+    found["norms"] = {kind: gradients[kind] for kind in ("norm", "of all", "without experts")}
+    found["dtypes"] = gradients["dtypes"] | {str(t.dtype) for t in (*run.model.parameters(), *moments)}
+    found |= {"sharding": run.plan.params.runtime.sharding, "estimated": estimated(run)}
     if given["train"].get("use_fp8"):
         from dsv3.training.fp8_hooks import measure_fp8
 
@@ -233,6 +285,32 @@ def train_case(folder: Path, name: str) -> None:
     found["weights"] = whole_weights(run)
     if run.accelerator.is_main_process:
         torch.save(found, folder / f"{name}-{num_processes}.pt")
+
+
+def num_bytes(tensors: list[torch.Tensor]) -> int:
+    """Return what the tensors take, a storage that several share once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
+
+
+def estimated(run: Any) -> dict[str, int]:
+    """Return what the sizing stage says of a process of this training."""
+    from dsv3.sizing.sharded import Sharing, process_memory
+
+    num_processes, per_machine = run.accelerator.num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_shards = {"none": 1, "full": num_processes, "hybrid": per_machine}[run.plan.params.runtime.sharding]
+    sharing = Sharing(num_shards) if num_shards > 1 else None
+    memory = process_memory(run.plan.architecture, run.plan.params.train, "cpu", sharing)
+    biases = 12 * sum(router.e_score_correction_bias.numel() for _, router in run.model.routers())
+    return {
+        "weights": memory.weights_bytes - biases,
+        "gradients": memory.gradients_bytes,
+        "moments": memory.optimizer_states_bytes,
+    }
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a sharded tensor gathered; a collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_weights(run: Any) -> dict[str, torch.Tensor]:
@@ -253,6 +331,8 @@ def compare(folder: Path, name: str) -> dict[str, Any]:
     }
     found["farthest"] = max(distances, key=lambda n: distances[n])
     found["weights"] = distances[found["farthest"]]
+    found |= {"held": several["held"], "estimated": several["estimated"], "sharding": several["sharding"]}
+    found |= {"dtypes": sorted(several["dtypes"]), "norms": several["norms"]}
     found["shares"] = {kind: several["held"][kind] / one["held"][kind] for kind in one["held"]}
     loads = (torch.tensor(several["loads"]) - torch.tensor(one["loads"])).abs()
     found["load_differences"] = int(loads.sum())
@@ -278,52 +358,76 @@ def digest(run: Any) -> str:
     for group in run.optimizer.param_groups:
         for parameter in group["params"]:
             for name, value in sorted(run.optimizer.state[parameter].items()):
-                full = value.full_tensor() if hasattr(value, "full_tensor") else value
-                total.update(name.encode() + full.float().numpy().tobytes())
+                total.update(name.encode() + whole(value).float().numpy().tobytes())
     return total.hexdigest()
+
+
+@dataclass
+class Link:
+    """A link of the chain, on one of its processes."""
+
+    folder: Path
+    name: str
+
+    def started(self) -> Any:
+        """Return the training at step 0."""
+        own, runtime = self.folder / f"{self.name}-{os.environ.get('RANK', '0')}", CHAIN[self.name][1]
+        settings = {"max_steps": STEPS, "gradient_accumulation_steps": 12, "optim": "muon"}
+        return started_run(own, runtime=runtime, train=settings, architecture=EXPERTS)
+
+    def loaded(self, source: str) -> Any:
+        """Return the training at the step of the checkpoint that the link `source` has left."""
+        from dsv3.training.checkpoint import load_checkpoint
+        from dsv3.training.state import TrainState
+
+        run, folder = self.started(), self.folder / "checkpoints" / source / f"step_{BEFORE}"
+        run.state = TrainState.from_json(load_checkpoint(folder, run.model, run.optimizer))
+        return run
+
+    def save(self, run: Any, to: str) -> None:
+        from dsv3.training.checkpoint import save_checkpoint
+
+        save_checkpoint(self.folder / "checkpoints" / to, run.model, run.optimizer, {}, run.state.to_json())
+
+    def train(self, run: Any, to: str | None = None) -> None:
+        """Train to the end; save a checkpoint on the way where its place is given."""
+        from dsv3.training.loop import Hook, train
+
+        hook = Hook(BEFORE, lambda run: self.save(run, to) if to and run.state.step == BEFORE else None)
+        train(run, [hook], lambda run: None)
+
+    def tell(self, key: str, run: Any) -> None:
+        value = digest(run)
+        if run.accelerator.is_main_process:
+            (self.folder / f"digest {key}").write_text(value)
+
+    def tell_end(self, run: Any) -> None:
+        """Write the weights and the sums over all steps of a training that has ended."""
+        weights = whole_weights(run)  # a collective
+        if run.accelerator.is_main_process:
+            torch.save([weights, run.state.to_json()["step_sums"]], self.folder / f"ended {self.name}.pt")
 
 
 def checkpoint_case(folder: Path, chain: str) -> None:
     """Load the checkpoint that the chain's last link left, say its digest, and save it again for the next one."""
-    from dsv3.training.checkpoint import load_checkpoint, save_checkpoint
-    from dsv3.training.loop import Hook, train
-    from dsv3.training.state import TrainState
-
-    rank, runtime = os.environ.get("RANK", "0"), CHAIN[chain][1]
-    settings = {"max_steps": STEPS, "gradient_accumulation_steps": 12, "optim": "muon"}
-
-    def started() -> Any:
-        return started_run(folder / f"{chain}-{rank}", runtime=runtime, train=settings, architecture=EXPERTS)
-
-    def save(run: Any, to: str) -> None:
-        save_checkpoint(folder / "checkpoints" / to, run.model, run.optimizer, {}, run.state.to_json())
-
-    def tell(key: str, value: str) -> None:
-        if rank == "0":
-            (folder / f"digest {key}").write_text(value)
-
-    def train_saving(run: Any, to: str) -> None:
-        """Train to the end; save a checkpoint on the way."""
-        hook = Hook(BEFORE, lambda run: save(run, to) if run.state.step == BEFORE else None)
-        train(run, [hook], lambda run: None)
-
-    run = started()
-    source = folder / "checkpoints" / str(int(chain) - 1) / f"step_{BEFORE}"
+    link = Link(folder, chain)
     if chain == "0":
-        train_saving(run, "-1")
-        run = started()
-    run.state = TrainState.from_json(load_checkpoint(source, run.model, run.optimizer))
-    tell(chain, digest(run))
-    save(run, chain)
+        uninterrupted = link.started()
+        link.train(uninterrupted, "-1")
+        link.tell_end(uninterrupted)
+    run = link.loaded(str(int(chain) - 1))
+    link.tell(chain, run)
+    link.save(run, chain)
+    if chain in ELASTIC:
+        link.train(run)
+        link.tell_end(run)
     if chain == "1":  # goes on over the same processes from its own checkpoint
-        uninterrupted = started()
-        train_saving(uninterrupted, "own")
-        tell("uninterrupted", digest(uninterrupted))
-        resumed = started()
-        own = folder / "checkpoints" / "own" / f"step_{BEFORE}"
-        resumed.state = TrainState.from_json(load_checkpoint(own, resumed.model, resumed.optimizer))
-        train(resumed, [], lambda run: None)
-        tell("resumed", digest(resumed))
+        uninterrupted = link.started()
+        link.train(uninterrupted, "own")
+        link.tell("uninterrupted", uninterrupted)
+        resumed = link.loaded("own")
+        link.train(resumed)
+        link.tell("resumed", resumed)
 
 
 FULL: dict[str, Any] = {"sharding": "full"}
@@ -338,6 +442,16 @@ CHAIN: dict[str, tuple[int, dict[str, Any]]] = {
     "7": (1, {}),
 }
 """Link → processes and `runtime`: from one over more of them in every way, and back."""
+ELASTIC = ("2", "3", "6")
+"""Links whose processes, other than the ones before, train on to the end."""
+
+
+def distance(folder: Path, link: str) -> dict[str, Any]:
+    """Return how far a training that went on over other processes is from one that never left its process."""
+    (one, expected), (several, sums) = (torch.load(folder / f"ended {name}.pt") for name in ("0", link))
+    weights = max(((several[n] - w).norm() / w.norm().clamp(min=1e-12)).item() for n, w in one.items())
+    same_loads = sums["load_LE"] == expected["load_LE"]
+    return {"weights": weights, "same_loads": same_loads, "steps": sums["num_steps"]}
 
 
 def fork(num_processes: int, work: Callable[[], None]) -> None:
@@ -394,6 +508,7 @@ def main(folder: Path) -> None:
         "digests": {link: digests[link] for link in CHAIN},
         "resumed": digests["resumed"],
         "uninterrupted": digests["uninterrupted"],
+        "elastic": {link: distance(folder, link) for link in ELASTIC},
     }
     (folder / "measured.json").write_text(json.dumps(measured, indent=1))
     shutil.rmtree(folder / "checkpoints")
