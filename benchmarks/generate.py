@@ -9,6 +9,7 @@ drawn with one seed must be equal.
 """
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -60,17 +61,31 @@ def contestants(folder: Path, ids: Sequence[int], settings: SampleParams, device
 def rows(found: dict[str, Write], rounds: int, device: torch.device) -> list[list[Cell]]:
     """Return a row per contestant: speed, ratios in the same rounds, and whether the tokens are stock's."""
     tokens = {name: write() for name, write in found.items()}
-    times = paired_s(found, rounds, device)
+    used: dict[str, list[float]] = {name: [] for name in found}
+    times = paired_s({name: charged(write, used[name]) for name, write in found.items()}, rounds, device)
     return [
         [
             name,
             len(tokens[name]) / statistics.median(times[name]),
             median_ratio(times[STOCK], times[name]),
             median_ratio(times[OURS], times[name]),
+            median_ratio(used[STOCK], used[name]),
             tokens[name] == tokens[STOCK],
         ]
         for name in found
     ]
+
+
+def charged(write: Write, used: list[float]) -> Write:
+    """Return `write`, which then appends the processor's seconds of each call to `used`."""
+
+    def run() -> list[int]:
+        start = time.process_time()
+        text = write()
+        used.append(time.process_time() - start)
+        return text
+
+    return run
 
 
 def is_reproducible(folder: Path, ids: Sequence[int], settings: SampleParams, device: torch.device) -> bool:
@@ -102,7 +117,7 @@ def main(  # noqa: PLR0913 (options)
     settings = read_params(params).sample.model_copy(update=changes)
     table = Table(
         "One text, greedy, medians",
-        ["", "tokens/s", "of stock's", "of ours", "stock's tokens"],
+        ["", "tokens/s", "of stock's", "of ours", "of stock's, by processor time", "stock's tokens"],
         rows(contestants(model, ids, settings, target), rounds, target),
         [f"Sampling is reproducible by its seed: {'yes' if is_reproducible(model, ids, settings, target) else 'no'}."],
     )

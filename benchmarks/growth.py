@@ -30,7 +30,7 @@ from benchmarks.results import Cell, JsonOption, Result, Table, publish
 from benchmarks.timing import conditions
 from benchmarks.train_step import Setting, our_step
 from dsv3.artifacts import read_json, write_json
-from dsv3.cli import command
+from dsv3.cli import ParamsOption, command
 from dsv3.params.architecture import Architecture, read_architecture
 from dsv3.params.read import read_params
 from dsv3.sizing.memory import training_memory
@@ -52,6 +52,8 @@ class Point:
     experts: int
     optim: str
     steps: int
+    params: str
+    """The file of the parameters."""
 
     def architecture(self) -> dict[str, Any]:
         """Return the content of the model's configuration."""
@@ -62,7 +64,7 @@ class Point:
         """Return the peak that the sizing stage predicts."""
         sizes = {"per_device_train_batch_size": self.batch, "block_size": self.block, "optim": self.optim}
         fixed = {"precision": "fp32", "adam_moments_dtype": "fp32", "gradient_accumulation_steps": 1}
-        params = read_params(ROOT / "params.yaml").train.model_copy(update={**sizes, **fixed})
+        params = read_params(Path(self.params)).train.model_copy(update={**sizes, **fixed})
         return training_memory(Architecture(**self.architecture()), params, "cpu").peak_bytes
 
 
@@ -172,6 +174,7 @@ def main(  # noqa: PLR0913 (options)
     optim: Annotated[str, typer.Option(help="Optimizer, by its name in params.yaml.")] = "adamw",
     steps: Annotated[int, typer.Option(help="Timed steps of each point.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of the CPU.")] = 2,
+    params: ParamsOption = ROOT / "params.yaml",
     point: Annotated[str | None, typer.Option(help="Train this point (JSON), print what was found, end.")] = None,
     json_path: JsonOption = None,
 ) -> None:
@@ -181,7 +184,8 @@ def main(  # noqa: PLR0913 (options)
         print(json.dumps(trained(Point(**json.loads(point)))))
         return
     sizes, first = read_architecture(config), numbers(batches)[0]
-    base = Point(str(config.resolve()), first, 256, sizes.num_hidden_layers, sizes.n_routed_experts, optim, steps)
+    paths = str(config.resolve()), str(params.resolve())
+    base = Point(paths[0], first, 256, sizes.num_hidden_layers, sizes.n_routed_experts, optim, steps, paths[1])
     values = {"batch": batches, "block": blocks, "layers": layers, "experts": experts}
     named = list(axes(base, {name: numbers(text) for name, text in values.items()}))
     found = measured([each for _, each in named], threads)

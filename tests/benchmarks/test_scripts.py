@@ -43,8 +43,8 @@ def found(main: Callable[..., None], folder: Path, **options: Any) -> list[dict[
 
 
 def test_quality_scores_both_halves_in_three_ways_and_stock_agrees(lab, tmp_path):
-    inputs = {"model": lab / "final_model", "tokens": lab / "tokens", "params": lab / "params.yaml"}
-    (table,) = found(quality.main, tmp_path, **inputs, device="cpu")
+    places = {"model": lab / "final_model", "tokens": lab / "tokens", "params": lab / "params.yaml"}
+    (table,) = found(quality.main, tmp_path, **places, device="cpu")
     sliding, apart, stock = table.values()
     assert apart == pytest.approx(stock, abs=2e-4)
     assert sliding != apart
@@ -82,10 +82,10 @@ def test_tokenize_measures_the_stage_and_the_library(tmp_path):
 
 def test_growth_trains_each_point_in_a_process_of_its_own(lab, tmp_path):
     points, lines = found(
-        growth.main, tmp_path, config=lab / "config.json", batches="1,2", blocks="", layers="", experts="4",
-        optim="adamw", steps=1, threads=1, point=None,
+        growth.main, tmp_path, config=lab / "config.json", batches="1", blocks="", layers="", experts="8",
+        optim="adamw", steps=1, threads=1, params=lab / "params.yaml", point=None,
     )  # fmt: skip
-    assert list(points) == ["batch 1", "batch 2", "experts 4"]
+    assert list(points) == ["batch 1", "experts 8"]
     assert all(row["s per step"] > 0 and row["predicted MiB"] > 0 for row in points.values())
     assert lines == {}
     assert growth.r_squared([1, 2, 3], [2.0, 4.0, 6.0]) == pytest.approx(1)
@@ -107,7 +107,7 @@ def test_the_peers_model_has_the_published_size_and_begins_at_uniform_guesses():
     assert sum(p.numel() for p in model.parameters()) - model.positions.weight.numel() == 795_904  # "0.80M"
     ids, vocab_size = character_ids(TEXT)
     model = GPT(Recipe(), vocab_size).eval()
-    assert nats_per_char(model, ids, 64) == pytest.approx(math.log(vocab_size), abs=0.05)
+    assert nats_per_char(model, ids, 64) == pytest.approx(math.log(vocab_size), abs=0.1)
     changed = ids[:65].clone()
     changed[40] = (changed[40] + 1) % vocab_size
     before, after = (model(x[None, :64]) for x in (ids[:65], changed))
