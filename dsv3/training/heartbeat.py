@@ -80,7 +80,8 @@ def end_process(lost: Sequence[int]) -> None:
         f"no sign of life from process {numbers} of this training for {ROUND_S * SILENT_ROUNDS:.0f} s (stopped, or the "
         "network is cut), so this one ends; dvc repro goes on from the last checkpoint\n"
     )
-    os.write(sys.stderr.fileno(), line.encode())
+    with suppress(OSError):  # nobody reads it any more
+        os.write(sys.stderr.fileno(), line.encode())
     os._exit(LOST_PROCESS_STATUS)
 
 

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -47,7 +47,8 @@ class Interruption:
             for number in numbers:
                 if number in SIGNALS and self._is_second():
                     line = f"stopped at once by a second signal ({signal.Signals(number).name})\n"
-                    os.write(sys.stderr.fileno(), line.encode())
+                    with suppress(OSError):  # nobody reads it any more
+                        os.write(sys.stderr.fileno(), line.encode())
                     os._exit(128 + number)
 
     def _is_second(self) -> bool:

@@ -1,9 +1,13 @@
 """When a process takes another for lost; what then happens to a training: tests/stages/test_train_sharded.py."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
 
+from dsv3.errors import LOST_PROCESS_STATUS
 from dsv3.training.heartbeat import SILENT_ROUNDS, Heartbeat, beat, key
 
 
@@ -62,3 +66,11 @@ def test_a_store_that_is_gone_ends_the_exchange_and_raises_nothing(monkeypatch, 
     monkeypatch.setattr("dsv3.training.heartbeat.ROUND_S", 0.0)
     store.set = gone
     beat(Heartbeat(store, 0, 3), threading.Event())
+
+
+def test_a_process_whose_errors_nobody_reads_ends_too():
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "from dsv3.training.heartbeat import end_process; end_process([1])"
+    assert subprocess.run([sys.executable, "-c", code], stderr=writing, check=False).returncode == LOST_PROCESS_STATUS
+    os.close(writing)

@@ -61,3 +61,15 @@ def test_a_second_signal_ends_a_process_that_hangs(hang, number, status):
         _, errors = process.communicate(timeout=20)
     assert process.returncode == status
     assert errors == f"stopped at once by a second signal ({number.name})\n"
+
+
+def test_a_second_signal_ends_a_process_whose_errors_nobody_reads():
+    command = [sys.executable, "-c", HANGING.format(hang=HANGS["in a lock"])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        process.stderr.close()
+        process.send_signal(signal.SIGTERM)
+        time.sleep(REPEAT_S + 0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 143
