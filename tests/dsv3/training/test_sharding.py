@@ -140,7 +140,7 @@ def test_each_process_holds_what_the_sizing_stage_says(measured, name):
 def test_the_gradients_norm_counts_every_expert(measured, name):
     norms = measured[name]["norms"]
     assert norms["norm"] == pytest.approx(norms["of all"], rel=1e-5)
-    assert norms["without experts"] < 0.999 * norms["of all"]
+    assert norms["without experts"] < 0.9995 * norms["of all"]  # fifty times the bound above
 
 
 def test_under_autocast_weights_gradients_and_moments_stay_fp32(measured):
