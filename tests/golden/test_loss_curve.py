@@ -28,7 +28,7 @@ def curve(folder: Path, experts: str = "cpu") -> np.ndarray:
     run = started_run(
         folder,
         train={"max_steps": NUM_STEPS, "experts": experts, "optim": "muon", "learning_rate": 2.0e-3}
-        | {"lr_scheduler_type": "deepseek_v3", "precision": "fp32"},
+        | {"weight_decay": 0.1, "lr_scheduler_type": "deepseek_v3", "precision": "fp32"},
     )
     sums: list[list[float]] = []
 

@@ -47,7 +47,7 @@ def test_the_reports_ramp_goes_from_a_fifth_to_all_of_the_batch_in_3_2_percent_o
 def test_schedules_are_shares_of_the_tokens_where_the_batch_ramps_up():
     ramped = params(
         batch_ramp_levels=5, batch_ramp_ratio=0.5, num_train_epochs=10.0, warmup_ratio=0.0, learning_rate=1.0,
-        lr_scheduler_type="linear", min_lr_ratio=0.0, bias_update_rate=1.0, bias_freeze_ratio=0.25,
+        weight_decay=0.0, lr_scheduler_type="linear", min_lr_ratio=0.0, bias_update_rate=1.0, bias_freeze_ratio=0.25,
     )  # fmt: skip
     budget = budget_of(ramped, 240)
     half = budget.starts.index(1200)

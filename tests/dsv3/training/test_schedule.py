@@ -20,7 +20,9 @@ SCHEDULERS = ["deepseek_v3", "cosine", "linear", "constant"]
 
 
 def params(**values) -> TrainParams:
-    return TrainParams(**{**DEFAULTS, "learning_rate": 1.0, "warmup_ratio": 0.1, "min_lr_ratio": 0.25, **values})
+    return TrainParams(
+        **{**DEFAULTS, "learning_rate": 1.0, "weight_decay": 0.0, "warmup_ratio": 0.1, "min_lr_ratio": 0.25, **values}
+    )
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
