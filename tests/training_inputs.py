@@ -169,17 +169,30 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "DVC_ROOT": str(folder), "OMP_NUM_THREADS": "1"}
 
 
-def run_stage(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run the train stage to its end."""
+def run_python(folder: Path, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run Python to its end, from the project's root, in the environment of `folder`."""
     return subprocess.run(
-        stage_command(folder, *options),
+        [sys.executable, *arguments],
         cwd=ROOT,
         env=environment(folder),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout_s,
         check=False,
     )
+
+
+def run_stage(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run the train stage to its end."""
+    return run_python(folder, *stage_command(folder, *options)[1:])
+
+
+def trained_folder(folder: Path, **sections: dict) -> Path:
+    """Write the inputs into `folder`, run the train stage, which must end well, and return `folder`."""
+    write_inputs(folder, **sections)
+    done = run_stage(folder)
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 def started_run(folder: Path, **sections: dict) -> Any:

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 
 from dsv3.data.corpus import Chunk
 from dsv3.data.tokenizer import SpecialTokens, read_tokenizer, special_tokens, splits_at_word_borders
-from dsv3.data.words import MAX_SEGMENTS, WORD_BORDER, segments
+from dsv3.data.words import MAX_CHARACTERS, WORD_BORDER, segments
 
 PIECE_CHARACTERS = 1 << 16
 GROUP_CHARACTERS = 1 << 20
@@ -99,6 +99,7 @@ class Encoder:
         self.dtype = dtype
         self._known: dict[str, bytes] | None = {} if splits_at_word_borders(self.tokenizer) else None
         """The tokens of the segments met so far; None where segments depend on each other."""
+        self._num_known_characters = 0
 
     def encode(self, group: list[Piece]) -> Encoded:
         """Return the tokens of `group`: bos before each document, and eos behind it where that is another token."""
@@ -121,12 +122,14 @@ class Encoder:
 
     def _by_segment(self, texts: list[str], known: dict[str, bytes]) -> tuple[list[bytes], bool]:
         """Return what `_whole` returns, by encoding only segments that were not met before."""
-        if len(known) > MAX_SEGMENTS:
+        if self._num_known_characters > MAX_CHARACTERS:
             known.clear()
+            self._num_known_characters = 0
         cut = [segments(text) for text in texts]
         new = list(set(chain.from_iterable(cut)).difference(known))
         encoded, is_exact = self._whole(new)
         known.update(zip(new, encoded, strict=True))
+        self._num_known_characters += sum(map(len, new))
         return [b"".join(map(known.__getitem__, parts)) for parts in cut], is_exact
 
     def _whole(self, texts: list[str]) -> tuple[list[bytes], bool]:

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator
 from tokenizers.pre_tokenizers import ByteLevel
 
 WORD_BORDER = re.compile(r"(?=[ \n]\S)")
-MAX_SEGMENTS = 1 << 19
-"""Different segments that are remembered; then they are forgotten, so that memory does not grow with the text."""
+MAX_CHARACTERS = 1 << 22
+"""Characters of the different segments that are remembered; then they are forgotten, so that memory does not grow with
+the text. Text without spaces has few segments, each as long as a piece of it, so segments are not what is counted."""
 MAX_WORD_CHARACTERS = 128
 """The trainer's time grows with the square of a word's length, and text without spaces is one word."""
 LONG_WORD = re.compile(rf"\S{{{MAX_WORD_CHARACTERS + 1},}}")
@@ -30,11 +31,15 @@ def word_counts(texts: Iterable[str], pre_tokenizer: ByteLevel) -> Counter[str]:
     """Return how often each word of `pre_tokenizer` occurs, long ones cut."""
     words: Counter[str] = Counter()
     counts: Counter[str] = Counter()
+    num_characters = 0
     for text in texts:
-        counts.update(segments(text))
-        if len(counts) > MAX_SEGMENTS:
+        cut = segments(text)
+        num_characters += sum(map(len, set(cut).difference(counts)))
+        counts.update(cut)
+        if num_characters > MAX_CHARACTERS:
             _add_words(words, counts, pre_tokenizer)
             counts.clear()
+            num_characters = 0
     _add_words(words, counts, pre_tokenizer)
     return words
 

@@ -111,6 +111,12 @@ def test_a_mistake_in_any_section_is_one_line_and_status_2(project):
     assert not (project / "out").exists()
 
 
+def test_an_earlier_estimate_is_replaced(project):
+    for _ in range(2):
+        result = run(project, "--output", "out")
+        assert result.returncode == 0, result.stderr
+
+
 def test_a_table_among_others_files_is_kept(project):
     (project / "mine").mkdir()
     for name in ("table.md", "thesis.md"):

@@ -54,6 +54,11 @@ def test_it_writes_metrics_tables_and_figures(prepared, output):
             assert image.width > 300
 
 
+def test_an_earlier_evaluation_is_replaced(prepared, output, tmp_path):
+    shutil.copytree(output, tmp_path / "evaluate")
+    run(prepared, tmp_path / "evaluate")
+
+
 def test_no_home_is_needed(copy):
     inputs = ["--model", "final_model", "--tokens", "tokens", "--run", "run.json", "--output", "evaluate"]
     done = run_without_home("evaluate", copy, *inputs)

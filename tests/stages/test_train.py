@@ -11,16 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training_inputs import ROOT, environment, run_stage, stage_command, write_inputs
+from tests.training_inputs import ROOT, environment, run_stage, stage_command, trained_folder, write_inputs
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    write_inputs(folder)
-    done = run_stage(folder)
-    assert done.returncode == 0, done.stderr
-    return folder
+    return trained_folder(tmp_path_factory.mktemp("uninterrupted"))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -193,11 +189,10 @@ def test_a_folder_with_others_results_is_refused_before_the_training(tmp_path):
     assert (tmp_path / "results" / "metrics.json").read_text() == "the evaluation's"
 
 
-def test_an_earlier_model_is_replaced(tmp_path, uninterrupted):
-    write_inputs(tmp_path)
-    shutil.copytree(uninterrupted / "final_model", tmp_path / "final_model")
-    done = run_stage(tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_an_earlier_model_and_its_results_are_replaced(tmp_path, uninterrupted):
+    for name in ("final_model", "results"):
+        shutil.copytree(uninterrupted / name, tmp_path / name)
+    trained_folder(tmp_path)
 
 
 def test_outside_a_terminal_a_training_prints_a_line_per_validation_and_no_bar(uninterrupted, tmp_path):

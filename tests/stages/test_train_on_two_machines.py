@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.stress.processes import wait_until
-from tests.training_inputs import ROOT, environment, run_stage, stage_command, write_inputs
+from tests.training_inputs import ROOT, environment, stage_command, trained_folder, write_inputs
 
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 TRAIN = {"gradient_accumulation_steps": 4, "optim": "muon"}
@@ -76,11 +76,7 @@ def start_agents(folder: Path, machines: list[str]) -> list[subprocess.Popen[str
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("alone")
-    write_inputs(folder, train=TRAIN)
-    done = run_stage(folder)
-    assert done.returncode == 0, done.stderr
-    return folder
+    return trained_folder(tmp_path_factory.mktemp("alone"), train=TRAIN)
 
 
 def has_ended(process: psutil.Process) -> bool:

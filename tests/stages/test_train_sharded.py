@@ -11,7 +11,7 @@ import pytest
 
 from dsv3.errors import LOST_PROCESS_STATUS
 from tests.stages.test_train import interrupt_once_saved, start_until_saved
-from tests.training_inputs import run_stage, write_inputs
+from tests.training_inputs import run_stage, trained_folder, write_inputs
 
 SHARDED = {"num_processes": 2, "sharding": "full", "save_steps": 2}
 MODEL = "final_model/model.safetensors"
@@ -19,11 +19,7 @@ MODEL = "final_model/model.safetensors"
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sharded")
-    write_inputs(folder, runtime=SHARDED)
-    done = run_stage(folder)
-    assert done.returncode == 0, done.stderr
-    return folder
+    return trained_folder(tmp_path_factory.mktemp("sharded"), runtime=SHARDED)
 
 
 def test_a_stopped_training_goes_on_to_the_same_bytes(tmp_path, uninterrupted):

@@ -1,3 +1,5 @@
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -59,11 +61,20 @@ def test_tokens_looked_up_by_segment_are_those_of_the_whole_text(folder, texts, 
     encoder, group = Encoder(folder, U2), [Piece(text, False, False) for text in texts]
     whole = [token for text in texts for token in encoder.tokenizer.encode(text, add_special_tokens=False).ids]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding, "MAX_SEGMENTS", most)
+        patch.setattr(encoding, "MAX_CHARACTERS", most)
         for _ in range(2):
             found = encoder.encode(group)
             assert found.tokens.tolist() == whole
             assert found.round_trip_exact
+
+
+def test_what_is_remembered_of_text_without_spaces_is_bounded(folder, monkeypatch):
+    monkeypatch.setattr(encoding, "MAX_CHARACTERS", 1000)
+    encoder, generator = Encoder(folder, U2), random.Random(0)
+    for _ in range(50):
+        encoder.encode([Piece("".join(generator.choices("ACGT", k=400)), False, False)])
+        assert encoder._known is not None
+        assert sum(map(len, encoder._known)) <= 1400  # and the last piece
 
 
 def test_a_tokenizer_whose_words_have_other_borders_gets_whole_pieces(folder, tmp_path):

@@ -212,6 +212,24 @@ def test_a_text_without_spaces_reaches_the_trainer_in_short_words(monkeypatch):
     assert sum(map(len, received)) == len(letters)
 
 
+def test_the_segments_that_are_counted_at_once_are_bounded_in_text_without_spaces(monkeypatch):
+    counted = []
+    add_words = words_module._add_words
+
+    def watched(words, counts, pre_tokenizer):
+        counted.append(sum(map(len, counts)))
+        add_words(words, counts, pre_tokenizer)
+
+    monkeypatch.setattr(words_module, "_add_words", watched)
+    monkeypatch.setattr(words_module, "MAX_CHARACTERS", 1000)
+    generator = random.Random(0)
+    texts = ["".join(generator.choices("ACGT", k=400)) for _ in range(20)]
+    assert (
+        sum(words_module.word_counts(texts, ByteLevel(add_prefix_space=False)).values()) == 80
+    )  # 128 + 128 + 128 + 16
+    assert max(counted) <= 1400  # and the last text
+
+
 SCRAPS = st.lists(
     st.sampled_from(["the king", " is", "\n\n", "  ", "\t", "'s", " 12", "naïve雪", ".\x1c", "aaa"]), max_size=40
 )
@@ -229,7 +247,7 @@ def test_training_on_counted_words_gives_the_librarys_own_tokenizer(texts, most)
     )  # fmt: skip
     own.train_from_iterator(texts, trainer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(words_module, "MAX_SEGMENTS", most)
+        patch.setattr(words_module, "MAX_CHARACTERS", most)
         patch.setattr(words_module, "REPEATED_CHARACTERS", 7)
         assert train_tokenizer(texts, 290).to_str() == own.to_str()
 

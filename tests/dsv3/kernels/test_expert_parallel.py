@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from dsv3.kernels import reference
 from dsv3.kernels.expert_parallel import exchanged, own_weight
-from tests.training_inputs import ROOT, environment
+from tests.training_inputs import run_python
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOKENS = 4, 8, 6, 10
 ROUTINGS = {
@@ -29,15 +28,7 @@ ROUTINGS = {
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     folder = tmp_path_factory.mktemp("experts")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.dsv3.kernels.test_expert_parallel", str(folder)],
-        cwd=ROOT,
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = run_python(folder, "-m", "tests.dsv3.kernels.test_expert_parallel", str(folder), timeout_s=240)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
     return {f"{rank} {routing}": found for rank in (0, 1) for routing, found in ranks[rank].items()}

@@ -5,7 +5,6 @@ As a module, this file is the program of one of two training processes: it write
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 
 from dsv3.evaluation.load_balance import max_vio
 from dsv3.training.loop import Hook, Run, train
-from tests.training_inputs import ROOT, environment, started_run
+from tests.training_inputs import run_python, started_run
 
 GAMMA = 0.01
 """Ten times the report's, so that 100 steps do what 1,000 would: the favoured start about 0.4 ahead in affinity."""
@@ -62,22 +61,8 @@ def test_two_processes_accumulating_and_recomputing_count_what_one_pass_counts_i
     whole = {**steps, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
     expected = loads_of(started_run(tmp_path / "whole", train=whole, architecture=WIDE))
     cut = {**steps, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            WORKERS,
-            "tests.dsv3.training.test_balancing_in_training",
-            str(tmp_path),
-            json.dumps(cut),
-        ],
-        cwd=ROOT,
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    name = "tests.dsv3.training.test_balancing_in_training"
+    done = run_python(tmp_path, "-c", WORKERS, name, str(tmp_path), json.dumps(cut), timeout_s=300)
     assert done.returncode == 0, done.stderr
     seen = [json.loads((tmp_path / f"loads-{rank}.json").read_text()) for rank in (0, 1)]
     assert seen[0] == seen[1] == [load.tolist() for load in expected]

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from dsv3.training.launch import check_sharding
 from dsv3.training.optimizer import balanced_owners, rows_per_process
 from dsv3.training.sharding import gathered_weights, local
 from tests.committed import DEFAULTS
-from tests.training_inputs import ROOT, WIDE, environment, history, started_run
+from tests.training_inputs import WIDE, history, run_python, started_run
 
 EXPERTS = {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}
 STEPS = 4
@@ -99,15 +98,7 @@ weight gradient in other blocks.
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("sharded")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.dsv3.training.test_sharding", str(folder)],
-        cwd=ROOT,
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = run_python(folder, "-m", "tests.dsv3.training.test_sharding", str(folder), timeout_s=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "measured.json").read_text())
 
