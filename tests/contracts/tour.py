@@ -109,7 +109,8 @@ def answer(baseline: Run, experiment: Run) -> str:
     share = loss / baseline.numbers["heldout"]
     return (
         f"FP8, which a CPU has to emulate, cost {loss:.4f} nats/char ({100 * share:.2f} %) of held-out loss and "
-        f"{minutes:.1f} minutes.\nThat is one seed; [numerics.md](numerics.md) has six with a weight decay of 0.1, and there the loss is the same."
+        f"{minutes:.1f} minutes.\nThat is one seed; [numerics.md](numerics.md) has six with a weight decay of 0.1, and "
+        "there the loss is the same."
     )
 
 
