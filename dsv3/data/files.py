@@ -182,10 +182,10 @@ def _walk(root: Path, skipped: dict[Path, str]) -> Iterator[tuple[Path, Path]]:
 
     A folder that two links lead to is read once, so links in a circle end.
     """
-    places = {str(root): root.resolve()}
+    places = {root: root.resolve()}
     seen = set(places.values())
     for folder, subfolders, names in os.walk(root, followlinks=True):
-        here = places.pop(folder)
+        here = places.pop(Path(folder))  # os.walk says "./name" where the path is "name"
         for name in sorted(subfolders):
             path = Path(folder) / name
             place = _place(path, here)
@@ -193,7 +193,7 @@ def _walk(root: Path, skipped: dict[Path, str]) -> Iterator[tuple[Path, Path]]:
                 subfolders.remove(name)
                 skipped[path] = "hidden" if name.startswith(".") else "a link to a folder that is read"
             seen.add(place)
-            places[str(path)] = place
+            places[path] = place
         subfolders.sort()
         yield from ((Path(folder) / name, _place(Path(folder) / name, here)) for name in names)
 

@@ -27,6 +27,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -153,10 +154,26 @@ def update_by_adamw(group: dict[str, Any], states: States, settings: Settings) -
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = settings.zeros(parameter), settings.zeros(parameter)
         own.append((local(parameter), local(parameter.grad), {name: local(value) for name, value in state.items()}))
-    apply = _fused_adamw if settings.moments_dtype == torch.float32 else _adamw_with_bf16_moments
     if own:
         parameters, gradients, moments = (list(column) for column in zip(*own, strict=True))
+        is_fused = settings.moments_dtype == torch.float32 or fuses_bf16_moments(parameters[0].device)
+        apply = _fused_adamw if is_fused else _adamw_with_bf16_moments
         apply(group, parameters, gradients, moments, settings.params)
+
+
+@cache
+def fuses_bf16_moments(device: torch.device) -> bool:
+    """Return whether torch's fused AdamW takes bf16 moments of fp32 parameters there: CUDA, from some version on."""
+    parameter, gradient, step = torch.zeros(3, 1, device=device)
+    mean, square = torch.zeros(2, 1, device=device, dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    optimizer.state[parameter] = {"step": step[0], "exp_avg": mean, "exp_avg_sq": square}
+    parameter.grad = gradient
+    try:
+        optimizer.step()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _fused_adamw(
@@ -194,8 +211,9 @@ def _adamw_with_bf16_moments(
 ) -> None:
     """Apply the same parameter by parameter: moments are widened to fp32, used, and rounded back.
 
+    For devices where torch's kernel takes no moments of another type than the parameters (CPUs; torch 2.11 on an H100).
     A step changes the second moment by up to 5 % (1 - beta2), far above bf16's 0.4 %, so rounding to nearest
-    does not stall it. torch's kernel takes no moments of another type than the parameters (2.11 on an H100).
+    does not stall it.
     """
     for parameter, gradient, state in zip(parameters, gradients, states, strict=True):
         wide = {name: state[name].float() for name in ("exp_avg", "exp_avg_sq")}

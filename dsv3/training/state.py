@@ -37,7 +37,10 @@ class Measured:
     """Whether any process has received a signal to stop."""
 
     load_LE: Tensor
-    """Tokens per router and expert of the step's batch."""
+    """Tokens per router and expert of the step's batch, where the routers are."""
+
+    host_load_LE: Tensor
+    """The same, on the CPU."""
 
     @property
     def is_finite(self) -> bool:
@@ -62,7 +65,7 @@ class StepSums:
         self.elapsed_s += elapsed_s
         for name, value in {**measured.losses, "grad_norm": measured.grad_norm}.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-        load_LE = measured.load_LE.cpu()
+        load_LE = measured.host_load_LE
         max_vio_L = max_vio(load_LE)
         if self.load_LE:
             load_LE, max_vio_L = load_LE + torch.tensor(self.load_LE), max_vio_L + torch.tensor(self.max_vio_L)

@@ -235,6 +235,14 @@ def test_linked_folders_are_read_once_and_circles_end(folder, tmp_path):
     assert [file.name for file in matched].count("linked.txt") == 1
 
 
+@pytest.mark.parametrize("pattern", ["**", "**/*.txt", "./**/*.txt", "deep/../**/*.txt"])
+def test_two_stars_stand_for_the_folders_of_the_working_folder_too(folder, monkeypatch, pattern):
+    (folder / "deep" / "z.txt").write_text("deep", encoding="utf-8")
+    monkeypatch.chdir(folder)
+    found = {file.resolve() for file in corpus_files(pattern).files}
+    assert {folder / "a.txt", folder / "deep" / "z.txt"} <= found
+
+
 def test_what_links_lead_to_outside_of_the_path_is_read_and_said(folder, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
