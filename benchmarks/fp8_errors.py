@@ -30,7 +30,7 @@ from benchmarks.studies.pages import replace_section
 from benchmarks.studies.report import table
 from dsv3.artifacts import read_json
 from dsv3.cli import ParamsOption, command
-from dsv3.fp8.definition import AMAX_FLOOR, BLOCK
+from dsv3.fp8.definition import AMAX_FLOOR, BLOCK, MX_BLOCK
 from dsv3.fp8.quantize import scale_and_inverse
 from dsv3.fp8.rounding import bf16_values
 
@@ -54,11 +54,14 @@ class Choice:
     """Rows and columns of a block whose columns lie along the inner dimension."""
     dtype: torch.dtype = torch.float8_e4m3fn
     power_of_two_scales: bool = False
+    is_mx: bool = False
+    """MXFP8: weights, too, in blocks along the inner dimension of each product."""
 
 
 CHOICES: dict[str, Choice | None] = {
     "1×128, e4m3 (this project)": Choice(),
     "1×128, e4m3, power-of-two scales": Choice(power_of_two_scales=True),
+    "1×32, weights too, e4m3, power-of-two scales (MXFP8)": Choice((1, MX_BLOCK), power_of_two_scales=True, is_mx=True),
     "one scale per row, e4m3": Choice(ROW),
     "128×128, e4m3": Choice(SQUARE),
     "one scale per tensor, e4m3": Choice(TENSOR),
@@ -90,15 +93,17 @@ def _rounded_blocks(part: Tensor, choice: Choice, dims: tuple[int, ...]) -> Tens
 def errors(layer: Layer, choice: Choice | None) -> dict[str, float]:
     """Return the error of each product; None means operands in bf16."""
     weight = Choice(SQUARE, power_of_two_scales=choice is not None and choice.power_of_two_scales)
+    weight = choice if choice and choice.is_mx else weight
 
     def activation(x_RI: Tensor) -> Tensor:
         return rounded(x_RI, choice) if choice else bf16_values(x_RI)
 
-    weight_OI = rounded(layer.weight_OI, weight) if choice else bf16_values(layer.weight_OI)
     x, grad, w = layer.x_RI, layer.grad_RO, layer.weight_OI
+    weight_OI = rounded(w, weight) if choice else bf16_values(w)
+    dgrad_weight_OI = rounded(w.t(), weight).t() if choice and choice.is_mx else weight_OI
     return {
         "forward": product_error((activation(x), weight_OI.t()), (x, w.t())),
-        "dgrad": product_error((activation(grad), weight_OI), (grad, w)),
+        "dgrad": product_error((activation(grad), dgrad_weight_OI), (grad, w)),
         "wgrad": product_error((activation(grad.t()), activation(x.t()).t()), (grad.t(), x)),
     }
 

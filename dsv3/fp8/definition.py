@@ -20,6 +20,11 @@ where fl rounds to fp32 and e4m3 rounds to nearest, ties to even. Why so:
 * A NaN or an infinity makes every value of its block NaN (the scale is NaN or infinite): an overflow must show in the
   loss, not turn into 448.
 * Power-of-two scales round s up to the next power of two; the inverse is then exact.
+
+MXFP8 (OCP Microscaling Formats 1.0; what Blackwell's tensor cores multiply) is the same with blocks of 32 numbers,
+which always lie along the inner dimension, and power-of-two scales, stored as their exponent in one byte (E8M0). The
+specification rounds scales down, so that the largest numbers saturate; here they are rounded up, as NVIDIA's recipe for
+training does (arXiv 2506.08027), and nothing saturates.
 """
 
 import math
@@ -27,6 +32,7 @@ import struct
 
 E4M3_MAX = 448.0
 BLOCK = 128
+MX_BLOCK = 32
 AMAX_FLOOR = 2.0**-100
 
 

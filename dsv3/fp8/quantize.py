@@ -13,6 +13,8 @@ torch's conversion from e4m3 on a CPU is a scalar loop; the tests hold the two t
 
 Dimensions that are no multiple of 128 end in a smaller block, which is the same as padding with zeros.
 
+MXFP8 has rows and columns of 32. Its weights are rows, too: along the inputs for forward, along the outputs for dgrad.
+
 Letters: R rows, W columns, O outputs, I inputs.
 """
 
@@ -76,24 +78,24 @@ def _round_blocks(x: Tensor, dim: int | tuple[int, ...], power_of_two_scales: bo
         round_to_e4m3_(rounded, room).mul_(scale)
 
 
-def rounded_rows(x_W: Tensor, power_of_two_scales: bool = False) -> Tensor:
-    """Return the fp32 values that `x_W` has once quantized in 1x128 blocks along its last dimension."""
+def rounded_rows(x_W: Tensor, power_of_two_scales: bool = False, block: int = BLOCK) -> Tensor:
+    """Return the fp32 values that `x_W` has once quantized in blocks along its last dimension."""
     num_columns = x_W.shape[-1]
-    padded = _padded(x_W.float(), 1)
-    blocks = padded.reshape(-1, BLOCK)
+    padded = _padded(x_W.float(), 1, block)
+    blocks = padded.reshape(-1, block)
     out = torch.empty_like(blocks)
     _round_blocks(blocks, 1, power_of_two_scales, out)
     return out.view(padded.shape)[..., :num_columns]
 
 
-def rounded_columns(x_RW: Tensor, power_of_two_scales: bool = False) -> Tensor:
-    """Return the fp32 values that `x_RW` has once quantized in 128x1 blocks; the last block may be shorter."""
+def rounded_columns(x_RW: Tensor, power_of_two_scales: bool = False, block: int = BLOCK) -> Tensor:
+    """Return the fp32 values that `x_RW` has once quantized in blocks along its rows; the last may be shorter."""
     num_rows, num_columns = x_RW.shape
     x_RW = x_RW.float().contiguous()
     out = torch.empty_like(x_RW)
-    whole = num_rows // BLOCK * BLOCK
+    whole = num_rows // block * block
     if whole:
-        shape = (-1, BLOCK, num_columns)
+        shape = (-1, block, num_columns)
         _round_blocks(x_RW[:whole].view(shape), 1, power_of_two_scales, out[:whole].view(shape))
     if whole < num_rows:
         _round_blocks(x_RW[None, whole:], 1, power_of_two_scales, out[None, whole:])
@@ -110,12 +112,17 @@ def rounded_weight(w_OI: Tensor, power_of_two_scales: bool = False) -> Tensor:
     return out.view(padded.shape)[..., :num_outputs, :num_inputs]
 
 
-def quantized_rows(x_RW: Tensor, power_of_two_scales: bool = False) -> Quantized:
-    """Return e4m3 numbers (R, W) and scales (R, W / 128), W rounded up to whole blocks."""
-    padded = _padded(x_RW.float(), 1)
-    blocks = padded.view(len(x_RW), padded.shape[1] // BLOCK, BLOCK)
+def quantized_rows(x_RW: Tensor, power_of_two_scales: bool = False, block: int = BLOCK) -> Quantized:
+    """Return e4m3 numbers (R, W) and scales (R, W / block), W rounded up to whole blocks."""
+    padded = _padded(x_RW.float(), 1, block)
+    blocks = padded.view(len(x_RW), padded.shape[1] // block, block)
     scale, inverse = scale_and_inverse(blocks.abs().amax(-1), power_of_two_scales)
     return Quantized(_to_e4m3(blocks * inverse[..., None]).view(padded.shape), scale)
+
+
+def rounded_along_outputs(w_OI: Tensor, power_of_two_scales: bool = False, block: int = BLOCK) -> Tensor:
+    """Return the fp32 values that `w_OI`, or a stack of weights, has once quantized in blocks along its outputs."""
+    return rounded_rows(w_OI.mT, power_of_two_scales, block).mT
 
 
 def quantized_weight(w_OI: Tensor, power_of_two_scales: bool = False) -> Quantized:
@@ -142,7 +149,7 @@ def _to_e4m3(y: Tensor) -> Tensor:
     return y.to(torch.float8_e4m3fn)
 
 
-def _padded(x: Tensor, num_dims: int) -> Tensor:
+def _padded(x: Tensor, num_dims: int, block: int = BLOCK) -> Tensor:
     """Return `x` with its last `num_dims` dimensions padded by zeros to whole blocks."""
-    gaps = [-size % BLOCK for size in reversed(x.shape[-num_dims:])]
+    gaps = [-size % block for size in reversed(x.shape[-num_dims:])]
     return F.pad(x, [side for gap in gaps for side in (0, gap)]) if any(gaps) else x

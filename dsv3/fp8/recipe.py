@@ -5,6 +5,9 @@ Each knob is `train.fp8_<name>` in params.yaml, and has the same name here and i
 
 from dataclasses import dataclass, fields
 from itertools import product
+from typing import Any
+
+from dsv3.fp8.definition import BLOCK, MX_BLOCK
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,8 @@ class Recipe:
     """Activations and their gradients are, in 1x128 tiles, and in 128x1 tiles for the weight gradient."""
     power_of_two_scales: bool = False
     """Scales are rounded up to powers of two: exact to multiply by, at up to one bit of range."""
+    mx_blocks: bool = False
+    """MXFP8 instead: all operands, weights too, in blocks of 32 along the inner dimension, power-of-two scales."""
     wgrad_quant: bool = True
     """The weight gradient's GEMM takes FP8 operands, too."""
     swiglu_cache: bool = False
@@ -24,9 +29,17 @@ class Recipe:
     here it is off by default, because it moves the gradients and not the loss)."""
 
     @property
-    def quantizes_both_sides(self) -> bool:
-        """Whether both operands of forward and dgrad are FP8; with one side only, no FP8 instruction fits."""
-        return self.weight_quant and self.activation_quant
+    def has_kernels(self) -> bool:
+        """Whether this project's kernels compute it: no instruction takes FP8 on one side, and theirs take 128."""
+        return self.weight_quant and self.activation_quant and not self.mx_blocks
+
+    @property
+    def blocks(self) -> dict[str, Any]:
+        """How long a block of activations is, and its kind of scale, as `dsv3.fp8.quantize` takes them."""
+        return {
+            "power_of_two_scales": self.power_of_two_scales or self.mx_blocks,
+            "block": MX_BLOCK if self.mx_blocks else BLOCK,
+        }
 
     def deviations(self) -> list[str]:
         """Return a word for each knob that is not at its default, for the name under which a run is recorded."""

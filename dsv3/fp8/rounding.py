@@ -14,7 +14,7 @@ from functools import partial
 
 from torch import Tensor
 
-from dsv3.fp8.quantize import quantized_rows, rounded_columns, rounded_rows, rounded_weight
+from dsv3.fp8.quantize import quantized_rows, rounded_along_outputs, rounded_columns, rounded_rows, rounded_weight
 from dsv3.fp8.recipe import RECIPES, Recipe
 from dsv3.fp8.swiglu_cache import Quantizer
 
@@ -29,7 +29,9 @@ class Rounding:
     columns: Callable[[Tensor], Tensor] | None
     """The same as operands of wgrad: (R, W) along the rows."""
     weights: Callable[[Tensor], Tensor] | None
-    """Weights (..., O, I) as operands of forward and dgrad."""
+    """Weights (..., O, I) as operands of forward and, unless `dgrad_weights` says otherwise, of dgrad."""
+    dgrad_weights: Callable[[Tensor], Tensor] | None = None
+    """The same as operands of dgrad, where blocks along the inner dimension make other numbers of them."""
     cache: Quantizer | None = None
     """The stored form in which the experts keep their activation's input for the backward pass."""
 
@@ -41,9 +43,10 @@ class Rounding:
         """Return `x_RW` as wgrad sees it."""
         return self.columns(x_RW) if self.columns else x_RW
 
-    def of_weight(self, weight_OI: Tensor) -> Tensor:
-        """Return `weight_OI`, or a stack of weights, as forward and dgrad see it."""
-        return self.weights(weight_OI) if self.weights else weight_OI
+    def of_weight(self, weight_OI: Tensor, is_for_dgrad: bool = False) -> Tensor:
+        """Return `weight_OI`, or a stack of weights, as forward, or dgrad, sees it."""
+        weights = self.dgrad_weights if is_for_dgrad and self.dgrad_weights else self.weights
+        return weights(weight_OI) if weights else weight_OI
 
 
 def bf16_values(x: Tensor) -> Tensor:
@@ -53,12 +56,16 @@ def bf16_values(x: Tensor) -> Tensor:
 
 def _emulation(recipe: Recipe) -> Rounding:
     """Return the emulation of block-scaled FP8 by `recipe`."""
-    scales = {"power_of_two_scales": recipe.power_of_two_scales}
+    blocks = recipe.blocks
+    scales = {"power_of_two_scales": blocks["power_of_two_scales"]}
+    rows, is_mx = partial(rounded_rows, **blocks), recipe.mx_blocks
+    squares = partial(rounded_weight, **scales)
     return Rounding(
         name=recipe.name,
-        rows=partial(rounded_rows, **scales) if recipe.activation_quant else None,
-        columns=partial(rounded_columns, **scales) if recipe.activation_quant and recipe.wgrad_quant else None,
-        weights=partial(rounded_weight, **scales) if recipe.weight_quant else None,
+        rows=rows if recipe.activation_quant else None,
+        columns=partial(rounded_columns, **blocks) if recipe.activation_quant and recipe.wgrad_quant else None,
+        weights=(rows if is_mx else squares) if recipe.weight_quant else None,
+        dgrad_weights=partial(rounded_along_outputs, **blocks) if recipe.weight_quant and is_mx else None,
         cache=partial(quantized_rows, **scales) if recipe.swiglu_cache else None,
     )
 

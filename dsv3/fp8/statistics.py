@@ -93,10 +93,10 @@ Found = dict[str, dict[str, Statistics]]
 """Module -> operand (`input`, `gradient`, and its weights) -> statistics."""
 
 
-def row_statistics(x: Tensor, power_of_two_scales: bool = False) -> Statistics:
-    """Return the statistics of activations or gradients in 1x128 blocks along the last dimension."""
-    padded = F.pad(x.detach().float(), (0, -x.shape[-1] % BLOCK))
-    return Statistics(*_sums(padded.reshape(-1, BLOCK), power_of_two_scales).tolist())
+def row_statistics(x: Tensor, power_of_two_scales: bool = False, block: int = BLOCK) -> Statistics:
+    """Return the statistics of activations or gradients in blocks along the last dimension."""
+    padded = F.pad(x.detach().float(), (0, -x.shape[-1] % block))
+    return Statistics(*_sums(padded.reshape(-1, block), power_of_two_scales).tolist())
 
 
 def weight_statistics(weight: Tensor, power_of_two_scales: bool = False) -> Statistics:
@@ -183,21 +183,24 @@ class _Watch:
         operands = self.found.setdefault(self.name, {})
         parameters = WEIGHTS[type(self.module)]
         self.weights = {operand: self.module.get_parameter(parameter) for operand, parameter in parameters.items()}
-        power_of_two_scales = self.recipe.power_of_two_scales
         if isinstance(self.module, DeepseekV3Experts):
             self.used_experts = inputs[1].unique()
         if self.recipe.activation_quant:
-            operands["input"] = row_statistics(inputs[0], power_of_two_scales)
+            operands["input"] = row_statistics(inputs[0], **self.recipe.blocks)
             if output.requires_grad:
                 output.register_hook(self.on_gradient)
         if self.recipe.weight_quant:
-            operands |= {
-                operand: weight_statistics(weight, power_of_two_scales) for operand, weight in self.weights.items()
-            }
+            operands |= {operand: self.of_weight(weight) for operand, weight in self.weights.items()}
+
+    def of_weight(self, weight: Tensor) -> Statistics:
+        """Return the statistics of a weight as forward sees it."""
+        if self.recipe.mx_blocks:
+            return row_statistics(weight, **self.recipe.blocks)
+        return weight_statistics(weight, self.recipe.power_of_two_scales)
 
     def on_gradient(self, gradient: Tensor) -> Any:
         """Look at the gradient by the module's output."""
-        self.found[self.name]["gradient"] = row_statistics(gradient, self.recipe.power_of_two_scales)
+        self.found[self.name]["gradient"] = row_statistics(gradient, **self.recipe.blocks)
 
     def add_gradient(self, operand: str, gradient: Tensor) -> None:
         """Look at a weight's gradient."""

@@ -40,11 +40,11 @@ class Conversion:
 def convert(model: nn.Module, recipe: Recipe, device: torch.device) -> Conversion:
     """Replace the linear layers of `model` by FP8 ones that share their parameters; return what was done.
 
-    On a GPU that multiplies e4m3 they run this project's Triton kernels; elsewhere, and with one side only, they are
-    emulated.
+    On a GPU that multiplies e4m3 they run this project's Triton kernels; elsewhere, and with one side only or MXFP8's
+    blocks, they are emulated.
     """
     recipe = replace(recipe, swiglu_cache=False)  # a knob of the routed experts; linear layers keep their inputs whole
-    if multiplies_fp8(device) and recipe.quantizes_both_sides:
+    if multiplies_fp8(device) and recipe.has_kernels:
         from dsv3.kernels import triton_linear  # triton is not installed with every torch
 
         return _replace(model, triton_linear.product(recipe), recipe.name)

@@ -26,7 +26,7 @@ from dsv3.fp8.linear import Operands
 from dsv3.fp8.rounding import EXACT, ROUNDINGS, Rounding
 from dsv3.fp8.swiglu_cache import packed, unpacked
 from dsv3.kernels.emulated_linear import weight_operands
-from dsv3.kernels.op import experts_op
+from dsv3.kernels.op import dgrad_operands, experts_op, forward_operands
 from dsv3.kernels.permute import ExpertRows, expert_groups, expert_order, sum_per_token, with_inverse
 from dsv3.kernels.swiglu import swiglu_backward
 
@@ -82,7 +82,7 @@ def _forward(  # noqa: PLR0913 (an operator's arguments)
     to = ROUNDINGS[rounding]
     order = expert_order(index_TK, gate_up_E2FD.shape[0])
     operand_TD = to.of_rows(hidden_TD)
-    gate_up_ED2F, down_EFD = (operand.transpose(1, 2) for operand in operands)
+    gate_up_ED2F, down_EFD = (operand.transpose(1, 2) for operand in forward_operands(operands, 2))
     weight_A1 = weight_TK.reshape(-1, 1)[order.assignment_A]
     gate_up_A2F = hidden_TD.new_empty(len(weight_A1), gate_up_E2FD.shape[1])
     output_AD = hidden_TD.new_empty(len(weight_A1), hidden_TD.shape[1])
@@ -108,7 +108,7 @@ def _backward(  # noqa: PLR0913 (an operator's arguments)
     rounding: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients by hidden, weight, gate_up and down."""
-    to, (gate_up_E2FD, down_EDF) = ROUNDINGS[rounding], operands
+    to, (gate_up_E2FD, down_EDF) = ROUNDINGS[rounding], dgrad_operands(operands, 2)
     order = with_inverse(assignment_A, end_E, weight_TK.shape[1])
     operand_TD = to.of_rows(grad_TD)
     weight_A1 = weight_TK.reshape(-1, 1)[assignment_A]

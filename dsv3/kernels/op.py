@@ -141,6 +141,17 @@ def expert_shapes(operands: list[Tensor]) -> tuple[torch.Size, torch.Size]:
     return operands[0].shape, operands[len(operands) // 2].shape
 
 
+def forward_operands(operands: list[Tensor], num_weights: int) -> list[Tensor]:
+    """Return one operand per weight, of the one or two that each has: forward's."""
+    return operands[:: len(operands) // num_weights]
+
+
+def dgrad_operands(operands: list[Tensor], num_weights: int) -> list[Tensor]:
+    """Return one operand per weight, of the one or two that each has: dgrad's."""
+    each = len(operands) // num_weights
+    return operands[each - 1 :: each]
+
+
 def sum_in_place(parts: list[Tensor]) -> Tensor:
     """Return the sum of `parts`, added to the first of them."""
     total, *others = parts

@@ -90,7 +90,7 @@ def auto_backend(
     widths: Sequence[int] = (),
 ) -> str:
     """Return the backend that `auto` stands for."""
-    is_fp8_native = multiplies_fp8(device) and recipe.quantizes_both_sides
+    is_fp8_native = multiplies_fp8(device) and recipe.has_kernels
     is_native = is_fp8_native if use_fp8 else compute_dtype != torch.bfloat16 or multiplies_bf16(device)
     name = AUTO[device.type, use_fp8, is_native]
     return AUTO_UNSUITED[name] if width_refusal(BACKENDS[name], widths, compute_dtype) else name
@@ -120,8 +120,10 @@ def experts_backend(
     reason = refusal(backend, device, compute_dtype, use_fp8) or width_refusal(backend, widths, compute_dtype)
     if reason:
         raise UserError(f"train.experts is {name}; {reason}, take auto")
-    if backend.is_native_fp8 and not recipe.quantizes_both_sides:
-        raise UserError(f"train.experts is {name}; quantizes weights and activations, not one of them, take auto")
+    if backend.is_native_fp8 and not recipe.has_kernels:
+        raise UserError(
+            f"train.experts is {name}; quantizes weights and activations, not one of them, in blocks of 128, take auto"
+        )
     return _register(name, compute_dtype, recipe)
 
 

@@ -76,6 +76,6 @@ AUTO_UNSUITED = {"grouped_mm": "reference", "triton_fp8": "fp8_emulated"}
 """What it stands for where the first choice can't multiply the model's widths."""
 
 
-def auto_of_native_device(device: Device, use_fp8: bool) -> str:
+def auto_of_native_device(device: Device, use_fp8: bool, has_kernels: bool = True) -> str:
     """Return what `auto` stands for on a device that multiplies the precision natively, if any of its kind does."""
-    return AUTO.get((device, use_fp8, True)) or AUTO[device, use_fp8, False]
+    return (has_kernels and AUTO.get((device, use_fp8, True))) or AUTO[device, use_fp8, False]

@@ -115,6 +115,10 @@ class TrainParams(Section):
     fp8_power_of_two_scales: bool
     """Round the scales of all blocks up to powers of two (with use_fp8): exact to multiply by, up to a bit coarser."""
 
+    fp8_mx_blocks: bool
+    """MXFP8, Blackwell's format, instead of DeepSeek's blocks (with use_fp8): all operands in blocks of 32 along the
+    inner dimension, with power-of-two scales; emulated on every device."""
+
     fp8_wgrad_quant: bool
     """Quantize the weight gradient's operands too (with use_fp8); false: bf16 on a GPU, unrounded in an emulation."""
 

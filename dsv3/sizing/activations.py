@@ -43,6 +43,8 @@ class Workload:
     gradient_checkpointing: bool = False
     caches_swiglu: bool = False
     """With an FP8 backend: the input of its SwiGLU is kept in e4m3, with an fp32 scale per 128 numbers."""
+    rounds_weights_twice: bool = False
+    """Whether forward and dgrad see different numbers of a weight (MXFP8)."""
 
     @property
     def num_tokens(self) -> int:
@@ -250,12 +252,12 @@ def derived_weight_bytes(a: Architecture, w: Workload) -> int:
     """Return the quantized or rounded copies of weights, which are made once and live until the optimizer has stepped.
 
     FP8 keeps each weight twice, as it is and transposed, with a scale per 128x128 block each; an emulation keeps it
-    once in fp32.
+    in fp32, once or for either pass.
     """
     routed = sum(a.n_routed_experts * expert_weights(a) for layer in all_layers(a) if a.is_moe(layer))
     weights = routed + sum(linear_weights(a, layer) for layer in all_layers(a))
     if w.backend.is_emulated:
-        return FP32 * weights
+        return FP32 * weights * (2 if w.rounds_weights_twice else 1)
     return 2 * (weights + FP32 * weights // (128 * 128)) if w.backend.is_fp8 else 0
 
 

@@ -87,7 +87,9 @@ def workload(train: TrainParams, device: Device) -> Workload:
     A CPU that multiplies bf16 natively takes bf16 for auto as well; it keeps less than is counted for fp32, and copies
     of the weights.
     """
-    experts = auto_of_native_device(device, train.use_fp8) if train.experts == "auto" else train.experts
+    has_kernels = train.fp8_weight_quant and train.fp8_activation_quant and not train.fp8_mx_blocks  # else emulated
+    auto = auto_of_native_device(device, train.use_fp8, has_kernels or not train.use_fp8)
+    experts = auto if train.experts == "auto" else train.experts
     native = "bf16" if device == "cuda" else "fp32"
     precision = native if train.precision == "auto" else train.precision
     return Workload(
@@ -97,6 +99,7 @@ def workload(train: TrainParams, device: Device) -> Workload:
         precision="fp32" if BACKENDS[experts].is_emulated else precision,
         experts=experts,
         caches_swiglu=train.use_fp8 and train.fp8_swiglu_cache,
+        rounds_weights_twice=train.use_fp8 and train.fp8_mx_blocks,
         gradient_checkpointing=train.gradient_checkpointing,
     )
 

@@ -37,7 +37,11 @@ def inputs(num_rows: int, num_inputs: int, num_outputs: int):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rounding", [FP8, BF16, fp8_rounding(Recipe(power_of_two_scales=True))], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "rounding",
+    [FP8, BF16, fp8_rounding(Recipe(power_of_two_scales=True)), fp8_rounding(Recipe(mx_blocks=True))],
+    ids=lambda rounding: rounding.name,
+)
 def test_all_three_products_agree_with_float64_products_of_the_same_rounded_operands(shape, rounding):
     x, weight, grad = inputs(*shape)
     leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -46,7 +50,7 @@ def test_all_three_products_agree_with_float64_products_of_the_same_rounded_oper
     rows, columns, weights = rounding.rows, rounding.columns, rounding.weights
     truths = [
         (output, rows(x).double() @ weights(weight).double().t()),
-        (leaves[0].grad, rows(grad).double() @ weights(weight).double()),
+        (leaves[0].grad, rows(grad).double() @ (rounding.dgrad_weights or weights)(weight).double()),
         (leaves[1].grad, columns(grad).double().t() @ columns(x).double()),
     ]
     for value, truth in truths:
@@ -181,7 +185,7 @@ def test_the_operators_pass_opcheck_and_compile_without_a_break():
     for weights in ([weight], [weight, weight.detach()[:64].requires_grad_()]):
         operands = layer.product.weight_operands(weights)
         torch.library.opcheck(torch.ops.dsv3.emulated_linear, (x, weights, operands, FP8.name))
-    torch.library.opcheck(torch.ops.dsv3.rounded_weight, (weight.detach(), FP8.name))
+    torch.library.opcheck(torch.ops.dsv3.rounded_weight, (weight.detach(), FP8.name, False))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), layer(x))
 

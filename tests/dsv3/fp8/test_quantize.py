@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.fp8 import definition, quantize
-from dsv3.fp8.definition import AMAX_FLOOR, BLOCK
+from dsv3.fp8.definition import AMAX_FLOOR, BLOCK, MX_BLOCK
 
 ALL_E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
 FP32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -50,15 +50,15 @@ def test_rounding_without_leaving_fp32_is_the_cast_for_every_tie_and_both_its_ne
 
 
 @settings(max_examples=60)
-@given(st.lists(HOSTILE, min_size=1, max_size=9), st.booleans())
-def test_a_block_of_hostile_numbers_is_stored_as_the_definition_says(values, power_of_two_scales):
-    block = torch.tensor(values + [values[0]] * (BLOCK - len(values)), dtype=torch.float32)
+@given(st.lists(HOSTILE, min_size=1, max_size=9), st.booleans(), st.sampled_from([BLOCK, MX_BLOCK]))
+def test_a_block_of_hostile_numbers_is_stored_as_the_definition_says(values, power_of_two_scales, length):
+    block = torch.tensor(values + [values[0]] * (length - len(values)), dtype=torch.float32)
     stored, scale = definition.quantized_block(block.tolist(), power_of_two_scales)
-    quantized = quantize.quantized_rows(block[None], power_of_two_scales)
+    quantized = quantize.quantized_rows(block[None], power_of_two_scales, length)
     assert quantized.scales.item() == scale
     assert quantized.values.float().tolist() == [stored]
     meant = [definition.fp32(value * scale) for value in stored]
-    assert quantize.rounded_rows(block[None], power_of_two_scales).tolist() == [meant]
+    assert quantize.rounded_rows(block[None], power_of_two_scales, length).tolist() == [meant]
 
 
 @pytest.mark.parametrize("power_of_two_scales", [False, True])
@@ -98,6 +98,16 @@ def test_the_fp32_shortcut_means_what_the_stored_form_means(shape, power_of_two_
         )
         weight = quantize.dequantized(quantize.quantized_weight(x, power_of_two_scales), (BLOCK, BLOCK))
         assert same(quantize.rounded_weight(x, power_of_two_scales), weight[: shape[0], : shape[1]])
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (70, 96), (33, 50)])
+def test_blocks_of_32_mean_the_same_along_rows_columns_and_outputs(shape):
+    x = matrix(*shape)
+    rows = quantize.dequantized(quantize.quantized_rows(x, True, MX_BLOCK), (1, MX_BLOCK))[:, : shape[1]]
+    columns = quantize.dequantized(quantize.quantized_rows(x.t().contiguous(), True, MX_BLOCK), (1, MX_BLOCK)).t()
+    assert same(quantize.rounded_rows(x, True, MX_BLOCK), rows)
+    assert same(quantize.rounded_columns(x, True, MX_BLOCK), columns[: shape[0]])
+    assert same(quantize.rounded_along_outputs(torch.stack([x, x]), True, MX_BLOCK)[1], columns[: shape[0]])
 
 
 def test_a_stack_of_weights_is_rounded_matrix_by_matrix():

@@ -68,6 +68,17 @@ def test_power_of_two_scales_are_coarser():
     assert coarse.saturation_share < fine.saturation_share
 
 
+def test_a_recipe_of_mx_blocks_is_looked_at_in_its_own_blocks():
+    model = nn.Linear(128, 256, bias=False)
+    convert(holder := nn.Sequential(model), Recipe(mx_blocks=True), torch.device("cpu"))
+    x, seen = normal(32, 128), Recipe(mx_blocks=True)
+    found = fp8_statistics(holder, lambda: holder(x).square().mean(), seen)["0"]
+    for operand, tensor in (("input", x), ("weight", model.weight.detach())):
+        error = (rounded_rows(tensor, **seen.blocks) - tensor).norm() / tensor.norm()
+        assert found[operand].relative_error == pytest.approx(error.item(), rel=1e-5), operand
+        assert found[operand].num_blocks == tensor.numel() // 32
+
+
 def test_statistics_of_parts_add_up_to_those_of_the_whole(monkeypatch):
     x = normal(64, 256) * torch.logspace(-6, 6, 64)[:, None]
     whole = row_statistics(x)

@@ -18,6 +18,7 @@ SWIGLU_CACHE_TOLERANCE = 0.045
 """e4m3 moves a number by 2.6 % rms: `up` by 2.6 %, silu(gate) up to 1.28 times that where it is large; 4.3 % both."""
 ROUTED_WEIGHT_TOLERANCE = 0.06
 """The weights' gradient is one number per pair; over 74 pairs the norm of their errors varies by a third (3 sigma)."""
+MXFP8 = Recipe(mx_blocks=True)
 SWIGLU_CACHE = fp8_rounding(Recipe(weight_quant=False, activation_quant=False, swiglu_cache=True))
 CPU = torch.device("cpu")
 
@@ -167,8 +168,8 @@ def test_an_emulation_multiplies_nothing_but_rounded_operands(rounding):
 
 @pytest.mark.parametrize(
     ("rounding", "low", "high"),
-    [(BF16, 1e-3, 1e-2), (fp8_rounding(Recipe()), 2e-2, 8e-2)],
-    ids=["bf16", "fp8"],
+    [(BF16, 1e-3, 1e-2), (fp8_rounding(Recipe()), 2e-2, 8e-2), (fp8_rounding(MXFP8), 2e-2, 8e-2)],
+    ids=["bf16", "fp8", "mxfp8"],
 )
 def test_an_emulation_errs_by_its_formats_precision_in_the_output_and_every_gradient(rounding, low, high):
     inputs = case("ragged", hidden_size=128, intermediate_size=128)
@@ -184,7 +185,26 @@ def test_torch_compile_takes_the_cpu_operators_without_a_break():
     assert max(errors(results(compiled, inputs), results(cpu.experts, inputs)).values()) == 0
 
 
-@pytest.mark.parametrize("rounding", ["exact", "fp8", SWIGLU_CACHE.name])
+@pytest.mark.parametrize(
+    ("zeroed", "changed"),
+    [
+        (0, {"output", "hidden", "weight", "gate_up", "down"}),
+        (1, {"hidden"}),
+        (2, {"output"}),
+        (3, {"hidden", "weight", "gate_up"}),
+    ],
+)
+def test_forward_takes_the_first_and_dgrad_the_second_of_two_operands_of_a_weight(zeroed, changed):
+    """MXFP8 rounds a weight once along its inputs and once along its outputs."""
+    inputs, rounding = case("ragged", hidden_size=128, intermediate_size=128), fp8_rounding(MXFP8)
+    operands = weight_operands([inputs.gate_up, inputs.down], rounding)
+    before = results(partial(cpu.experts, operands=operands, rounding=rounding), inputs)
+    operands[zeroed] = torch.zeros_like(operands[zeroed])
+    after = results(partial(cpu.experts, operands=operands, rounding=rounding), inputs)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == changed
+
+
+@pytest.mark.parametrize("rounding", ["exact", "fp8", SWIGLU_CACHE.name, MXFP8.name])
 def test_the_cpu_operators_pass_opcheck(rounding):
     inputs = case("empty experts")
     arguments = [inputs.hidden, inputs.index, inputs.weight, inputs.gate_up, inputs.down]

@@ -108,12 +108,13 @@ def test_fp8_of_neither_side_is_refused():
         experts_backend("auto", CPU, FP32, True, Recipe(weight_quant=False, activation_quant=False))
 
 
-def test_the_gpu_kernels_refuse_a_recipe_that_quantizes_one_side_and_auto_emulates_it(monkeypatch):
+@pytest.mark.parametrize("recipe", [Recipe(weight_quant=False), Recipe(mx_blocks=True)], ids=lambda recipe: recipe.name)
+def test_the_gpu_kernels_refuse_recipes_that_they_do_not_compute_and_auto_emulates_them(monkeypatch, recipe):
     monkeypatch.setattr(registry, "multiplies_fp8", lambda device: True)
-    one_side = Recipe(weight_quant=False)
-    assert auto_backend(CUDA, BF16, True, one_side) == "fp8_emulated"
-    with pytest.raises(UserError, match="quantizes weights and activations, not one of them, take auto"):
-        experts_backend("triton_fp8", CUDA, BF16, True, one_side)
+    assert auto_backend(CUDA, BF16, True, recipe) == "fp8_emulated"
+    message = "quantizes weights and activations, not one of them, in blocks of 128, take auto"
+    with pytest.raises(UserError, match=message):
+        experts_backend("triton_fp8", CUDA, BF16, True, recipe)
 
 
 def test_ampere_is_refused_in_one_line_and_auto_emulates_there(monkeypatch):

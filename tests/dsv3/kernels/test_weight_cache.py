@@ -39,7 +39,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 def num_roundings(monkeypatch) -> list[torch.Size]:
     """Return a list that gets the shape of every weight that is rounded."""
     shapes, function = [], emulated_linear.rounded_weight
-    counted = lambda weight, rounding: shapes.append(weight.shape) or function(weight, rounding)  # noqa: E731
+    counted = lambda weight, *how: shapes.append(weight.shape) or function(weight, *how)  # noqa: E731
     monkeypatch.setattr(emulated_linear, "rounded_weight", counted)
     return shapes
 

@@ -173,13 +173,18 @@ def test_the_peak_of_two_real_optimizer_steps_is_the_estimate_to_a_tenth(changes
     assert at_rest == pytest.approx(memory_in_use.live, rel=0.001)
 
 
-@pytest.mark.parametrize(("experts", "precision"), [("fp8_emulated", "fp32"), ("bf16_emulated", "bf16")])
-def test_an_emulation_holds_a_rounded_copy_of_every_weight_while_gradients_are_accumulated(experts, precision):
-    model = model_of(NANO, precision, experts)
+@pytest.mark.parametrize(
+    ("experts", "precision", "mx_blocks"),
+    [("fp8_emulated", "fp32", False), ("fp8_emulated", "fp32", True), ("bf16_emulated", "bf16", False)],
+)
+def test_an_emulation_holds_rounded_copies_of_every_weight_while_gradients_are_accumulated(
+    experts, precision, mx_blocks
+):
+    model = model_of(NANO, precision, experts, Recipe(mx_blocks=mx_blocks))
     with cached_weights(model):
         operands = [getattr(module, "weight_operands", None) or [] for module in model.modules()]
         held = sum(tensor.nbytes for tensors in operands for tensor in tensors)
-    w = Workload(1, 16, "cpu", "fp32", experts)
+    w = Workload(1, 16, "cpu", "fp32", experts, rounds_weights_twice=mx_blocks)
     assert held == derived_weight_bytes(Architecture(**NANO), w)
 
 

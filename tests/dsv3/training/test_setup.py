@@ -24,6 +24,7 @@ def test_params_yaml_asks_for_the_default_recipe(tmp_path):
         ({"fp8_weight_quant": False}, "no_weight_quant"),
         ({"fp8_activation_quant": False}, "no_activation_quant"),
         ({"fp8_power_of_two_scales": True}, "power_of_two_scales"),
+        ({"fp8_mx_blocks": True}, "mx_blocks"),
         ({"fp8_wgrad_quant": False}, "no_wgrad_quant"),
     ],
     ids=str,
@@ -36,7 +37,9 @@ def test_the_experts_alone_cache_their_swiglu_in_fp8(tmp_path):
     assert chosen(tmp_path, fp8_swiglu_cache=True) == ("fp8_emulated", "dsv3_fp8_emulated_swiglu_cache")
 
 
-@pytest.mark.parametrize("train", [{"fp8_power_of_two_scales": True}, {"fp8_wgrad_quant": False}], ids=str)
+@pytest.mark.parametrize(
+    "train", [{"fp8_power_of_two_scales": True}, {"fp8_wgrad_quant": False}, {"fp8_mx_blocks": True}], ids=str
+)
 def test_a_deviation_changes_the_gradients_of_linear_layers_and_of_experts(tmp_path, train):
     gradients = []
     for change in ({}, train):
