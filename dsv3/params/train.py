@@ -42,9 +42,10 @@ class TrainParams(Section):
     optim: Annotated[str, OneOf(OPTIMIZERS)]
     """Optimizer of matrices and expert stacks; embeddings, head, routers and vectors are always updated by AdamW."""
 
-    learning_rate: float = Field(gt=0, le=1)
+    learning_rate: float = Field(ge=1e-10, le=1)
     """Peak learning rate; Muon's update is scaled to AdamW's RMS, so that one rate serves both. An update has an RMS of
-    about 1 before it: a rate of 1 moves a weight further in one step than any trained one lies from zero."""
+    about 1 before it: a rate of 1 moves a weight further in one step than any trained one lies from zero, and below
+    1e-10 a weight of 0.01 stays where it is, for fp32 numbers there lie 1e-9 apart."""
 
     weight_decay: float = Field(ge=0)
     """Decoupled weight decay of matrices; norms, biases and embeddings are not decayed. A step shrinks weights by

@@ -235,7 +235,7 @@ def test_a_second_clone_pulls_a_run_and_an_experiment_and_computes_nothing_again
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"train": {"learning_rate": -1}}, "params.yaml: train.learning_rate is -1; must be > 0"),
+        ({"train": {"learning_rate": -1}}, "params.yaml: train.learning_rate is -1; must be >= 1e-10"),
         (
             {"train": {"learning_rte": 0.1}},
             "params.yaml: train.learning_rte is no parameter; did you mean learning_rate?",

@@ -73,7 +73,7 @@ PARAMS: Rules = {
         for n in _numbers(v)
     ),
     "a wait ends within a day": lambda p, q: 0 < p["data"]["timeout_s"] <= DAY_S,
-    "the learning rate moves weights": lambda p, q: 1e-12 < p["train"]["learning_rate"] <= 1,
+    "the learning rate moves weights": lambda p, q: 1e-10 <= p["train"]["learning_rate"] <= 1,
     "a step shrinks no weight past zero": lambda p, q: p["train"]["learning_rate"] * p["train"]["weight_decay"] < 1,
     "no step sees a sequence twice": lambda p, q: (
         p["train"]["per_device_train_batch_size"] * p["train"]["gradient_accumulation_steps"] < 2**20

@@ -89,7 +89,7 @@ def test_the_shipped_parameters_are_valid_and_every_line_of_them_is_commented(mo
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"train.learning_rate": -1}, "params.yaml: train.learning_rate is -1; must be > 0"),
+        ({"train.learning_rate": -1}, "params.yaml: train.learning_rate is -1; must be >= 1e-10"),
         ({"train.learning_rate": "fast"}, "params.yaml: train.learning_rate is 'fast'; input should be a valid number"),
         ({"train.learning_rate": float("inf")}, "train.learning_rate is inf; input should be a finite number"),
         ({"train.learnin_rate": 1}, "params.yaml: train.learnin_rate is no parameter; did you mean learning_rate?"),
@@ -99,6 +99,7 @@ def test_the_shipped_parameters_are_valid_and_every_line_of_them_is_commented(mo
         ({"seed": True}, "params.yaml: seed is true; input should be a valid integer"),
         ({"train.learning_rate": True}, "params.yaml: train.learning_rate is true; input should be a valid number"),
         ({"train.learning_rate": "1e-3"}, "train.learning_rate is '1e-3'; input should be a valid number"),
+        ({"train.learning_rate": 5e-324}, "train.learning_rate is 5e-324; must be >= 1e-10"),
         ({"train.learning_rate": 1.5}, "train.learning_rate is 1.5; must be <= 1"),
         ({"train.block_size": 32.0}, "train.block_size is 32.0; input should be a valid integer"),
         ({"train.use_fp8": 1}, "train.use_fp8 is 1; input should be a valid boolean"),
@@ -159,7 +160,7 @@ def test_a_mistake_is_answered_with_where_it_is_and_what_would_be_right(changes,
 
 
 def test_a_bound_is_written_as_people_write_it():
-    assert mistake(changed({"train.learning_rate": -1})) == "params.yaml: train.learning_rate is -1; must be > 0"
+    assert mistake(changed({"train.learning_rate": -1})) == "params.yaml: train.learning_rate is -1; must be >= 1e-10"
 
 
 def test_a_missing_parameter_is_named():
