@@ -1,3 +1,5 @@
+import contextlib
+import io
 import subprocess
 import sys
 
@@ -6,8 +8,10 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
 from dsv3.artifacts import read_json, write_json
+from dsv3.cli import run_app
 from dsv3.data.tokenizer import save_trained, train_tokenizer
 from dsv3.errors import UserError
+from dsv3.export.__main__ import app
 from dsv3.export.loading import check_model
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
@@ -22,9 +26,23 @@ def model(tmp_path):
     return folder
 
 
-def run(*arguments):
+def run_process(*arguments):
     command = [sys.executable, "-m", "dsv3.export", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def run(*arguments):
+    """Run the command in this process, which has imported torch."""
+    command, out, err = ["dsv3.export", *map(str, arguments)], io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as changed,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as end,
+    ):
+        changed.setattr(sys, "argv", command)
+        run_app(app)
+    return subprocess.CompletedProcess(command, end.value.code or 0, out.getvalue(), err.getvalue())
 
 
 def modes(folder):
@@ -43,7 +61,7 @@ def assert_refused(done, message):
 
 
 def test_gguf_writes_one_file_and_says_what_is_left_out(model, tmp_path):
-    done = run("gguf", model, tmp_path / "out" / "model.gguf", "--dtype", "bf16")
+    done = run_process("gguf", model, tmp_path / "out" / "model.gguf", "--dtype", "bf16")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("model.gguf: 2 layers, matrices in bf16, without its MTP modules (1)\n")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.gguf"]
@@ -52,7 +70,7 @@ def test_gguf_writes_one_file_and_says_what_is_left_out(model, tmp_path):
 
 
 def test_fp8_writes_a_folder(model, tmp_path):
-    done = run("fp8", model, tmp_path / "fp8")
+    done = run_process("fp8", model, tmp_path / "fp8")
     assert (done.returncode, done.stderr) == (0, "")
     assert modes(tmp_path / "fp8") == {mode_of_a_new_file(tmp_path)}
     assert read_json(tmp_path / "fp8" / "config.json")["quantization_config"]["quant_method"] == "fp8"
