@@ -26,16 +26,14 @@ from torch.utils._pytree import tree_iter
 
 from dsv3.data.batches import StepLayout
 from dsv3.kernels import grouped_mm, op, triton_experts, triton_launch, triton_linear
-from dsv3.params.read import read_yaml, validated
-from dsv3.presets import merged, read_preset
 from dsv3.sizing.chunked_loss import CHUNK_BYTES
 from dsv3.training import loop, optimizer, setup
 from dsv3.training.budget import Budget
 from dsv3.training.optimizer import Optimizer, parameter_groups
 from dsv3.training.state import TrainState
 from mini_model import modeling_deepseek
-from tests.committed import PROJECT
 from tests.dsv3.sizing.memory_probe import LiveBytes
+from tests.gpu_model.presets import preset_params
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 UNCOUNTED = {
@@ -247,10 +245,7 @@ class Machine:
 
 def counted(preset: str, overlay: dict) -> dict:
     """Return the counts of the third optimizer step of a preset, which has its optimizer's state."""
-    place = PROJECT / "params.yaml"
-    values = merged(read_yaml(place), dict(read_preset(preset)) | overlay)
-    values["model"]["config"] = str(PROJECT / values["model"]["config"])
-    params = validated(values, place)
+    params = preset_params(preset, overlay)
     step = Step()
     pretend_to_be_a_gpu(step)
     architecture = json.loads(Path(params.model.config).read_text(encoding="utf-8"))

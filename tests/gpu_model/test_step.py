@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from dsv3.params.architecture import read_architecture
-from dsv3.params.read import read_yaml, validated
-from dsv3.presets import merged, read_preset
 from dsv3.sizing.memory import training_memory
-from tests.committed import PROJECT
+from tests.gpu_model.presets import preset_params
 
 CASES = {
     "5.69B": ("mini_h100", {}),
@@ -58,9 +56,8 @@ def check_waits(step: dict) -> None:
 def check_memory(case: str, step: dict) -> None:
     """The estimate by which a training is refused, against all storages that are alive."""
     preset, overlay = CASES[case]
-    place = PROJECT / "params.yaml"
-    params = validated(merged(read_yaml(place), dict(read_preset(preset)) | overlay), place)
-    estimate = training_memory(read_architecture(PROJECT / params.model.config), params.train, "cuda")
+    params = preset_params(preset, overlay)
+    estimate = training_memory(read_architecture(Path(params.model.config)), params.train, "cuda")
     assert estimate.peak_bytes == pytest.approx(step["peak_bytes"], rel=0.03)
 
 

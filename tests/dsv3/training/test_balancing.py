@@ -102,6 +102,7 @@ def test_a_window_averages_the_violations_of_its_batches_apart_from_those_of_its
     """Two batches that favour opposite experts violate balance each, and not together."""
     window = StepSums()
     for load in ([3, 1], [1, 3]):
-        window.add(Measured({"total_loss": 0.0}, 0.0, False, torch.tensor([load])), elapsed_s=1.0)
+        load_LE = torch.tensor([load])
+        window.add(Measured({"total_loss": 0.0}, 0.0, False, load_LE, load_LE), elapsed_s=1.0)
     assert window.load_LE == [[4, 4]]
     assert window.max_vio_L == [1.0]
