@@ -48,7 +48,7 @@ VERSION = torch.__version__
 
 @dataclass(frozen=True)
 class Choice:
-    """How activations and gradients are rounded; weights always are e4m3 in 128x128 blocks, with the same scales."""
+    """How activations and gradients are rounded; weights are e4m3 in 128x128 blocks (but for MXFP8), same scales."""
 
     block: tuple[int, int] = TILE
     """Rows and columns of a block whose columns lie along the inner dimension."""

@@ -7,7 +7,9 @@ once. The places where the host waits for the device are counted, and so are the
 What differs from a GPU, and why: the tensors say that they lie on a CPU, because torch's build for CPUs can't
 differentiate fake ones of CUDA. So what asks for the device is told that it is an H100; attention and RMSNorm, one
 kernel each way on CUDA, are one operator each way here; and the Triton kernels are counted where they would be
-launched. An operator that torch computes by several kernels is still one launch: launches are a lower bound.
+launched. Launches are an estimate: an operator counts as one, which may be several kernels, and torch multiplies
+gradients by the clipping factor one by one here, all together on CUDA. A copy from the host, which lets it wait where
+its memory is not pinned, is not seen: everything lies on the host here.
 """
 
 import json
@@ -244,7 +246,7 @@ class Machine:
 
 
 def counted(preset: str, overlay: dict) -> dict:
-    """Return the counts of the third optimizer step of a preset, which has its optimizer's state."""
+    """Return the counts of the second optimizer step of a preset, which finds its optimizer's state."""
     params = preset_params(preset, overlay)
     step = Step()
     pretend_to_be_a_gpu(step)

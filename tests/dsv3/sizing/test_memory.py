@@ -1,9 +1,10 @@
 import json
+from dataclasses import fields
 
 import pytest
 import torch
 
-from dsv3.fp8.recipe import DEEPSEEK_RECIPE, Recipe
+from dsv3.fp8.recipe import DEEPSEEK_RECIPE, RECIPES, Recipe
 from dsv3.kernels.convert import convert, emulate_bf16
 from dsv3.kernels.registry import experts_backend
 from dsv3.kernels.weight_cache import cached_weights
@@ -23,6 +24,7 @@ from dsv3.sizing.memory import (
     kv_cache_bytes_per_token,
     num_matrix_parameters,
     training_memory,
+    workload,
 )
 from dsv3.training.optimizer import Optimizer, parameter_groups
 from mini_model.configuration_deepseek import DeepseekV3Config
@@ -207,6 +209,15 @@ def test_the_estimate_of_auto_is_that_of_the_backend_which_a_native_device_takes
     train = TRAIN.model_copy(update={"use_fp8": use_fp8, "experts": "auto"})
     a = Architecture(**NANO)
     assert training_memory(a, train, device) == training_memory(a, train.model_copy(update={"experts": name}), device)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.name)
+def test_a_recipe_without_kernels_is_estimated_as_the_emulation_that_a_gpu_runs(recipe):
+    knobs = {f"fp8_{field.name}": getattr(recipe, field.name) for field in fields(recipe)}
+    train = TRAIN.model_copy(update={"use_fp8": True, "experts": "auto", **knobs})
+    found = workload(train, "cuda")
+    assert found.experts == ("triton_fp8" if recipe.has_kernels else "fp8_emulated")
+    assert found.rounds_weights_twice == recipe.mx_blocks
 
 
 def test_a_swiglu_cache_in_fp8_is_estimated_where_fp8_is_trained_in_and_saves_nearly_three_quarters():
