@@ -205,10 +205,12 @@ def recomputed_bytes(a: Architecture, w: Workload) -> int:
     """
     if not w.gradient_checkpointing:
         return 0
-    return max(
-        max(layer_bytes(a, w, layer) + expert_cast_bytes(a, w, layer), attention_backward_bytes(a, w, layer))
-        for layer in all_layers(a)
-    )
+    return max(max(running_bytes(a, w, layer), attention_backward_bytes(a, w, layer)) for layer in all_layers(a))
+
+
+def running_bytes(a: Architecture, w: Workload, layer: int) -> int:
+    """Return what exists of layer number `layer` as its backward pass begins."""
+    return layer_bytes(a, w, layer) + layer_cast_bytes(a, w, layer)
 
 
 def attention_backward_bytes(a: Architecture, w: Workload, layer: int) -> int:
@@ -234,18 +236,25 @@ def linear_weights(a: Architecture, layer: int) -> int:
     return attention_weights(a) + mlp + projection
 
 
-def weight_cast_bytes(a: Architecture, w: Workload) -> int:
-    """Return the bf16 copies of weights that live until the backward pass.
+def layer_cast_bytes(a: Architecture, w: Workload, layer: int) -> int:
+    """Return the bf16 copies of one layer's weights: autocast's of its linear layers, the backend's of its experts."""
+    linears = BF16 * linear_weights(a, layer) if w.has_bf16_linears else 0
+    return linears + expert_cast_bytes(a, w, layer)
 
-    Autocast copies every linear layer's weight once per forward pass. The experts' stacks are copied by their backend,
-    in every layer, or with gradient checkpointing in the one that is being computed (see `recomputed_bytes`).
+
+def weight_cast_bytes(a: Architecture, w: Workload) -> int:
+    """Return the bf16 copies of weights that live until the backward pass: the head's, and those of all layers.
+
+    With gradient checkpointing a layer's exist while it is computed only (see `recomputed_bytes`): autocast is then
+    told not to remember them (`dsv3.training.setup`).
     """
-    if w.precision == "fp32":
-        return 0
-    head = BF16 * a.vocab_size * a.hidden_size
-    linears = BF16 * sum(linear_weights(a, layer) for layer in all_layers(a)) if w.has_bf16_linears else 0
-    experts = 0 if w.gradient_checkpointing else sum(expert_cast_bytes(a, w, layer) for layer in all_layers(a))
-    return head + linears + experts
+    layers = 0 if w.gradient_checkpointing else sum(layer_cast_bytes(a, w, layer) for layer in all_layers(a))
+    return head_cast_bytes(a, w) + layers
+
+
+def head_cast_bytes(a: Architecture, w: Workload) -> int:
+    """Return the bf16 copy of the output head."""
+    return BF16 * a.vocab_size * a.hidden_size if w.precision == "bf16" else 0
 
 
 def derived_weight_bytes(a: Architecture, w: Workload) -> int:
@@ -254,8 +263,12 @@ def derived_weight_bytes(a: Architecture, w: Workload) -> int:
     FP8 keeps each weight twice, as it is and transposed, with a scale per 128x128 block each; an emulation keeps it
     in fp32, once or for either pass.
     """
-    routed = sum(a.n_routed_experts * expert_weights(a) for layer in all_layers(a) if a.is_moe(layer))
-    weights = routed + sum(linear_weights(a, layer) for layer in all_layers(a))
+    return sum(layer_derived_bytes(a, w, layer) for layer in all_layers(a))
+
+
+def layer_derived_bytes(a: Architecture, w: Workload, layer: int) -> int:
+    """Return the quantized or rounded copies of one layer's weights."""
+    weights = linear_weights(a, layer) + (a.n_routed_experts * expert_weights(a) if a.is_moe(layer) else 0)
     if w.backend.is_emulated:
         return FP32 * weights * (2 if w.rounds_weights_twice else 1)
     return 2 * (weights + FP32 * weights // (128 * 128)) if w.backend.is_fp8 else 0

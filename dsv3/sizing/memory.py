@@ -71,14 +71,18 @@ class TrainingMemory:
     """On several processes: what a pass holds of the others' weights and gradients (`dsv3.sizing.sharded`)."""
 
     @property
-    def peak_bytes(self) -> int:
-        """The larger of a pass and an optimizer step, on top of weights, their derived copies and moments."""
+    def pass_bytes(self) -> int:
+        """The most that a forward and backward pass hold beside what is always there."""
         in_pass = self.activations_bytes + self.weight_casts_bytes + max(self.logits_bytes, self.recomputed_bytes)
         in_pass += self.gathered_bytes + (self.gradients_bytes if self.holds_gradients else 0)
         # The first layer is computed again when all others have their gradients.
-        in_step = self.gradients_bytes + max(self.optimizer_workspace_bytes, self.recomputed_bytes)
+        return max(in_pass, self.gradients_bytes + self.recomputed_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The larger of a pass and an optimizer step, on top of weights, their derived copies and moments."""
         always = self.weights_bytes + self.optimizer_states_bytes + self.derived_weights_bytes
-        return always + max(in_pass, in_step)
+        return always + max(self.pass_bytes, self.gradients_bytes + self.optimizer_workspace_bytes)
 
 
 def workload(train: TrainParams, device: Device) -> Workload:
@@ -137,27 +141,31 @@ def num_stack_parameters(a: Architecture) -> int:
     return 2 * a.n_routed_experts * a.moe_intermediate_size * a.hidden_size
 
 
-def optimizer_workspace_bytes(a: Architecture, train: TrainParams, compute_bytes: int) -> int:
-    """Return what an optimizer step needs beside weights, gradients and moments.
+def optimizer_workspace_bytes(a: Architecture, train: TrainParams, compute_bytes: int, num_shards: int = 1) -> int:
+    """Return what an optimizer step needs beside weights, gradients and moments, on one of `num_shards` processes.
 
     bf16 moments are widened one parameter at a time. Updates that are made of matrix products are in the type that the
     device multiplies, and a batch of equal shapes is computed at once; the product of a matrix with its own transpose
     is as wide as the matrix is high.
     """
-    optimizer, batch = OPTIMIZERS[train.optim], largest_batch_numbers(a)
+    optimizer, batch = OPTIMIZERS[train.optim], largest_batch_numbers(a, num_shards)
     short, long = sorted((a.hidden_size, a.moe_intermediate_size))
-    numbers = optimizer.update_copies * num_matrix_parameters(a) + optimizer.batch_copies * batch
+    numbers = optimizer.update_copies * num_matrix_parameters(a) // num_shards + optimizer.batch_copies * batch
     numbers += optimizer.gram_copies * batch * short // long
-    largest_parameter = max(num_stack_parameters(a), a.vocab_size * a.hidden_size)
+    largest_parameter = max(num_stack_parameters(a), a.vocab_size * a.hidden_size) // num_shards
     widened = optimizer.widened_copies * largest_parameter if train.adam_moments_dtype == "bf16" else 0
     return compute_bytes * numbers + FP32 * widened
 
 
-def largest_batch_numbers(a: Architecture) -> int:
-    """Return the size of the largest batch of equally shaped matrices that are updated together, the experts'."""
+def largest_batch_numbers(a: Architecture, num_shards: int) -> int:
+    """Return the size of the largest batch of equally shaped matrices that are updated together, the experts'.
+
+    Shared experts are among them where they have the routed ones' shape, unless several processes hold their rows.
+    """
     parts = parameters_by_part(a) + mtp_parameters_by_part(a)
-    experts = parts["routed_experts"] + (parts["shared_experts"] if a.n_shared_experts == 1 else 0)
-    return min(experts, max(MAX_BATCH_NUMBERS, num_stack_parameters(a)))
+    shared = parts["shared_experts"] if a.n_shared_experts == num_shards == 1 else 0
+    stack = num_stack_parameters(a) // num_shards
+    return min(parts["routed_experts"] // num_shards + shared, max(MAX_BATCH_NUMBERS, stack))
 
 
 def inference_weights_bytes(a: Architecture, dtype: str) -> int:

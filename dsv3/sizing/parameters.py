@@ -48,7 +48,11 @@ def expert_weights(a: Architecture) -> int:
 
 
 def block_parameters(a: Architecture, layer: int) -> Counter[str]:
-    """Return the parameters by part of decoder block number `layer`."""
+    """Return the parameters by part of decoder block number `layer`; after the last comes that of an MTP module.
+
+    An MTP module is a block, a projection from two concatenated states to one, and three RMSNorms: of the embedding,
+    of the state and before the head.
+    """
     parts: Counter[str] = Counter(attention=attention_weights(a) + attention_biases(a))
     parts["norms"] = 2 * a.hidden_size + a.kv_lora_rank + (a.q_lora_rank or 0)
     if a.is_moe(layer):
@@ -57,6 +61,8 @@ def block_parameters(a: Architecture, layer: int) -> Counter[str]:
         parts["router"] = a.n_routed_experts * a.hidden_size
     else:
         parts["dense_mlp"] = 3 * a.hidden_size * a.intermediate_size
+    if layer >= a.num_hidden_layers:
+        parts.update(projection=2 * a.hidden_size * a.hidden_size, norms=3 * a.hidden_size)
     return parts
 
 
@@ -72,15 +78,10 @@ def parameters_by_part(a: Architecture) -> Counter[str]:
 
 
 def mtp_parameters_by_part(a: Architecture) -> Counter[str]:
-    """Return the parameters of all MTP modules (report, section 2.2), without the shared embedding and head.
-
-    Each is a block, a projection from the two concatenated states to one, and three RMSNorms: of the embedding, of the
-    state and before the head.
-    """
+    """Return the parameters of all MTP modules (report, section 2.2), without the shared embedding and head."""
     parts: Counter[str] = Counter()
     for depth in range(a.num_nextn_predict_layers):
         parts.update(block_parameters(a, a.num_hidden_layers + depth))
-        parts.update(projection=2 * a.hidden_size * a.hidden_size, norms=3 * a.hidden_size)
     return parts
 
 

@@ -23,7 +23,7 @@ from dsv3.sizing.flops import training_flops_per_token
 from dsv3.sizing.machines import USABLE_SHARE
 from dsv3.sizing.memory import GIB, training_memory
 from dsv3.sizing.report import training_size
-from dsv3.sizing.sharded import chosen_sharding, replicated_memory
+from dsv3.sizing.sharded import Sharing, chosen_sharding, process_memory
 from dsv3.tracking.identity import project_root
 from dsv3.tracking.metrics import TABLES
 from dsv3.training.budget import Budget, budget_of
@@ -151,7 +151,8 @@ def with_chosen_sharding(params: Params, architecture: Architecture) -> tuple[Pa
         chosen, reason = "full", "for runtime.expert_parallel and runtime.cpu_offload"
     else:
         chosen = chosen_sharding(architecture, params.train, device_type, processes, usable)
-        needed = replicated_memory(architecture, params.train, device_type).peak_bytes
+        copies = Sharing(1, num_copies=processes[0])
+        needed = process_memory(architecture, params.train, device_type, copies).peak_bytes
         reason = f"{needed / GIB:.2f} GiB with none, {usable / GIB:.2f} usable"
     line = f"sharding {chosen} (auto: {processes[0]} processes, {reason})"
     return params.model_copy(update={"runtime": runtime.model_copy(update={"sharding": chosen})}), line

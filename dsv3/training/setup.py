@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    AutocastKwargs,
     DistributedDataParallelKwargs,
     DistributedType,
     GradientAccumulationPlugin,
@@ -91,8 +92,13 @@ def start_accelerator(plan: TrainingPlan) -> Accelerator:
     backend = {"backend": "cpu:gloo,cuda:nccl"} if plan.params.runtime.sharding != "none" and not on_cpu else {}
     # Buffers are not broadcast: each process counts its own tokens, and biases are equal because their updates are.
     kwargs: list[KwargsHandler] = [
-        DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=has_unused_parameters),
+        # Gradients are views of the buckets in which they are exchanged, or there would be two of each.
+        DistributedDataParallelKwargs(
+            broadcast_buffers=False, find_unused_parameters=has_unused_parameters, gradient_as_bucket_view=True
+        ),
         InitProcessGroupKwargs(timeout=timedelta(seconds=plan.params.runtime.ddp_timeout), **backend),
+        # A layer that is recomputed casts its weights again; autocast would remember all casts until the pass ends.
+        AutocastKwargs(cache_enabled=not train.gradient_checkpointing),
     ]
     uses_autocast = autocast_dtype(train.precision, device) == torch.bfloat16
     # Everything that Accelerate would else take from the environment. The plugins also beat it where arguments do not.

@@ -281,7 +281,7 @@ def training(plan, model, step: Step) -> loop.Run:
 
     def forward(**inputs):
         step.phase = "forward"
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=not train.gradient_checkpointing):
             return model(**inputs)
 
     def micro_batches():

@@ -3,6 +3,8 @@
 import weakref
 
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -50,4 +52,35 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor):
                 self.add(tensor)
+        return out
+
+
+class HeldBytes(TorchDispatchMode):
+    """Finds the most bytes that all storages hold together, of the tensors in `known` and of what operators return.
+
+    It looks at each storage's size again after every operator, for FSDP empties and refills storages behind torch's
+    dispatcher. A view returns no storage of its own; what a collective's library copies for itself is so left out.
+    """
+
+    def __init__(self, known):
+        super().__init__()
+        self.peak = 0
+        self.storages = weakref.WeakSet()
+        for tensor in known:
+            self.add(tensor)
+
+    def add(self, tensor):
+        if isinstance(tensor, DTensor):
+            tensor = tensor.to_local()
+        if isinstance(tensor, AsyncCollectiveTensor):
+            tensor = tensor.elem
+        self.storages.add(tensor.untyped_storage())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            for tensor in tree_iter(out):
+                if isinstance(tensor, torch.Tensor):
+                    self.add(tensor)
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.storages))
         return out

@@ -289,7 +289,7 @@ def estimated(run: Any) -> dict[str, int]:
 
     num_processes, per_machine = run.accelerator.num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     num_shards = {"none": 1, "full": num_processes, "hybrid": per_machine}[run.plan.params.runtime.sharding]
-    sharing = Sharing(num_shards) if num_shards > 1 else None
+    sharing = Sharing(num_shards, num_copies=num_processes // num_shards)
     memory = process_memory(run.plan.architecture, run.plan.params.train, "cpu", sharing)
     biases = 12 * sum(router.e_score_correction_bias.numel() for _, router in run.model.routers())
     return {
