@@ -29,7 +29,7 @@ from dsv3.params.architecture import read_architecture
 from dsv3.params.read import Params, read_params, read_yaml, schema_text
 from dsv3.params.runtime import TrackerName
 from dsv3.sizing.machines import has_nvidia_driver
-from dsv3.sizing.memory import GIB, training_memory
+from dsv3.sizing.memory import GIB, training_memory, without_moments
 
 PARAMS = Path("params.yaml")
 SCHEMA = Path("docs/params.schema.json")
@@ -247,7 +247,11 @@ def check_memory() -> Finding:
     """Check that the training's estimated peak is less than the memory of this machine (on a GPU: of the GPU)."""
     params = read_params(PARAMS)
     device = params.runtime.device_type(has_nvidia_driver())
-    needed = training_memory(read_architecture(Path(params.model.config)), params.train, device).peak_bytes
+    architecture = read_architecture(Path(params.model.config))
+    memory = training_memory(architecture, params.train, device)
+    if device == "cuda" and params.runtime.cpu_offload == "optimizer":
+        memory = without_moments(memory, architecture, params.train)
+    needed = memory.peak_bytes
     available = device_memory_bytes(device)
     message = f"training needs about {needed / GIB:.2f} GiB of {available / GIB:.0f} GiB ({device})"
     remedy = "lower train.per_device_train_batch_size, or set train.gradient_checkpointing to true"

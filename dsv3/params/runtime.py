@@ -37,9 +37,9 @@ class RuntimeParams(Section):
     """With sharding: free a layer's gathered weights after the forward pass and gather them again for the backward
     pass; false: keep them between the two, which is faster and needs the whole model's memory."""
 
-    cpu_offload: Literal["none", "parameters"]
-    """With sharding: parameters keeps the shards of weights, gradients and optimizer state in the CPU's memory, and
-    updates them there."""
+    cpu_offload: Literal["none", "optimizer", "parameters"]
+    """What of a GPU's training lies in the CPU's memory. optimizer (without sharding): the moments, which visit the GPU
+    one parameter at a time; parameters (with sharding): the shards of weights, gradients and moments, updated there."""
 
     ddp_timeout: int = Field(ge=1, le=MAX_TIMEOUT_S)
     """Seconds that a process waits for others that are alive and at work (torch's process group): they may be writing,

@@ -14,7 +14,7 @@ Inference holds the weights and, per token of context and layer, one latent and 
 of keys and values per head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv3.params.architecture import Architecture
 from dsv3.params.expert_backends import BACKENDS, auto_of_native_device
@@ -129,6 +129,13 @@ def training_memory(a: Architecture, train: TrainParams, device: Device) -> Trai
     )
 
 
+def without_moments(memory: TrainingMemory, a: Architecture, train: TrainParams) -> TrainingMemory:
+    """Return what a training takes on a GPU that one parameter's moments visit at a time (`runtime.cpu_offload`)."""
+    visiting = DTYPE_BYTES[train.adam_moments_dtype] * OPTIMIZERS["adamw"].moments * num_largest_parameter(a)
+    workspace = memory.optimizer_workspace_bytes + visiting
+    return replace(memory, optimizer_states_bytes=0, optimizer_workspace_bytes=workspace)
+
+
 def num_matrix_parameters(a: Architecture) -> int:
     """Return the parameters that `train.optim` updates: all matrices but those of AdamW (embedding, head, routers)."""
     parts = parameters_by_part(a) + mtp_parameters_by_part(a)
@@ -139,6 +146,11 @@ def num_matrix_parameters(a: Architecture) -> int:
 def num_stack_parameters(a: Architecture) -> int:
     """Return the size of a layer's stack of gate and up projections, its largest parameter."""
     return 2 * a.n_routed_experts * a.moe_intermediate_size * a.hidden_size
+
+
+def num_largest_parameter(a: Architecture) -> int:
+    """Return the size of the largest parameter."""
+    return max(num_stack_parameters(a), a.vocab_size * a.hidden_size)
 
 
 def optimizer_workspace_bytes(a: Architecture, train: TrainParams, compute_bytes: int, num_shards: int = 1) -> int:
@@ -152,7 +164,7 @@ def optimizer_workspace_bytes(a: Architecture, train: TrainParams, compute_bytes
     short, long = sorted((a.hidden_size, a.moe_intermediate_size))
     numbers = optimizer.update_copies * num_matrix_parameters(a) // num_shards + optimizer.batch_copies * batch
     numbers += optimizer.gram_copies * batch * short // long
-    largest_parameter = max(num_stack_parameters(a), a.vocab_size * a.hidden_size) // num_shards
+    largest_parameter = num_largest_parameter(a) // num_shards
     widened = optimizer.widened_copies * largest_parameter if train.adam_moments_dtype == "bf16" else 0
     return compute_bytes * numbers + FP32 * widened
 

@@ -121,9 +121,14 @@ def check_sharding(params: Params, world_size: int, n_routed_experts: int) -> No
     runtime = params.runtime
     if runtime.sharding == "none":
         for name, value in {"cpu_offload": runtime.cpu_offload, "expert_parallel": runtime.expert_parallel}.items():
-            if value not in ("none", 1):
+            if value not in ("none", "optimizer", 1):
                 raise UserError(f"params.yaml: runtime.{name} is {value}; needs runtime.sharding full")
         return
+    if runtime.cpu_offload == "optimizer":
+        raise UserError(
+            f"params.yaml: runtime.cpu_offload is optimizer; needs runtime.sharding none ({runtime.sharding} here); "
+            "set it to parameters, which offloads the moments' shards too"
+        )
     if world_size == 1:
         raise UserError(
             f"params.yaml: runtime.sharding is {runtime.sharding}; there is one process and nothing to share; raise "

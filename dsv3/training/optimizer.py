@@ -18,6 +18,10 @@ each process has its own numbers, and whole matrices. Of any other matrix it has
 the matrix's owner, which orthogonalizes and sends them back: one exchange each way for all matrices, about as many
 multiplications for each process.
 
+The moments may lie in the CPU's memory (`runtime.cpu_offload: optimizer`): they come to the device for the update, one
+parameter's at a time, and go back. The numbers are the same; the alternative, to update on the CPU, would move as much
+(weights and gradients) and multiply Muon's matrices there.
+
 What we give up: replicas (`runtime.sharding: none`) each orthogonalize every matrix.
 
 Letters: E n_routed_experts, F intermediate_size, D hidden_size, R rows, W columns.
@@ -90,18 +94,34 @@ class Settings:
     """fp32 or, with `adam_moments_dtype: bf16`, bf16; the arithmetic is fp32 in both cases."""
     newton_schulz_dtype: torch.dtype
     """Of Muon's matrix products: bf16 where the device multiplies it natively."""
+    offloads: bool = False
+    """Whether moments lie in the CPU's memory, wherever their parameters are."""
+
+    def stored(self, moment: Tensor, parameter: Tensor) -> Tensor:
+        """Return `moment` as it lies between two steps: in its type and place, pinned where a device fetches it."""
+        device = torch.device("cpu") if self.offloads else parameter.device
+        moment = moment.to(device, self.moments_dtype)
+        return moment.pin_memory() if self.offloads and parameter.is_cuda and not moment.is_pinned() else moment
 
     def zeros(self, parameter: Tensor) -> Tensor:
         """Return a moment of `parameter` before the first step."""
-        return torch.zeros_like(parameter, dtype=self.moments_dtype, memory_format=torch.preserve_format)
+        dtype, device = self.moments_dtype, torch.device("cpu") if self.offloads else None
+        zeros = torch.zeros_like(parameter, dtype=dtype, device=device, memory_format=torch.preserve_format)
+        return self.stored(zeros, parameter)
 
 
 class Optimizer(torch.optim.Optimizer):
     """Updates each group by the optimizer that it is named after; one flat state_dict, which resumes bit-exactly."""
 
-    def __init__(self, groups: list[dict[str, Any]], params: TrainParams, newton_schulz_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        params: TrainParams,
+        newton_schulz_dtype: torch.dtype,
+        offloads: bool = False,
+    ) -> None:
         moments_dtype = torch.bfloat16 if params.adam_moments_dtype == "bf16" else torch.float32
-        self._settings = Settings(params, moments_dtype, newton_schulz_dtype)
+        self._settings = Settings(params, moments_dtype, newton_schulz_dtype, offloads)
         super().__init__(groups, {"lr": params.learning_rate})
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -119,25 +139,16 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state, and cut it as the parameters are where they are sharded.
 
-        torch turns every tensor into its parameter's type, and moments back into theirs here.
+        torch would make every moment of its parameter's type, and put all of them where the parameters are.
         """
-        super().load_state_dict(self.cut_state(state_dict))
-        for state in self.state.values():
-            for name in state.keys() - {"step"}:
-                state[name] = state[name].to(self._settings.moments_dtype)
-
-    def cut_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return `state_dict` with this process's parts of the whole tensors in it."""
+        super().load_state_dict({**state_dict, "state": {}})  # says what differs
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        if len(parameters) != len(numbers):
-            return state_dict  # torch says what differs
-        owner = dict(zip(numbers, parameters, strict=True))
-        cut = {
-            number: {name: shard_like(value, owner[number]) for name, value in state.items()}
-            for number, state in state_dict["state"].items()
-        }
-        return {**state_dict, "state": cut}
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                own = shard_like(value, parameter)
+                kept = own.to(parameter.device) if name == "step" else self._settings.stored(own, parameter)
+                self.state[parameter][name] = kept
 
 
 States = MutableMapping[Tensor, dict[str, Tensor]]
@@ -157,8 +168,11 @@ def update_by_adamw(group: dict[str, Any], states: States, settings: Settings) -
     if own:
         parameters, gradients, moments = (list(column) for column in zip(*own, strict=True))
         is_fused = settings.moments_dtype == torch.float32 or fuses_bf16_moments(parameters[0].device)
-        apply = _fused_adamw if is_fused else _adamw_with_bf16_moments
-        apply(group, parameters, gradients, moments, settings.params)
+        if is_fused and not settings.offloads:
+            _fused_adamw(group, parameters, gradients, moments, settings.params)
+        else:
+            dtype = settings.moments_dtype if is_fused else torch.float32
+            _adamw_one_by_one(group, parameters, gradients, moments, settings.params, dtype)
 
 
 @cache
@@ -202,23 +216,24 @@ def _fused_adamw(
     )
 
 
-def _adamw_with_bf16_moments(
+def _adamw_one_by_one(
     group: dict[str, Any],
     parameters: list[Tensor],
     gradients: list[Tensor],
     states: list[dict[str, Tensor]],
     params: TrainParams,
+    dtype: torch.dtype,
 ) -> None:
-    """Apply the same parameter by parameter: moments are widened to fp32, used, and rounded back.
+    """Apply the same parameter by parameter: moments are brought to the device and widened to `dtype`, and back.
 
-    For devices where torch's kernel takes no moments of another type than the parameters (CPUs; torch 2.11 on an H100).
-    A step changes the second moment by up to 5 % (1 - beta2), far above bf16's 0.4 %, so rounding to nearest
-    does not stall it.
+    For moments that lie elsewhere, and for devices where torch's kernel takes none of another type than the parameters
+    (CPUs; torch 2.11 on an H100). A step changes the second moment by up to 5 % (1 - beta2), far above bf16's 0.4 %, so
+    rounding to nearest does not stall it.
     """
     for parameter, gradient, state in zip(parameters, gradients, states, strict=True):
-        wide = {name: state[name].float() for name in ("exp_avg", "exp_avg_sq")}
-        _fused_adamw(group, [parameter], [gradient], [state | wide], params)
-        for name, moment in wide.items():
+        here = {name: state[name].to(parameter.device, dtype) for name in ("exp_avg", "exp_avg_sq")}
+        _fused_adamw(group, [parameter], [gradient], [state | here], params)
+        for name, moment in here.items():
             state[name].copy_(moment)
 
 
@@ -234,7 +249,7 @@ def update_by_muon(group: dict[str, Any], states: States, settings: Settings) ->
         if not state:
             state["momentum_buffer"] = settings.zeros(parameter)
         gradient, buffer = local(parameter.grad), local(state["momentum_buffer"])
-        average = torch.lerp(buffer.float(), gradient, 1 - momentum)
+        average = torch.lerp(buffer.to(gradient.device, torch.float32), gradient, 1 - momentum)
         buffer.copy_(average)
         ahead = torch.lerp(gradient, average, momentum).to(settings.newton_schulz_dtype)
         if isinstance(parameter, DTensor) and parameter.ndim == 2:

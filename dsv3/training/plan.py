@@ -21,7 +21,7 @@ from dsv3.params.read import Params
 from dsv3.params.runtime import Device, RuntimeParams
 from dsv3.sizing.flops import training_flops_per_token
 from dsv3.sizing.machines import USABLE_SHARE
-from dsv3.sizing.memory import GIB, training_memory
+from dsv3.sizing.memory import GIB, training_memory, without_moments
 from dsv3.sizing.report import training_size
 from dsv3.sizing.sharded import Sharing, chosen_sharding, process_memory
 from dsv3.tracking.identity import project_root
@@ -147,7 +147,9 @@ def with_chosen_sharding(params: Params, architecture: Architecture) -> tuple[Pa
     device_type = runtime.device_type(has_cuda=device.type == "cuda")
     sharing = processes[1] if device_type == "cpu" else 1  # a CPU's memory is shared by this machine's processes
     usable = int(USABLE_SHARE[device_type] * total_bytes(device)) // sharing
-    if processes[0] > 1 and (runtime.expert_parallel > 1 or runtime.cpu_offload != "none"):
+    if runtime.cpu_offload == "optimizer":
+        chosen, reason = "none", "for runtime.cpu_offload"
+    elif processes[0] > 1 and (runtime.expert_parallel > 1 or runtime.cpu_offload == "parameters"):
         chosen, reason = "full", "for runtime.expert_parallel and runtime.cpu_offload"
     else:
         chosen = chosen_sharding(architecture, params.train, device_type, processes, usable)
@@ -168,7 +170,10 @@ def memory_note(plan: TrainingPlan, device_type: Device, free: int, num_processe
 
     def needed(**changes: int | bool) -> int:
         train = plan.params.train.model_copy(update=changes)
-        return sharing * training_memory(plan.architecture, train, device_type).peak_bytes
+        memory = training_memory(plan.architecture, train, device_type)
+        if device_type == "cuda" and plan.params.runtime.cpu_offload == "optimizer":
+            memory = without_moments(memory, plan.architecture, train)
+        return sharing * memory.peak_bytes
 
     if needed() <= free:
         return None

@@ -212,12 +212,13 @@ def prepare_run(
             within_machines=runtime.sharding == "hybrid",
             expert_parallel=runtime.expert_parallel,
             reshard_after_forward=runtime.reshard_after_forward,
-            offloads=runtime.cpu_offload != "none",
+            offloads=runtime.cpu_offload == "parameters",
         )
         shard_model(model, sharding, accelerator.device)
     # Muon's matrix products run in the training's own format: bf16 where the device is fast at it, else fp32.
     dtype = autocast_dtype(train.precision, accelerator.device)
-    optimizer = Optimizer(parameter_groups(model, train), train, dtype)
+    offloads = plan.params.runtime.cpu_offload == "optimizer"
+    optimizer = Optimizer(parameter_groups(model, train), train, dtype, offloads)
     with warnings.catch_warnings():
         # torch 2.13 names a successor of broadcast_buffers that Accelerate 1.15 can't pass on.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)

@@ -11,6 +11,7 @@ from dsv3.kernels.registry import experts_backend
 from dsv3.kernels.weight_cache import cached_weights
 from dsv3.params.architecture import Architecture
 from dsv3.params.expert_backends import BACKENDS
+from dsv3.params.optimizers import OPTIMIZERS
 from dsv3.sizing.activations import Workload, moe_layer_bytes
 from dsv3.sizing.memory import training_memory
 from dsv3.training.optimizer import Optimizer, parameter_groups
@@ -119,3 +120,22 @@ def test_the_peak_of_two_real_optimizer_steps_is_the_estimate_to_a_tenth(hopper,
         stepper.zero_grad(set_to_none=True)
     estimate = training_memory(Architecture(**SIZES), train, hopper.type).peak_bytes
     assert estimate == pytest.approx(peak_bytes() - before, rel=0.1)
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_moments_in_the_cpus_memory_give_the_same_weights(hopper, monkeypatch, optim):
+    train = DEFAULTS.train.model_copy(update={"precision": "bf16", "optim": optim})
+    weights = []
+    for offloads in (False, True):
+        torch.manual_seed(0)
+        model = model_on(hopper, "grouped_mm", "bf16", monkeypatch)
+        stepper = Optimizer(parameter_groups(model, train), train, torch.bfloat16, offloads)
+        for step in range(2):
+            generator = torch.Generator(hopper).manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, device=hopper, generator=generator)
+            stepper.step()
+        moments = [value for state in stepper.state.values() for name, value in state.items() if name != "step"]
+        assert {moment.is_pinned() for moment in moments} == {offloads}
+        weights.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert all(torch.equal(own, visiting) for own, visiting in zip(*weights, strict=True))

@@ -58,14 +58,14 @@ class LiveBytes(TorchDispatchMode):
 class HeldBytes(TorchDispatchMode):
     """Finds the most bytes that all storages hold together, of the tensors in `known` and of what operators return.
 
-    It looks at each storage's size again after every operator, for FSDP empties and refills storages behind torch's
-    dispatcher. A view returns no storage of its own; what a collective's library copies for itself is so left out.
+    FSDP empties and refills storages behind torch's dispatcher, by `resize_`, which is watched. A view returns no
+    storage of its own; what a collective's library copies for itself is so left out.
     """
 
     def __init__(self, known):
         super().__init__()
-        self.peak = 0
-        self.storages = weakref.WeakSet()
+        self.live = self.peak = 0
+        self.sizes = {}
         for tensor in known:
             self.add(tensor)
 
@@ -74,7 +74,35 @@ class HeldBytes(TorchDispatchMode):
             tensor = tensor.to_local()
         if isinstance(tensor, AsyncCollectiveTensor):
             tensor = tensor.elem
-        self.storages.add(tensor.untyped_storage())
+        storage = tensor.untyped_storage()
+        if id(storage) not in self.sizes:
+            weakref.finalize(storage, self.resize, id(storage), None)
+            self.sizes[id(storage)] = 0
+            self.resize(id(storage), storage.nbytes())
+
+    def resize(self, key, num_bytes):
+        self.live += (num_bytes or 0) - self.sizes[key]
+        self.peak = max(self.peak, self.live)
+        if num_bytes is None:
+            del self.sizes[key]
+        else:
+            self.sizes[key] = num_bytes
+
+    def __enter__(self):
+        resize = self.torchs_resize = torch.UntypedStorage.resize_
+
+        def watched(storage, num_bytes):
+            resize(storage, num_bytes)
+            if id(storage) in self.sizes:
+                self.resize(id(storage), storage.nbytes())
+            return storage
+
+        torch.UntypedStorage.resize_ = watched
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.UntypedStorage.resize_ = self.torchs_resize
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -82,5 +110,4 @@ class HeldBytes(TorchDispatchMode):
             for tensor in tree_iter(out):
                 if isinstance(tensor, torch.Tensor):
                     self.add(tensor)
-        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.storages))
         return out

@@ -24,6 +24,7 @@ from dsv3.sizing.memory import (
     kv_cache_bytes_per_token,
     num_matrix_parameters,
     training_memory,
+    without_moments,
     workload,
 )
 from dsv3.training.optimizer import Optimizer, parameter_groups
@@ -236,6 +237,17 @@ def test_a_swiglu_cache_in_fp8_is_estimated_where_fp8_is_trained_in_and_saves_ne
     gate_up = num_moe_layers * num_tokens * a.num_experts_per_tok * 2 * a.moe_intermediate_size
     assert a.num_nextn_predict_layers == 0
     assert estimates[True][0] - estimates[True][1] == gate_up * 4 - gate_up * 1 - gate_up // 128 * 4
+
+
+def test_offloaded_moments_leave_room_for_two_of_the_largest_parameter():
+    mini = read_architecture(PROJECT / "mini_model" / "config.json")
+    train = TRAIN.model_copy(
+        update={"optim": "adamw", "gradient_checkpointing": True, "per_device_train_batch_size": 1}
+    )
+    whole = training_memory(mini, train, "cuda")
+    rest = without_moments(whole, mini, train)
+    assert whole.peak_bytes - rest.peak_bytes > 0.9 * whole.optimizer_states_bytes
+    assert rest.optimizer_workspace_bytes == whole.optimizer_workspace_bytes + 2 * 4 * 129_280 * 2_048
 
 
 def test_a_large_vocabulary_costs_a_chunk_of_logits_instead_of_all_of_them():

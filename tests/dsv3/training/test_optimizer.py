@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dsv3.params.optimizers import OPTIMIZERS
 from dsv3.params.train import TrainParams
@@ -178,3 +179,49 @@ def test_matrices_of_one_shape_share_a_call_unless_that_takes_too_much_memory(mo
     assert [len(batch) for batch in same_shape_batches(made)] == [3]
     monkeypatch.setattr(module, "MAX_BATCH_NUMBERS", 48)
     assert [len(batch) for batch in same_shape_batches(made)] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    "values", [{"optim": "adamw"}, {"optim": "adamw", "adam_moments_dtype": "bf16"}, {"optim": "muon"}]
+)
+def test_moments_that_visit_the_device_one_by_one_train_the_same(values, monkeypatch):
+    """On a CPU no place differs; that each parameter is updated by itself does."""
+    own, visiting = micro_model(), micro_model()
+    train(own, optimizer_of(own, **values), range(3))
+    given_params = params(**values)
+    groups = parameter_groups(visiting, given_params)
+    train(visiting, Optimizer(groups, given_params, torch.float32, offloads=True), range(3))
+    for name, weight in own.named_parameters():
+        assert torch.equal(weight, dict(visiting.named_parameters())[name]), name
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_offloaded_moments_stay_in_the_cpus_memory_after_a_step_and_after_loading(optim, dtype, monkeypatch):
+    """Fake tensors of a GPU: they have a place and no numbers. How long a step takes there, they can't say."""
+    monkeypatch.setattr(module, "fuses_bf16_moments", lambda _: True)
+    monkeypatch.setattr(module, "orthogonalized", torch.empty_like)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    for name, value in {"is_available": True, "device_count": 1, "current_device": 0}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    mode, given_params = FakeTensorMode(allow_non_fake_inputs=True), params(optim=optim, adam_moments_dtype=dtype)
+
+    def on_gpu(*shape: int) -> FakeTensor:
+        return FakeTensor(mode, torch.empty(shape, device="meta"), torch.device("cuda:0"))
+
+    with mode:
+        weights = [nn.Parameter(on_gpu(4, 8)), nn.Parameter(on_gpu(8, 8))]
+        group = {"name": optim, "params": weights, "num_parts": [1, 1], "weight_decay": 0.1}
+        optimizer = Optimizer([group], given_params, torch.float32, offloads=True)
+        for weight in weights:
+            weight.grad = on_gpu(*weight.shape)
+        optimizer.step()
+        saved = optimizer.state_dict()
+        optimizer.load_state_dict(saved)
+        optimizer.step()
+    moments = [(n, m) for state in optimizer.state.values() for n, m in state.items() if n != "step"]
+    assert len(moments) == 2 * OPTIMIZERS[optim].moments
+    expected = torch.bfloat16 if dtype == "bf16" else torch.float32
+    assert {(moment.device.type, moment.dtype) for _, moment in moments} == {("cpu", expected)}
+    assert all(weight.device.type == "cuda" for weight in weights)

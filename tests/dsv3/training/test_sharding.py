@@ -194,6 +194,11 @@ def test_rows_are_cut_as_torch_cuts_them(num_rows, num_processes):
     [
         ({"sharding": "full"}, 1, "runtime.sharding is full; there is one process"),
         ({"cpu_offload": "parameters"}, 2, "runtime.cpu_offload is parameters; needs runtime.sharding"),
+        (
+            {"sharding": "full", "cpu_offload": "optimizer"},
+            2,
+            "runtime.cpu_offload is optimizer; needs runtime.sharding",
+        ),
         ({"sharding": "hybrid"}, 2, "runtime.sharding is hybrid; needs several machines"),
         ({"expert_parallel": 2}, 2, "runtime.expert_parallel is 2; needs runtime.sharding full"),
         ({"sharding": "full", "expert_parallel": 2}, 3, "must divide the 3 processes and the architecture's 8 experts"),
