@@ -189,12 +189,14 @@ def activation_bytes(a: Architecture, w: Workload) -> int:
 
     With gradient checkpointing a layer keeps its input only; what it computes again is `recomputed_bytes`.
     """
-    if w.gradient_checkpointing:
-        layers = len(all_layers(a)) * w.num_tokens * FP32 * a.hidden_size
-    else:
-        layers = sum(layer_bytes(a, w, layer) for layer in all_layers(a))
+    layers = sum(kept_bytes(a, w, layer) for layer in all_layers(a))
     angles = 2 * FP32 * w.sequence_tokens * a.qk_rope_head_dim // 2
     return layers + angles + w.num_tokens * (w.norm(a.hidden_size) + INT64)
+
+
+def kept_bytes(a: Architecture, w: Workload, layer: int) -> int:
+    """Return what layer number `layer` keeps until the backward pass reaches it, without casts of weights."""
+    return w.num_tokens * FP32 * a.hidden_size if w.gradient_checkpointing else layer_bytes(a, w, layer)
 
 
 def recomputed_bytes(a: Architecture, w: Workload) -> int:

@@ -5,8 +5,8 @@ activations of a process's own sequences it does not cut. It costs room for what
 embedding, last norm and head stay throughout a pass, a layer's weights while it runs. The backward pass holds most.
 While it is in a layer, that layer's weights are there and, more and more, its whole gradient; the weights of the layer
 below, which are fetched meanwhile; and the whole gradient of the layer above, which is being sent. The activations of
-the layers above are gone by then. So the peak is the largest of some sums, three for each layer (`pass_moments`),
-not a sum of largest terms.
+the layers above are gone by then. So the peak is the largest of some sums, several for each layer
+(`ShardedPass.moments`), not a sum of largest terms.
 
 A stack of experts is cut between experts, so a process holds whole ones: of 8 experts over 3 processes up to 3. Left
 out is what a library of collectives allocates for itself. Experts that stay where they are (`runtime.expert_parallel`)
@@ -32,6 +32,7 @@ from dsv3.sizing.activations import (
     all_layers,
     attention_backward_bytes,
     head_cast_bytes,
+    kept_bytes,
     layer_bytes,
     layer_cast_bytes,
     layer_derived_bytes,
@@ -62,6 +63,7 @@ class Sharing:
     """Of these, processes among which tokens travel to the experts."""
     reshard_after_forward: bool = True
     num_copies: int = 1
+    """Copies of the state, each held by other processes."""
 
     @property
     def num_processes(self) -> int:
@@ -126,7 +128,7 @@ def held_layer(a: Architecture, w: Workload, sharing: Sharing, number: int) -> H
         first_gradients=gathered_experts + own_experts + outputs,
         gradient_before_attention=max(0, weights - FP32 * parts["attention"]),
         gradient_of_own_experts=own_experts,
-        kept=w.num_tokens * FP32 * a.hidden_size if w.gradient_checkpointing else running,
+        kept=kept_bytes(a, w, number) if w.gradient_checkpointing else running,
         running=running,
         in_attention=attention_backward_bytes(a, w, number),
     )
@@ -197,24 +199,21 @@ class ShardedPass:
         new = sum(layer.weights // self.sharing.num_shards for layer in self.layers[number + 1 :])
         if not self.gradients:
             return new + sum(layer.gradient_of_own_experts for layer in self.layers[number + 1 :])
-        return self.gradients + (
-            new if self.sharing.num_copies > 1 else 0
-        )  # which copies have exchanged, and still hold
+        exchanged = new if self.sharing.num_copies > 1 else 0  # between copies, and held until the pass ends
+        return self.gradients + exchanged
 
 
 def sharded_pass(a: Architecture, w: Workload, sharing: Sharing, gradients: int) -> ShardedPass:
     """Return a pass of one of several processes that holds `gradients` bytes of earlier ones."""
     layers = [held_layer(a, w, sharing, number) for number in all_layers(a)]
     head = FP32 * a.vocab_size * a.hidden_size
-    plain = 0 if w.gradient_checkpointing else sum(layer_bytes(a, w, number) for number in all_layers(a))
-    plain += len(layers) * w.num_tokens * FP32 * a.hidden_size if w.gradient_checkpointing else 0
     return ShardedPass(
         sharing=sharing,
         layers=layers,
         root=head * (1 if a.tie_word_embeddings else 2) + FP32 * a.hidden_size,
         head=head,
         logits=logits_bytes(a, w) + head_cast_bytes(a, w),
-        others=activation_bytes(a, w) - plain,
+        others=activation_bytes(a, w) - sum(kept_bytes(a, w, number) for number in all_layers(a)),
         gradients=gradients,
     )
 
