@@ -97,11 +97,18 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Few workers: each one imports torch and holds its own models."""
-    return min(4, os.cpu_count() or 1)
+    """Few workers: each one imports torch and holds its own models. One more than cores, for some tests only wait."""
+    return min(4, 1 + (os.cpu_count() or 1))
 
 
-LONG_FILES = ("tests/pipeline/", "tests/stages/test_train", "tests/dsv3/kernels/test_triton", "tests/gpu_model/")
+LONG_FILES = (
+    "tests/pipeline/",
+    "tests/stages/test_train",
+    "tests/dsv3/training/test_sharding",
+    "tests/dsv3/kernels/test_triton",
+    "tests/gpu_model/",
+    "tests/dsv3/sizing/test_processes",
+)
 """How the names of the longest files begin, the longest first."""
 
 

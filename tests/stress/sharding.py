@@ -1,8 +1,8 @@
 """Every way of sharing a training × optimizer × precision × form, over twenty steps, beside one process.
 
 `python -m tests.stress.sharding` prints a line for each, as it comes, then the worst differences as a table; the exit
-status is 1 where one exceeds its bound. `--only` is a regular expression of names, `--steps` shortens it. Hours on two
-cores, and minutes on many; tests/dsv3/training/test_sharding.py samples it.
+status is 1 where one exceeds its bound. `--only` is a regular expression of names, `--steps` shortens it. An hour on
+two cores, and minutes on many; tests/dsv3/training/test_sharding.py samples it.
 """
 
 import argparse
