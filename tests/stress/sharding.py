@@ -41,8 +41,13 @@ FORMS: dict[str, tuple[int, dict[str, Any]]] = {
 """Each step has twelve micro-batches, so every process accumulates."""
 
 BOUNDS = {("muon", "fp32"): 1e-6, ("adamw", "fp32"): 1e-5, ("bf16 moments", "fp32"): 1e-4}
-"""Of the loss's relative difference in every step. FP8 rounds what differs in fp32's last bit to numbers 6 % apart, and
-twenty steps amplify that: it is shown, and has no bound here."""
+"""Of the loss's relative difference in every step, where every token goes to the same experts. FP8 rounds what differs
+in fp32's last bit to numbers 6 % apart, and twenty steps amplify that: it is shown, and has no bound here."""
+
+FLIPPED = 10
+"""Times the bound, where tokens have gone to other experts. A router's two best scores may lie within a rounding of
+each other; then the smallest difference sends a token elsewhere, and the biases, which move by signs, follow. On one
+process, weights changed by 6e-8 of themselves do the same (docs/log.md)."""
 
 
 def cases(optimizer: str, precision: str, form: str, steps: int) -> dict[str, dict[str, Any]]:
@@ -93,7 +98,8 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory(prefix="dsv3-sharding-") as folder:
             for name, found in measured(Path(folder), chosen).items():
-                is_over = found["loss"] > BOUNDS.get((optimizer, precision), float("inf"))
+                bound = BOUNDS.get((optimizer, precision), float("inf"))
+                is_over = found["loss"] > bound * (FLIPPED if found["load_differences"] else 1)
                 failed += is_over
                 shown = {kind: found[kind] for kind in ("loss", "grad_norm", "weights")}
                 row = worst[name.split(",")[0], optimizer, precision]
