@@ -29,7 +29,6 @@ def case(num_processes: int, architecture: dict[str, Any] | None = None, **setti
 
 CASES = {
     "muon": case(2),
-    "adamw": case(2, optim="adamw"),
     "bf16 moments": case(4, optim="adamw", adam_moments_dtype="bf16"),
     "without accumulation": case(2, optim="adamw", gradient_accumulation_steps=2),
     "MTP": case(2, {"num_nextn_predict_layers": 1}),
@@ -37,13 +36,9 @@ CASES = {
     "three": case(3),
     "hybrid": case(4, sharding="hybrid"),
     "kept after the forward pass": case(2, reshard_after_forward=False),
-    "long": case(2, per_device_train_batch_size=16, optim="adamw"),
     "long, recomputed": case(2, per_device_train_batch_size=16, gradient_checkpointing=True),
-    "bf16": case(2, precision="bf16", experts="grouped_mm"),
     "bf16, recomputed": case(2, precision="bf16", experts="grouped_mm", gradient_checkpointing=True, optim="adamw"),
     "FP8": case(2, use_fp8=True),
-    "FP8, recomputed": case(2, use_fp8=True, gradient_checkpointing=True),
-    "experts over two": case(2, optim="adamw", expert_parallel=2),
     "experts over two of four": case(4, expert_parallel=2),
 }
 
