@@ -66,20 +66,20 @@ def test_shards_of_one_processs_checkpoint_are_exported_as_its_files(tmp_path):
     assert [name for name in exported if again[name] != exported[name]] == []
 
 
+@pytest.mark.parametrize("stopped", ["0", "1"])
 def test_a_stopped_process_ends_the_others_with_a_line_within_a_minute_and_the_training_goes_on(
-    tmp_path, uninterrupted
+    tmp_path, uninterrupted, stopped
 ):
-    """The main one here; `python -m tests.stress.proof sharded-stops` stops either."""
     write_inputs(tmp_path, runtime=SHARDED | {"save_steps": 1})
     process = start_until_saved(tmp_path)
     workers = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
-    workers["0"].suspend()
+    workers[stopped].suspend()
     started_at = time.monotonic()
     _, errors = process.communicate(timeout=100)
     assert time.monotonic() - started_at < 60
     assert process.returncode == LOST_PROCESS_STATUS, errors
     (line,) = [line for line in errors.splitlines() if "process" in line]
-    assert line.startswith("no sign of life from process 0 of this training for 15 s")
+    assert line.startswith(f"no sign of life from process {stopped} of this training for 15 s")
     assert "Traceback" not in errors
     write_inputs(tmp_path, runtime=SHARDED | {"resume": "must"})
     done = run_stage(tmp_path)

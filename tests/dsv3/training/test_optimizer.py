@@ -184,7 +184,7 @@ def test_matrices_of_one_shape_share_a_call_unless_that_takes_too_much_memory(mo
 @pytest.mark.parametrize(
     "values", [{"optim": "adamw"}, {"optim": "adamw", "adam_moments_dtype": "bf16"}, {"optim": "muon"}]
 )
-def test_moments_that_visit_the_device_one_by_one_train_the_same(values, monkeypatch):
+def test_moments_that_visit_the_device_one_by_one_train_the_same(values):
     """On a CPU no place differs; that each parameter is updated by itself does."""
     own, visiting = micro_model(), micro_model()
     train(own, optimizer_of(own, **values), range(3))

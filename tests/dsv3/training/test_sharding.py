@@ -31,7 +31,7 @@ from tests.committed import DEFAULTS
 from tests.training_inputs import WIDE, history, run_python, started_run
 
 EXPERTS = {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}
-STEPS = 3
+STEPS = 4
 BEFORE = 2
 """Steps before a checkpoint."""
 
