@@ -127,7 +127,7 @@ NOT_RUN = {
     "make repro": "minutes, and it installs packages: .ci/run does it in a fresh clone; `dvc repro` runs here",
     "make test": "this test is a part of it",
     "make check": ".ci/run runs it",
-    "make check test test-ui": ".ci/run runs it",
+    "make check test": ".ci/run runs it",
     "make test-ui": ".ci/run runs it",
     "make soak": ".ci/run runs it",
     "make soak MINUTES=30": "half an hour; .ci/run runs one minute",

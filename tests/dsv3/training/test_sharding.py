@@ -75,6 +75,11 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16": case(2, precision="bf16", optim="adamw", max_steps=1),
     "fp8": case(2, WIDE, use_fp8=True, max_steps=1),
 }
+REFERENCES = {
+    name: next(other for other in CASES if all(CASES[other][part] == given[part] for part in ("train", "architecture")))
+    for name, given in CASES.items()
+}
+"""Case → the first one that is the same training; on one process it is run once."""
 WEIGHTS_BOUND = {
     "adamw": 1e-5,
     "four": 1e-5,
@@ -316,7 +321,8 @@ def whole_weights(run: Any) -> dict[str, torch.Tensor]:
 
 def compare(folder: Path, name: str) -> dict[str, Any]:
     """Return how far several processes' training is from one's."""
-    one, several = (torch.load(folder / f"{name}-{n}.pt") for n in (1, CASES[name]["num_processes"]))
+    one = torch.load(folder / f"{REFERENCES[name]}-1.pt")
+    several = torch.load(folder / f"{name}-{CASES[name]['num_processes']}.pt")
     pairs = list(zip(several["rows"], one["rows"], strict=True))
     found: dict[str, Any] = {
         value: max(abs(s[value] - o[value]) / o[value] for s, o in pairs) for value in ("loss", "grad_norm")
@@ -492,7 +498,7 @@ def main(folder: Path) -> None:
         if num_processes > 1:
             torch.distributed.barrier()
 
-    fork(1, lambda: run_cases(1, list(CASES)))
+    fork(1, lambda: run_cases(1, sorted(set(REFERENCES.values()))))
     for num_processes in sorted({given["num_processes"] for given in CASES.values()}):
         names = [name for name, given in CASES.items() if given["num_processes"] == num_processes]
         fork(num_processes, lambda n=num_processes, names=names: run_cases(n, names))
