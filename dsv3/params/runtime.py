@@ -57,6 +57,10 @@ class RuntimeParams(Section):
     save_steps: int = Field(ge=1)
     """Optimizer steps between two checkpoints."""
 
+    async_save: bool
+    """With sharding: write checkpoints beside the steps that follow, from a copy in the CPU's memory, as large as a
+    process's share of weights and moments; false: the training waits, and needs no copy."""
+
     save_total_limit: int = Field(ge=1)
     """Most checkpoints kept."""
 

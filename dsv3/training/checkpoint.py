@@ -42,6 +42,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_model
 from torch import nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -53,6 +54,7 @@ from torch.distributed.checkpoint.state_dict import (
 from dsv3.artifacts import FileContent, difference_from, file_content, read_json, read_model, replacing_directory
 from dsv3.errors import UserError, one_line
 from dsv3.export.weights import non_finite_weight
+from dsv3.training.background import Background
 from dsv3.training.sharding import is_sharded
 
 FORMAT_VERSION = 2
@@ -120,51 +122,78 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     config: Mapping[str, Any],
     state: dict[str, Any],
+    background: Background | None = None,
 ) -> None:
     """Write `directory`/step_N, N being `state["step"]`; `state` is what the loop needs to go on, as JSON.
 
-    Where the model is sharded, all processes call this, and `state` is the main one's.
+    Where the model is sharded, all processes call this, and `state` is the main one's. With `background`, for such a
+    model only, it returns when all that later steps change is copied, and the rest is done beside them.
     """
-    with replacing_together(directory / f"step_{state['step']}", model) as (folder, is_main_process):
-        write_tensors(folder, model, optimizer)
-        if not is_main_process:
-            return
-        # The schedule is a function of the step; this file is for those who look for Hugging Face's layout.
-        torch.save({"last_epoch": state["step"]}, folder / "scheduler.pt")
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (folder / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
-        _mark_complete(folder, directory.name, state["step"])
+    texts, step = _state_texts(config, state), state["step"]
+    shared, group = is_sharded(model), background.group if background else None
+
+    def write(write_into: Callable[[Path], None]) -> None:
+        with replacing_together(directory / f"step_{step}", shared, group) as (folder, is_main_process):
+            write_into(folder)
+            if is_main_process:
+                _write_state(folder, texts, directory.name, step)
+
+    if background is None:
+        write(lambda folder: write_tensors(folder, model, optimizer))
+        return
+    background.wait()  # there is room for one copy
+    shards = copied(named_tensors(model, optimizer))
+    background.start(lambda: write(lambda folder: write_shards(folder, shards, group)))
+
+
+def _state_texts(config: Mapping[str, Any], state: dict[str, Any]) -> dict[str, str]:
+    """Return what the files beside the tensors hold, by their names."""
+    return {"config.json": json.dumps(config, indent=2) + "\n", "trainer_state.json": json.dumps(state)}
+
+
+def _write_state(folder: Path, texts: Mapping[str, str], fingerprint: str, step: int) -> None:
+    """Write the files beside the tensors, and `complete`."""
+    # The schedule is a function of the step; this file is for those who look for Hugging Face's layout.
+    torch.save({"last_epoch": step}, folder / "scheduler.pt")
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    _mark_complete(folder, fingerprint, step)
 
 
 @contextmanager
-def replacing_together(path: Path, model: nn.Module) -> Iterator[tuple[Path, bool]]:
+def replacing_together(path: Path, shared: bool, group: dist.ProcessGroup | None = None) -> Iterator[tuple[Path, bool]]:
     """Yield the folder that will replace `path`, and whether the caller is the main process, which replaces it.
 
-    Where the model is not sharded, only the main process calls this.
+    Where several processes write it, all of the `group` call this (None: of the training); else only the main process.
     """
-    if not is_sharded(model):
+    if not shared:
         with replacing_directory(path) as folder:
             yield folder, True
         return
     is_main_process = dist.get_rank() == 0
     with replacing_directory(path) if is_main_process else nullcontext(path) as folder:
         names = [folder.name]
-        dist.broadcast_object_list(names, src=0)
+        dist.broadcast_object_list(names, src=0, group=group)
         yield path.with_name(names[0]), is_main_process
-    dist.barrier()
+    dist.barrier(group)
 
 
 def write_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Write the weights, and the optimizer's state where one is given, into `folder`."""
     if is_sharded(model):
-        try:
-            dcp.save(named_tensors(model, optimizer), checkpoint_id=folder)
-        except dcp.api.CheckpointException as error:  # on every process what happened on some; a BaseException
-            raise next(iter(error.failures.values()))[0] from None
+        write_shards(folder, named_tensors(model, optimizer))
         return
     save_model(model, str(folder / WEIGHTS))
     if optimizer is not None:
         torch.save(optimizer.state_dict(), folder / OPTIMIZER)
+
+
+def write_shards(folder: Path, shards: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
+    """Write what `named_tensors` gave, or a copy of it, into `folder`, together with the other processes."""
+    try:
+        dcp.save(shards, checkpoint_id=folder, process_group=group)
+    except dcp.api.CheckpointException as error:  # on every process what happened on some; a BaseException
+        raise next(iter(error.failures.values()))[0] from None
 
 
 def read_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
@@ -194,6 +223,15 @@ def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
         return {"model": get_model_state_dict(model)}
     weights, state = get_state_dict(model, optimizer)
     return {"model": weights, "optimizer": state}
+
+
+def copied(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Return what `named_tensors` gave, with a copy of every tensor in the CPU's memory."""
+    stager = DefaultStager(StagingOptions(*[False] * 4))  # neither pinned nor shared memory, in this thread, at once
+    try:
+        return stager.stage(tensors)  # pyright: ignore[reportReturnType]
+    finally:
+        stager.close()
 
 
 def duplicates(file: Path) -> dict[str, str]:
@@ -297,7 +335,7 @@ def check_checkpoint(folder: Path, config: Mapping[str, Any], total_steps: int) 
 
 def save_best(directory: Path, model: nn.Module, step: int) -> None:
     """Write the weights alone to `directory`/best_N; older ones stay until a checkpoint is saved."""
-    with replacing_together(best_folder(directory, step), model) as (folder, is_main_process):
+    with replacing_together(best_folder(directory, step), is_sharded(model)) as (folder, is_main_process):
         write_tensors(folder, model, None)
         if is_main_process:
             _mark_complete(folder, directory.name, step)
@@ -320,9 +358,12 @@ def best_folder(directory: Path, step: int) -> Path:
 def prune(directory: Path, save_total_limit: int, best_step: int) -> None:
     """Remove all but the newest `save_total_limit` checkpoints, other best weights, and what was left half-written.
 
-    Best weights newer than the newest checkpoint stay: this is called when there are none.
+    `best_step` is the newest checkpoint's. Best weights that are newer stay, as some are where it was written beside
+    the steps that followed.
     """
     kept = {*checkpoints(directory)[-save_total_limit:], best_folder(directory, best_step)}
+    newest = max(map(_step_of, kept))
+    kept |= {path for path in own_folders(directory, "best") if _step_of(path) > newest}
     for path in directory.iterdir():
         if REMOVABLE_NAME.fullmatch(path.name) and path not in kept and not path.name.startswith("damaged_"):
             _remove(path)

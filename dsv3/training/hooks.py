@@ -15,6 +15,7 @@ from dsv3.errors import DiskFull, UserError
 from dsv3.kernels.weight_cache import cached_weights
 from dsv3.progress import Progress
 from dsv3.tracking.recorder import Recorder
+from dsv3.training.background import Background
 from dsv3.training.balancing import router_rows
 from dsv3.training.checkpoint import prune, save_best, save_checkpoint
 from dsv3.training.loop import Run
@@ -150,13 +151,13 @@ def check_weights_are_finite(run: Run) -> None:
         )
 
 
-def save_or_go_on(run: Run, recorder: Recorder | None, directory: Path) -> None:
+def save_or_go_on(run: Run, recorder: Recorder | None, directory: Path, background: Background | None) -> None:
     """Write a checkpoint; before the last step a training goes on without it where the disk is full, which is said.
 
     One that is sharded ends: its processes don't all learn of it.
     """
     try:
-        save(run, recorder, directory)
+        save(run, recorder, directory, background)
     except DiskFull as full:
         if run.state.step == run.plan.total_steps or is_sharded(run.model):
             raise
@@ -164,8 +165,8 @@ def save_or_go_on(run: Run, recorder: Recorder | None, directory: Path) -> None:
         run.accelerator.wait_for_everyone()
 
 
-def save(run: Run, recorder: Recorder | None, directory: Path) -> None:
-    """Write a checkpoint, then remove the ones it replaces. Every process waits for it.
+def save(run: Run, recorder: Recorder | None, directory: Path, background: Background | None) -> None:
+    """Write a checkpoint, then remove the ones it replaces. Every process waits for it, unless it is in `background`.
 
     Raises `UserError` where a weight is not finite; the checkpoints that are there stay.
     """
@@ -176,7 +177,11 @@ def save(run: Run, recorder: Recorder | None, directory: Path) -> None:
             "total_steps": run.plan.total_steps,
             **({"rows": recorder.state(), "aim_run_hash": recorder.run_hash} if recorder is not None else {}),
         }
-        save_checkpoint(directory, run.model, run.optimizer, run.model.config.to_dict(), state)
+        save_checkpoint(directory, run.model, run.optimizer, run.model.config.to_dict(), state, background)
+    limit, best_step = run.plan.params.runtime.save_total_limit, run.state.best_step
+    if background is not None:
+        background.afterwards(lambda: prune(directory, limit, best_step) if recorder is not None else None)
+        return
     if recorder is not None:
-        prune(directory, run.plan.params.runtime.save_total_limit, run.state.best_step)
+        prune(directory, limit, best_step)
     run.accelerator.wait_for_everyone()

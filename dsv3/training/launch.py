@@ -120,8 +120,13 @@ def check_sharding(params: Params, world_size: int, n_routed_experts: int) -> No
     """Raise `UserError` where the parameters ask for a sharding that `world_size` processes can't have."""
     runtime = params.runtime
     if runtime.sharding == "none":
-        for name, value in {"cpu_offload": runtime.cpu_offload, "expert_parallel": runtime.expert_parallel}.items():
-            if value not in ("none", "optimizer", 1):
+        for name, needs in {
+            "cpu_offload": runtime.cpu_offload == "parameters",
+            "expert_parallel": runtime.expert_parallel > 1,
+            "async_save": runtime.async_save,
+        }.items():
+            if needs:
+                value = str(getattr(runtime, name)).lower()
                 raise UserError(f"params.yaml: runtime.{name} is {value}; needs runtime.sharding full")
         return
     if runtime.cpu_offload == "optimizer":

@@ -157,7 +157,8 @@ def with_chosen_sharding(params: Params, architecture: Architecture) -> tuple[Pa
         needed = process_memory(architecture, params.train, device_type, copies).peak_bytes
         reason = f"{needed / GIB:.2f} GiB with none, {usable / GIB:.2f} usable"
     line = f"sharding {chosen} (auto: {processes[0]} processes, {reason})"
-    return params.model_copy(update={"runtime": runtime.model_copy(update={"sharding": chosen})}), line
+    changes = {"sharding": chosen, "async_save": runtime.async_save and chosen != "none"}
+    return params.model_copy(update={"runtime": runtime.model_copy(update=changes)}), line
 
 
 def memory_note(plan: TrainingPlan, device_type: Device, free: int, num_processes: int) -> str | None:

@@ -22,6 +22,7 @@ from dsv3.tracking.events import LastLine, Result
 from dsv3.tracking.identity import experiment_name, project_root, run_identity
 from dsv3.tracking.recorder import Recorder, open_recorder
 from dsv3.training import fp8_hooks, hooks
+from dsv3.training.background import Background, background_writing
 from dsv3.training.checkpoint import (
     best_folder,
     check_checkpoint,
@@ -94,8 +95,9 @@ def train_and_export(
             mode = progress_mode if accelerator.is_main_process else ProgressMode.none
             with shown_progress(mode, "train", plan.total_steps, "step", run.state.step) as progress:
                 progress.note(chosen.summary(), chosen.metrics())
-                hooks_of_run = training_hooks(run, recorder, directory, progress)
-                train(run, hooks_of_run, checkpoint_writer(recorder, directory))
+                with background_writing(plan.params.runtime) as background:
+                    hooks_of_run = training_hooks(run, recorder, directory, progress, background)
+                    train(run, hooks_of_run, checkpoint_writer(recorder, directory, background))
             metrics = export_and_record(run, recorder, chosen, directory, outputs)
         if accelerator.is_main_process:
             leave_last_checkpoint(run, directory, fingerprint)
@@ -249,7 +251,9 @@ def start_recorder(
     return open_recorder(outputs.results, plan.params.runtime, identity, run_hash)
 
 
-def training_hooks(run: Run, recorder: Recorder | None, directory: Path, progress: Progress) -> list[Hook]:
+def training_hooks(
+    run: Run, recorder: Recorder | None, directory: Path, progress: Progress, background: Background | None = None
+) -> list[Hook]:
     """Return what happens between steps. Checkpoints come last, so that they hold what the others recorded."""
     train, runtime = run.plan.params.train, run.plan.params.runtime
     fp8 = [Hook(train.eval_steps, lambda run: fp8_hooks.log_fp8(run, recorder))] if train.use_fp8 else []
@@ -258,13 +262,21 @@ def training_hooks(run: Run, recorder: Recorder | None, directory: Path, progres
         Hook(runtime.logging_steps, lambda run: hooks.log_curves(run, recorder)),
         Hook(train.eval_steps, lambda run: hooks.validate(run, recorder, directory, progress)),
         *fp8,
-        Hook(runtime.save_steps, lambda run: hooks.save_or_go_on(run, recorder, directory)),
+        Hook(runtime.save_steps, lambda run: hooks.save_or_go_on(run, recorder, directory, background)),
     ]
 
 
-def checkpoint_writer(recorder: Recorder | None, directory: Path) -> Callable[[Run], None]:
-    """Return the function that writes a checkpoint of a run into `directory`."""
-    return lambda run: hooks.save(run, recorder, directory)
+def checkpoint_writer(
+    recorder: Recorder | None, directory: Path, background: Background | None
+) -> Callable[[Run], None]:
+    """Return the function that writes a checkpoint of a run into `directory`, before the training ends."""
+
+    def write(run: Run) -> None:
+        if background is not None:
+            background.wait()
+        hooks.save(run, recorder, directory, None)
+
+    return write
 
 
 def export_and_record(

@@ -22,14 +22,15 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained_folder(tmp_path_factory.mktemp("sharded"), runtime=SHARDED)
 
 
-def test_a_stopped_training_goes_on_to_the_same_bytes(tmp_path, uninterrupted):
-    write_inputs(tmp_path, runtime=SHARDED)
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_stopped_training_goes_on_to_the_same_bytes(tmp_path, uninterrupted, async_save):
+    write_inputs(tmp_path, runtime=SHARDED | {"async_save": async_save})
     returned, errors = interrupt_once_saved(tmp_path, signal.SIGTERM)
     assert returned == 143, errors
     assert "saved" in errors
     saved = sorted(tmp_path.glob(".checkpoints/*/step_*"))[-1]
     assert {path.name for path in saved.iterdir()} >= {".metadata", "__0_0.distcp", "__1_0.distcp", "complete"}
-    write_inputs(tmp_path, runtime=SHARDED | {"resume": "must"})
+    write_inputs(tmp_path, runtime=SHARDED | {"resume": "must", "async_save": async_save})
     done = run_stage(tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / MODEL).read_bytes() == (uninterrupted / MODEL).read_bytes()

@@ -46,6 +46,10 @@ SHARDED_FORMS: dict[str, dict[str, Any]] = {
         "runtime": {"sharding": "full"},
     },
     "sharded, experts over two": {"runtime": {"sharding": "full", "expert_parallel": 2}},
+    "sharded, saved beside the steps, best at end": {
+        "train": {"load_best_model_at_end": True, "eval_steps": 2},
+        "runtime": {"sharding": "full", "async_save": True},
+    },
 }
 """Forms for two processes."""
 TIMES = {"step_s", "tokens_per_s", "peak_memory_bytes", "model_flops_per_s"}

@@ -83,8 +83,9 @@ def test_pruning_keeps_the_newest_and_the_best_and_removes_what_was_left_half_wr
         save(tmp_path, step)
         save_best(tmp_path, nn.Linear(1, 1), step)
     (tmp_path / ".step_4.123.tmp").mkdir()
+    save_best(tmp_path, nn.Linear(1, 1), 5)  # while step 3 was written beside the steps that followed
     prune(tmp_path, save_total_limit=2, best_step=1)
-    assert names(tmp_path) == {"step_2", "step_3", "best_1"}
+    assert names(tmp_path) == {"step_2", "step_3", "best_1", "best_5"}
 
 
 def test_the_best_weights_come_back(tmp_path):

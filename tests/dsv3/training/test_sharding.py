@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -170,6 +171,11 @@ def test_a_sharded_training_goes_on_bit_for_bit(measured):
     assert measured["checkpoints"]["resumed"] == measured["checkpoints"]["uninterrupted"]
 
 
+@pytest.mark.parametrize("ended", ["uninterrupted while saving", "resumed from beside"])
+def test_a_checkpoint_written_beside_later_steps_is_that_of_its_step_and_changes_none(measured, ended):
+    assert measured["checkpoints"][ended] == measured["checkpoints"]["uninterrupted"]
+
+
 @pytest.mark.parametrize("link", ["2", "3", "6"])
 def test_another_number_of_processes_goes_on_with_the_same_batches(measured, link):
     found = measured["checkpoints"]["elastic"][link]
@@ -204,6 +210,7 @@ def test_rows_are_cut_as_torch_cuts_them(num_rows, num_processes):
             2,
             "runtime.cpu_offload is optimizer; needs runtime.sharding",
         ),
+        ({"async_save": True}, 2, "runtime.async_save is true; needs runtime.sharding full"),
         ({"sharding": "hybrid"}, 2, "runtime.sharding is hybrid; needs several machines"),
         ({"expert_parallel": 2}, 2, "runtime.expert_parallel is 2; needs runtime.sharding full"),
         ({"sharding": "full", "expert_parallel": 2}, 3, "must divide the 3 processes and the architecture's 8 experts"),
@@ -386,10 +393,32 @@ class Link:
         run.state = TrainState.from_json(load_checkpoint(folder, run.model, run.optimizer))
         return run
 
-    def save(self, run: Any, to: str) -> None:
-        from dsv3.training.checkpoint import save_checkpoint
+    def save(self, run: Any, to: str, background: Any = None) -> None:
+        folder = self.folder / "checkpoints" / to
+        checkpoint.save_checkpoint(folder, run.model, run.optimizer, {}, run.state.to_json(), background)
 
-        save_checkpoint(self.folder / "checkpoints" / to, run.model, run.optimizer, {}, run.state.to_json())
+    def train_while_saving(self, run: Any, to: str) -> None:
+        """Train to the end with a checkpoint on the way that is written when the last step is done."""
+        from dsv3.training.background import background_writing
+        from dsv3.training.loop import Hook, train
+
+        write_shards, ended = checkpoint.write_shards, threading.Event()
+
+        def write_later(*arguments: Any) -> None:
+            assert ended.wait(60), "the training waited for its checkpoint"
+            write_shards(*arguments)
+
+        def step_done(run: Any) -> None:
+            if run.state.step == BEFORE:
+                self.save(run, to, background)
+            if run.state.step == STEPS:
+                assert not (self.folder / "checkpoints" / to / f"step_{BEFORE}").exists()
+                ended.set()
+
+        checkpoint.write_shards = write_later
+        with background_writing(run.plan.params.runtime.model_copy(update={"async_save": True})) as background:
+            train(run, [Hook(1, step_done)], lambda run: None)
+        checkpoint.write_shards = write_shards
 
     def train(self, run: Any, to: str | None = None) -> None:
         """Train to the end; save a checkpoint on the way where its place is given."""
@@ -430,6 +459,12 @@ def checkpoint_case(folder: Path, chain: str) -> None:
         resumed = link.loaded("own")
         link.train(resumed)
         link.tell("resumed", resumed)
+        saving = link.started()
+        link.train_while_saving(saving, "beside")
+        link.tell("uninterrupted while saving", saving)
+        saved_beside = link.loaded("beside")
+        link.train(saved_beside)
+        link.tell("resumed from beside", saved_beside)
 
 
 FULL: dict[str, Any] = {"sharding": "full"}
@@ -508,8 +543,7 @@ def main(folder: Path) -> None:
     digests = {path.name.removeprefix("digest "): path.read_text() for path in folder.glob("digest *")}
     measured["checkpoints"] = {
         "digests": {link: digests[link] for link in CHAIN},
-        "resumed": digests["resumed"],
-        "uninterrupted": digests["uninterrupted"],
+        **{name: digest for name, digest in digests.items() if name not in CHAIN},
         "elastic": {link: distance(folder, link) for link in ELASTIC},
     }
     (folder / "measured.json").write_text(json.dumps(measured, indent=1))
