@@ -1,10 +1,13 @@
 """Small inputs for tests of training: an architecture, token data and parameters, made in a second."""
 
+import atexit
 import json
 import os
 import random
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from dsv3.artifacts import sha256_file, sha256_lines
 from dsv3.data.shards import write_shards
 from tests.committed import PROJECT
+from tests.warm_python import EXECUTABLE, TRAINING, WarmPython
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["the", "king", "is", "dead", "long", "live", "lord", "queen", "of", "night", "what", "light", "breaks"]
@@ -169,12 +173,22 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "DVC_ROOT": str(folder), "OMP_NUM_THREADS": "1"}
 
 
+@cache
+def warm_python() -> str:
+    """Return the Python of this process's tests that has loaded what the train stage loads of others."""
+    folder = tempfile.TemporaryDirectory(prefix="dsv3-warm-")
+    warm = WarmPython(Path(folder.name), {**os.environ, "OMP_NUM_THREADS": "1"}, TRAINING)
+    atexit.register(folder.cleanup)
+    atexit.register(warm.close)
+    return str(warm.programs / "python")
+
+
 def run_python(folder: Path, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run Python to its end, from the project's root, in the environment of `folder`."""
+    """Run Python to its end, from the project's root, in the environment of `folder`; what it starts is warm too."""
     return subprocess.run(
-        [sys.executable, *arguments],
+        [warm_python(), *arguments],
         cwd=ROOT,
-        env=environment(folder),
+        env={**environment(folder), EXECUTABLE: warm_python()},
         capture_output=True,
         text=True,
         timeout=timeout_s,

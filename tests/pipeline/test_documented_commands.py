@@ -20,8 +20,8 @@ import pytest
 
 from tests.contracts.test_tree import TEXTS
 from tests.pipeline.laboratory import Laboratory, verses
-from tests.pipeline.warm_python import WarmPython
 from tests.training_inputs import MICRO, ROOT
+from tests.warm_python import WarmPython
 
 pytestmark = pytest.mark.pipeline
 

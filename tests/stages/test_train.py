@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training_inputs import ROOT, environment, run_stage, stage_command, trained_folder, write_inputs
+from tests.warm_python import EXECUTABLE
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +30,12 @@ def columns(folder: Path, table: str, *names: str) -> list[tuple[str, ...]]:
         return [tuple(row[name] for name in names) for row in csv.DictReader(file, delimiter="\t")]
 
 
-def start_until_saved(folder: Path) -> subprocess.Popen[str]:
+def start_until_saved(folder: Path, python: str = sys.executable) -> subprocess.Popen[str]:
     """Start the stage; return its process when the first checkpoint stands."""
     process = subprocess.Popen(
-        stage_command(folder),
+        [python, *stage_command(folder)[1:]],
         cwd=ROOT,
-        env=environment(folder),
+        env={**environment(folder), EXECUTABLE: python},
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -46,9 +48,9 @@ def start_until_saved(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-def interrupt_once_saved(folder: Path, number: int) -> tuple[int, str]:
+def interrupt_once_saved(folder: Path, number: int, python: str = sys.executable) -> tuple[int, str]:
     """Start the stage, send the signal when the first checkpoint stands, return the exit status and stderr."""
-    process = start_until_saved(folder)
+    process = start_until_saved(folder, python)
     os.kill(process.pid, number)
     _, errors = process.communicate(timeout=100)
     return process.returncode, errors

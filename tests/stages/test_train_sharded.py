@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -11,7 +12,7 @@ import pytest
 
 from dsv3.errors import LOST_PROCESS_STATUS
 from tests.stages.test_train import interrupt_once_saved, start_until_saved
-from tests.training_inputs import run_stage, trained_folder, write_inputs
+from tests.training_inputs import run_stage, trained_folder, warm_python, write_inputs
 
 SHARDED = {"num_processes": 2, "sharding": "full", "save_steps": 2}
 MODEL = "final_model/model.safetensors"
@@ -25,7 +26,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("async_save", [False, True])
 def test_a_stopped_training_goes_on_to_the_same_bytes(tmp_path, uninterrupted, async_save):
     write_inputs(tmp_path, runtime=SHARDED | {"async_save": async_save})
-    returned, errors = interrupt_once_saved(tmp_path, signal.SIGTERM)
+    returned, errors = interrupt_once_saved(tmp_path, signal.SIGTERM, warm_python())
     assert returned == 143, errors
     assert "saved" in errors
     saved = sorted(tmp_path.glob(".checkpoints/*/step_*"))[-1]
@@ -67,22 +68,37 @@ def test_shards_of_one_processs_checkpoint_are_exported_as_its_files(tmp_path):
     assert [name for name in exported if again[name] != exported[name]] == []
 
 
-@pytest.mark.parametrize("stopped", ["0", "1"])
-def test_a_stopped_process_ends_the_others_with_a_line_within_a_minute_and_the_training_goes_on(
-    tmp_path, uninterrupted, stopped
-):
-    write_inputs(tmp_path, runtime=SHARDED | {"save_steps": 1})
-    process = start_until_saved(tmp_path)
+def stop_one(folder: Path, rank: str) -> tuple[int, str, float]:
+    """Train with two processes, stop that one; return the status, stderr and the seconds that the rest took to end."""
+    write_inputs(folder, runtime=SHARDED | {"save_steps": 1})
+    process = start_until_saved(folder)
     workers = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
-    workers[stopped].suspend()
+    workers[rank].suspend()
     started_at = time.monotonic()
     _, errors = process.communicate(timeout=100)
-    assert time.monotonic() - started_at < 60
-    assert process.returncode == LOST_PROCESS_STATUS, errors
+    return process.returncode, errors, time.monotonic() - started_at
+
+
+@pytest.fixture(scope="module")
+def with_one_stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, int, str, float]]:
+    """Folder and end of two trainings, by which process was stopped; both at once, for most of it is waiting."""
+    folders = {rank: tmp_path_factory.mktemp(f"stopped{rank}") for rank in "01"}
+    with ThreadPoolExecutor() as pool:
+        ends = pool.map(stop_one, folders.values(), folders)
+        return {rank: (folder, *end) for (rank, folder), end in zip(folders.items(), ends, strict=True)}
+
+
+@pytest.mark.parametrize("stopped", ["0", "1"])
+def test_a_stopped_process_ends_the_others_with_a_line_within_a_minute_and_the_training_goes_on(
+    with_one_stopped, uninterrupted, stopped
+):
+    folder, status, errors, seconds = with_one_stopped[stopped]
+    assert status == LOST_PROCESS_STATUS, errors
+    assert seconds < 60
     (line,) = [line for line in errors.splitlines() if "process" in line]
     assert line.startswith(f"no sign of life from process {stopped} of this training for 15 s")
     assert "Traceback" not in errors
-    write_inputs(tmp_path, runtime=SHARDED | {"resume": "must"})
-    done = run_stage(tmp_path)
+    write_inputs(folder, runtime=SHARDED | {"resume": "must"})
+    done = run_stage(folder)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / MODEL).read_bytes() == (uninterrupted / MODEL).read_bytes()
+    assert (folder / MODEL).read_bytes() == (uninterrupted / MODEL).read_bytes()

@@ -374,10 +374,10 @@ def test_no_more_checkpoints_are_kept_than_asked_for(tmp_path, monkeypatch):
 def test_a_checkpoint_that_finds_no_room_costs_a_line_and_not_the_training(tmp_path, monkeypatch, capsys):
     save_checkpoint, full = hooks.save_checkpoint, {5}
 
-    def writing(directory: Path, model: Any, optimizer: Any, config: Any, state: dict[str, Any]) -> None:
+    def writing(directory: Path, model: Any, optimizer: Any, config: Any, state: dict[str, Any], *rest: Any) -> None:
         if state["step"] in full:
             raise DiskFull("the disk is full")
-        save_checkpoint(directory, model, optimizer, config, state)
+        save_checkpoint(directory, model, optimizer, config, state, *rest)
 
     monkeypatch.setattr(hooks, "save_checkpoint", writing)
     first = trained(tmp_path)

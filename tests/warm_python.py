@@ -1,6 +1,6 @@
 """A Python that is warm: it has imported what is slow to import, and a fork of it runs each command in a moment.
 
-A hundred commands, each of which starts DVC and several stages, would wait many minutes for torch alone. `WarmPython`
+Hundreds of commands, many of which start DVC and several stages, would wait many minutes for torch alone. `WarmPython`
 starts one process with all of it loaded, and makes a folder of programs (`python`, `dvc` ...) to put first on the path:
 each hands its arguments, environment and files to a fork of that process, which runs them as Python itself would.
 Only what others wrote is loaded beforehand; the project's own modules come from the folder that a command runs in.
@@ -24,16 +24,24 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-SLOW = (
+TRAINING = (
     "torch",
-    "torch.utils.tensorboard",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.launcher.api",
     "transformers",
     "transformers.models.deepseek_v3.modeling_deepseek_v3",
     "accelerate",
+    "typer",
+    "pydantic",
+)
+"""What the train stage loads of others."""
+PIPELINE = (
+    *TRAINING,
+    "torch.utils.tensorboard",
     "aim",
     "datasets",
     "matplotlib.pyplot",
-    "typer",
     "dvc.cli",
     "dvc.repo.reproduce",
     "dvc.commands.repro",
@@ -44,16 +52,21 @@ SLOW = (
     "networkx",
     "hydra",
 )
+"""What all stages and DVC load."""
+EXECUTABLE = "WARM_EXECUTABLE"
+"""Environment variable: what a program takes for its Python, so that what it starts by that is warm too."""
 PROGRAMS = ("python", "dvc", "accelerate", "tensorboard")
 
 CLIENT = """#!{python} -ISE
-import array, json, os, socket, sys
+import array, json, os, signal, socket, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 files = array.array("i", [0, 1, 2])
 request = json.dumps([{program!r}, sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
 server.sendmsg([len(request).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
 server.sendall(request)
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: server.send(bytes([number])))
 os._exit(server.recv(1)[0])
 """
 
@@ -61,7 +74,7 @@ os._exit(server.recv(1)[0])
 class WarmPython:
     """The process and its folder of programs."""
 
-    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str], modules: Sequence[str] = PIPELINE) -> None:
         self.programs = folder / "bin"
         self.programs.mkdir(parents=True)
         address = str(folder / "socket")
@@ -70,7 +83,7 @@ class WarmPython:
             path.write_text(CLIENT.format(python=sys.executable, address=address, program=program))
             path.chmod(0o755)
         self._process = subprocess.Popen(
-            [sys.executable, __file__, address], cwd=folder, env=dict(environment), start_new_session=True
+            [sys.executable, __file__, address, *modules], cwd=folder, env=dict(environment), start_new_session=True
         )
         deadline = time.monotonic() + 120
         while not Path(address).exists():
@@ -83,9 +96,9 @@ class WarmPython:
         self._process.wait()
 
 
-def serve(address: str) -> None:
+def serve(address: str, modules: Sequence[str]) -> None:
     """Answer requests, each in a fork, until the process is killed."""
-    for name in SLOW:
+    for name in modules:
         import_module(name)
     gc.freeze()  # or each fork's collector copies it all
     listener = socket.socket(socket.AF_UNIX)
@@ -118,9 +131,17 @@ def answer(connection: socket.socket) -> None:
         os.environ.clear()
         os.environ.update(environment)
         end(run, program, arguments)
+    threading.Thread(target=pass_on, args=(connection, child), daemon=True).start()
     _, status = os.waitpid(child, 0)
     connection.send(bytes([os.waitstatus_to_exitcode(status) % 256]))
     os._exit(0)
+
+
+def pass_on(connection: socket.socket, child: int) -> None:
+    """Give the child its client's signals; kill it when the client is gone."""
+    while number := connection.recv(1):
+        os.kill(child, number[0])
+    os.kill(child, signal.SIGKILL)
 
 
 def end(run: Callable[..., None], *arguments: Any) -> None:
@@ -146,6 +167,10 @@ def end(run: Callable[..., None], *arguments: Any) -> None:
 
 def run(program: str, arguments: Sequence[str]) -> None:
     """Do what `program arguments` does."""
+    sys.executable = os.environ.get(EXECUTABLE, sys.executable)
+    if arguments[:1] == ["-u"]:
+        sys.stdout.reconfigure(write_through=True)
+        arguments = arguments[1:]
     if program != "python":
         (entry,) = entry_points(group="console_scripts", name=program)
         sys.argv = [program, *arguments]
@@ -167,4 +192,4 @@ def run(program: str, arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], sys.argv[2:])
