@@ -55,6 +55,8 @@ class Laboratory:
     """A Git repository with the pipeline in it."""
 
     root: Path
+    programs: Path | None = None
+    """A warm Python's, which `run` finds first."""
 
     @classmethod
     def at(cls, root: Path) -> "Laboratory":
@@ -94,7 +96,8 @@ class Laboratory:
         author = {
             f"GIT_{who}_{what}": "lab@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
         }
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        first = [str(self.programs)] if self.programs else []
+        path = os.pathsep.join([*first, str(Path(sys.executable).parent), os.environ["PATH"]])
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")}
         return {**inherited, **author, "PATH": path, "DVC_NO_ANALYTICS": "1", "OMP_NUM_THREADS": "1"}
 
@@ -107,11 +110,11 @@ class Laboratory:
         return result
 
     def start(self, *command: str) -> subprocess.Popen[str]:
-        """Start a command in a process group of its own, as a terminal does."""
+        """Start a command in a process group of its own, as a terminal does; nothing of it is warm."""
         return subprocess.Popen(
             command,
             cwd=self.root,
-            env=self.environment(),
+            env=Laboratory(self.root).environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -16,6 +16,7 @@ import pytest
 from dsv3.dependencies import TRAIN_VIEWS, VIEWS, dependencies
 from dsv3.tracking.metrics import HEADLINE
 from tests.pipeline.laboratory import Laboratory
+from tests.warm_python import WarmPython
 
 pytestmark = pytest.mark.pipeline
 
@@ -38,11 +39,14 @@ ARTEFACTS = [
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laboratory]:
+    """A laboratory whose pipeline has run as it is; what follows runs in forks of a warm Python."""
     lab = Laboratory.at(tmp_path_factory.mktemp("laboratory"))
     lab.run("dvc", "repro")
     lab.commit("Results")
-    return lab
+    warm = WarmPython(tmp_path_factory.mktemp("warm"), lab.environment())
+    yield Laboratory(lab.root, warm.programs)
+    warm.close()
 
 
 @pytest.fixture
@@ -172,7 +176,7 @@ def test_a_temporary_experiment_reports_into_the_same_aim_repository(laboratory,
 
 def test_experiments_are_held_against_the_last_commit_or_against_each_other(laboratory):
     def compare(*arguments: str) -> str:
-        return laboratory.run(sys.executable, "-m", "dsv3.report", "compare", *arguments).stdout
+        return laboratory.run("python", "-m", "dsv3.report", "compare", *arguments).stdout
 
     heldout = laboratory.json("results/evaluate/headline.json")["heldout"]
     lines = compare("HEAD", "slower", "aside", "--markdown").splitlines()
@@ -187,13 +191,14 @@ def test_experiments_are_held_against_the_last_commit_or_against_each_other(labo
     assert max(map(len, compare("HEAD", "slower", "aside").splitlines())) <= 80
     assert compare("slower").splitlines()[0].split() == ["HEAD", "slower"]
     assert compare().splitlines()[0].split() == ["HEAD", "workspace"]
-    unknown = laboratory.run(sys.executable, "-m", "dsv3.report", "compare", "faster", status=2).stderr
+    unknown = laboratory.run("python", "-m", "dsv3.report", "compare", "faster", status=2).stderr
     assert unknown == "unknown Git revision 'faster'; dvc exp list names the experiments\n"
 
 
 def test_a_second_clone_pulls_a_run_and_an_experiment_and_computes_nothing_again(laboratory, tmp_path):
     """docs/sharing.md's commands, with a folder for the storage and a bare repository for the Git server."""
-    server, storage, clone = tmp_path / "server.git", tmp_path / "storage", Laboratory(tmp_path / "clone")
+    server, storage = tmp_path / "server.git", tmp_path / "storage"
+    clone = Laboratory(tmp_path / "clone", laboratory.programs)
     laboratory.run("git", "init", "--quiet", "--bare", "--initial-branch", "main", str(server))
     laboratory.run("git", "remote", "add", "origin", str(server))  # neither changes a file that Git knows
     laboratory.run("dvc", "remote", "add", "--local", "--default", "storage", str(storage))
@@ -223,9 +228,9 @@ def test_a_second_clone_pulls_a_run_and_an_experiment_and_computes_nothing_again
     laboratory.run("dvc", "artifacts", "get", str(server), "model", "--rev", "v1.0.0", "--out", str(got))
     assert (got / weights).read_bytes() == (laboratory.root / "outputs/final_model" / weights).read_bytes()
 
-    clone.run(sys.executable, "-m", "dsv3.tracking.rebuild")
+    clone.run("python", "-m", "dsv3.tracking.rebuild")
     clone.restore()
-    clone.run(sys.executable, "-m", "dsv3.tracking.rebuild")
+    clone.run("python", "-m", "dsv3.tracking.rebuild")
     runs = clone.aim_runs(tmp_path)
     assert sorted(round(run["evaluate"]["heldout"]["nats_per_char"], 6) for run in runs.values()) == sorted(
         round(headline["heldout"], 6) for headline in (own, pulled)
@@ -249,7 +254,7 @@ def test_a_mistake_is_one_line_and_status_2_in_every_stage(laboratory, change, t
     before = (laboratory.root / "params.yaml").read_text()
     laboratory.set_params(change)
     try:
-        result = laboratory.run(sys.executable, "-m", "stages.download", "--output", "data/elsewhere", status=2)
+        result = laboratory.run("python", "-m", "stages.download", "--output", "data/elsewhere", status=2)
         assert result.stderr.startswith(told)
         assert result.stderr.count("\n") == 1
         assert not (laboratory.root / "data/elsewhere").exists()
@@ -279,7 +284,7 @@ def test_after_ctrl_c_the_next_repro_goes_on_to_the_same_weights_whatever_commen
     steps = [int(row[0]) for row in laboratory.rows("results/train/history.tsv")[1:]]
     assert steps == sorted(set(steps)) and steps[-1] == 120, resumed.stderr
 
-    straight = Laboratory.at(tmp_path / "straight")
+    straight = Laboratory(Laboratory.at(tmp_path / "straight").root, laboratory.programs)
     straight.set_params(longer)
     straight.run("dvc", "repro", "train")
     weights = "outputs/final_model/model.safetensors"
