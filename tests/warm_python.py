@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -97,7 +98,8 @@ class WarmPython:
 
 
 def serve(address: str, modules: Sequence[str]) -> None:
-    """Answer requests, each in a fork, until the process is killed."""
+    """Answer requests, each in a fork, until the process is killed, or whoever started it is gone."""
+    parent = os.getppid()
     for name in modules:
         import_module(name)
     gc.freeze()  # or each fork's collector copies it all
@@ -106,8 +108,12 @@ def serve(address: str, modules: Sequence[str]) -> None:
     listener.listen(64)
     Path(f"{address}.new").rename(address)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how the forks ended but their clients
-    while True:
-        connection, _ = listener.accept()
+    listener.settimeout(5)
+    while os.getppid() == parent:
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            continue
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             listener.close()
@@ -133,7 +139,8 @@ def answer(connection: socket.socket) -> None:
         end(run, program, arguments)
     threading.Thread(target=pass_on, args=(connection, child), daemon=True).start()
     _, status = os.waitpid(child, 0)
-    connection.send(bytes([os.waitstatus_to_exitcode(status) % 256]))
+    with suppress(BrokenPipeError):  # a client that was killed
+        connection.send(bytes([os.waitstatus_to_exitcode(status) % 256]))
     os._exit(0)
 
 
