@@ -137,7 +137,7 @@ def test_every_view_exists(name: str):
 
 
 COMPUTING = ("mini_model/", "dsv3/data/", "dsv3/fp8/", "dsv3/kernels/")
-WIRING = {"checkpoint", "fp8_hooks", "hooks", "loop", "plan", "session", "setup"}
+WIRING = {"background", "checkpoint", "fp8_hooks", "hooks", "loop", "plan", "session", "setup"}
 
 
 def test_nothing_that_computes_a_weight_takes_anything_from_a_view():
