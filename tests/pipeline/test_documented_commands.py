@@ -130,7 +130,7 @@ NOT_RUN = {
     "make check test": ".ci/run runs it",
     "make test-ui": ".ci/run runs it",
     "make soak": ".ci/run runs it",
-    "make soak MINUTES=30": "half an hour; .ci/run runs one minute",
+    "make soak MINUTES=30": "half an hour; .ci/run runs two minutes",
     "python -m tests.stress.proof NAME": "minutes to an hour each; tests/stress runs their parts",
     "python -m tests.stress.proof sharded-kills": "minutes; tests/stages/test_train_sharded.py kills one",
     "python -m tests.stress.sharding": "an hour; tests/dsv3/training/test_sharding.py samples it",
