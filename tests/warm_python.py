@@ -126,7 +126,7 @@ def answer(connection: socket.socket) -> None:
     head, files, _, _ = socket.recv_fds(connection, 8, 3)
     size, text = int.from_bytes(head, "big"), b""
     while len(text) < size:
-        text += connection.recv(1 << 20)
+        text += connection.recv(size - len(text))  # what follows are signals
     program, arguments, folder, environment = json.loads(text)
     if (child := os.fork()) == 0:
         connection.close()

@@ -123,3 +123,10 @@ def test_a_training_that_does_not_fit_the_free_memory_says_what_would(tmp_path):
     assert hopeless is not None and hopeless.endswith(
         "0.00 are free: try train.adam_moments_dtype bf16, or a smaller model"
     )
+
+
+@pytest.mark.parametrize(("expert_parallel", "sharding", "async_save"), [(1, "none", False), (2, "full", True)])
+def test_auto_writes_in_the_background_where_it_comes_to_shards(tmp_path, expert_parallel, sharding, async_save):
+    runtime = {"num_processes": 2, "sharding": "auto", "expert_parallel": expert_parallel, "async_save": True}
+    chosen = plan_of(tmp_path, runtime=runtime, train={"gradient_accumulation_steps": 2}).params.runtime
+    assert (chosen.sharding, chosen.async_save) == (sharding, async_save)

@@ -464,3 +464,22 @@ def test_more_processes_than_the_accumulation_can_be_dealt_to_are_refused(tmp_pa
     monkeypatch.setattr("accelerate.Accelerator.num_processes", 3)
     with pytest.raises(UserError, match="batch_ramp_levels is 2; must be a multiple of the 3 processes"):
         trained(tmp_path)
+
+
+def test_every_checkpoint_goes_to_the_background_that_the_parameters_ask_for(tmp_path, monkeypatch):
+    """Without its thread, which needs shards: what is handed over, and that older ones go when it is waited for."""
+    seen, save_checkpoint = [], hooks.save_checkpoint
+    background = SimpleNamespace(wait=lambda: None, afterwards=lambda finish: (seen.append("begun"), finish()))
+
+    def writing(runtime: Any) -> Any:
+        seen.append(runtime.save_steps)
+        return nullcontext(background)
+
+    def save(*arguments: Any) -> None:
+        assert arguments[-1] is background
+        save_checkpoint(*arguments[:-1])
+
+    monkeypatch.setattr(session, "background_writing", writing)
+    monkeypatch.setattr(hooks, "save_checkpoint", save)
+    steps = trained(tmp_path, runtime={"save_steps": 3, "save_total_limit": 1, "keep_last_checkpoint": True})["step"]
+    assert seen == [3, *["begun"] * math.ceil(steps / 3)]

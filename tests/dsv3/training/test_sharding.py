@@ -168,12 +168,12 @@ def test_a_checkpoint_is_the_same_numbers_on_any_number_of_processes(measured):
 
 
 def test_a_sharded_training_goes_on_bit_for_bit(measured):
-    assert measured["checkpoints"]["resumed"] == measured["checkpoints"]["uninterrupted"]
+    assert measured["checkpoints"]["resumed, own"] == measured["checkpoints"]["uninterrupted, own"]
 
 
-@pytest.mark.parametrize("ended", ["uninterrupted while saving", "resumed from beside"])
+@pytest.mark.parametrize("ended", ["uninterrupted, beside", "resumed, beside"])
 def test_a_checkpoint_written_beside_later_steps_is_that_of_its_step_and_changes_none(measured, ended):
-    assert measured["checkpoints"][ended] == measured["checkpoints"]["uninterrupted"]
+    assert measured["checkpoints"][ended] == measured["checkpoints"]["uninterrupted, own"]
 
 
 @pytest.mark.parametrize("link", ["2", "3", "6"])
@@ -453,18 +453,13 @@ def checkpoint_case(folder: Path, chain: str) -> None:
         link.train(run)
         link.tell_end(run)
     if chain == "1":  # goes on over the same processes from its own checkpoint
-        uninterrupted = link.started()
-        link.train(uninterrupted, "own")
-        link.tell("uninterrupted", uninterrupted)
-        resumed = link.loaded("own")
-        link.train(resumed)
-        link.tell("resumed", resumed)
-        saving = link.started()
-        link.train_while_saving(saving, "beside")
-        link.tell("uninterrupted while saving", saving)
-        saved_beside = link.loaded("beside")
-        link.train(saved_beside)
-        link.tell("resumed from beside", saved_beside)
+        for name, train in {"own": link.train, "beside": link.train_while_saving}.items():
+            uninterrupted = link.started()
+            train(uninterrupted, name)
+            link.tell(f"uninterrupted, {name}", uninterrupted)
+            resumed = link.loaded(name)
+            link.train(resumed)
+            link.tell(f"resumed, {name}", resumed)
 
 
 FULL: dict[str, Any] = {"sharding": "full"}
