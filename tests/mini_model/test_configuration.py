@@ -23,8 +23,6 @@ SHIPPED = sorted((PROJECT / "mini_model").glob("config*.json"))
         ({"n_group": 0}, "n_group is 0; must be >= 1"),
         ({"qk_rope_head_dim": 3}, "qk_rope_head_dim is 3; must be a multiple of 2"),
         ({"attention_dropout": 1.5}, "attention_dropout is 1.5; must be < 1"),
-        ({"scoring_func": "tanh"}, "scoring_func is 'tanh'; must be 'sigmoid', the router of DeepSeek-V3"),
-        ({"moe_layer_freq": 2}, "moe_layer_freq is 2; must be 1, the router of DeepSeek-V3"),
         (
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}},
             "rope_parameters.rope_type is 'llama3'; must be 'default' or 'linear' or 'dynamic' or 'yarn'",

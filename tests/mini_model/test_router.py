@@ -55,6 +55,20 @@ def test_the_router_chooses_and_weighs_as_the_report_says(topology, seed, normal
         torch.testing.assert_close(gates.sum(dim=1), torch.full((7,), 2.5))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"scoring_func": "tanh"}, "scoring_func is 'tanh'; must be 'sigmoid', the router of DeepSeek-V3"),
+        ({"topk_method": "greedy"}, "topk_method is 'greedy'; must be 'noaux_tc', the router of DeepSeek-V3"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq is 2; must be 1, the router of DeepSeek-V3"),
+    ],
+)
+def test_another_router_is_refused_in_one_line(overrides, message):
+    with pytest.raises(ValueError) as caught:
+        DeepseekV3Config(**overrides)
+    assert str(caught.value) == message
+
+
 def test_scores_under_bf16_autocast_are_bit_equal_to_fp32s(micro_model):
     router = micro_model().routers()[0][1]
     hidden = torch.randn(50, 24)

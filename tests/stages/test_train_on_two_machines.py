@@ -1,11 +1,12 @@
 """The train stage on two machines, made of network namespaces: torch's own agents find each other by address."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -51,21 +52,23 @@ def machines() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-def agent_command(folder: Path, machine: str, address: str) -> list[str]:
+def agent_command(folder: Path, machine: str, address: str, options: Sequence[str]) -> list[str]:
     """Return the command that starts a machine's agent with two processes of the train stage."""
-    agent = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    agent = ["-m", "torch.distributed.run", *options, "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
     agent += ["--rdzv_endpoint", f"{ADDRESSES[0]}:29511", "--rdzv_id", machine[:4], "--local_addr", address]
     # Which machine the endpoint is, torch asks the host's name, which the two share.
-    agent += ["--rdzv_conf", f"is_host={str(address == ADDRESSES[0]).lower()}"]
+    agent += ["--rdzv_conf", f"is_host={str(address == ADDRESSES[0]).lower()},last_call_timeout=1"]
     return ["ip", "netns", "exec", machine, sys.executable, *agent, *stage_command(folder)[1:]]
 
 
-def start_agents(folder: Path, machines: list[str]) -> list[subprocess.Popen[str]]:
+def start_agents(
+    folder: Path, machines: list[str], options: Sequence[str] = ("--nnodes", "2"), **variables: str
+) -> list[subprocess.Popen[str]]:
     return [
         subprocess.Popen(
-            agent_command(folder, machine, address),
+            agent_command(folder, machine, address, options),
             cwd=ROOT,
-            env=environment(folder) | {"GLOO_SOCKET_IFNAME": cable_of(machine)},
+            env=environment(folder) | {"GLOO_SOCKET_IFNAME": cable_of(machine)} | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -77,6 +80,12 @@ def start_agents(folder: Path, machines: list[str]) -> list[subprocess.Popen[str
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained_folder(tmp_path_factory.mktemp("alone"), train=TRAIN)
+
+
+def workers_of(agent: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Return the processes of the train stage that `agent` has started."""
+    children = psutil.Process(agent.pid).children(recursive=True)
+    return [child for child in children if "RANK" in child.environ()]
 
 
 def has_ended(process: psutil.Process) -> bool:
@@ -103,8 +112,7 @@ def test_a_cut_cable_ends_every_process_with_a_line_within_a_minute_and_the_trai
     write_inputs(tmp_path, train=TRAIN, runtime={"sharding": "hybrid", "save_steps": 1})
     agents = start_agents(tmp_path, machines)
     assert wait_until(lambda: list(tmp_path.glob(".checkpoints/*/step_*/complete")))
-    workers = [child for agent in agents for child in psutil.Process(agent.pid).children(recursive=True)]
-    workers = [worker for worker in workers if "RANK" in worker.environ()]
+    workers = [worker for agent in agents for worker in workers_of(agent)]
     assert len(workers) == 4
     ip("-n", machines[0], "link", "set", cable_of(machines[0]), "down")
     # torch's agent on the far side waits for the store for minutes, and leaves its ended workers as zombies.
@@ -120,4 +128,20 @@ def test_a_cut_cable_ends_every_process_with_a_line_within_a_minute_and_the_trai
     agents = start_agents(tmp_path, machines)
     ends = [agent.communicate(timeout=200) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], ends
+    assert_same_training(tmp_path, alone)
+
+
+def test_a_training_that_loses_a_machine_goes_on_by_itself_over_the_other_with_the_same_batches(
+    tmp_path, machines, alone
+):
+    write_inputs(tmp_path, train=TRAIN, runtime={"sharding": "full", "save_steps": 1})
+    elastic = ["--nnodes", "1:2", "--max_restarts", "3"]
+    first, second = start_agents(tmp_path, machines, elastic, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    assert wait_until(lambda: list(tmp_path.glob(".checkpoints/*/step_*/complete")))
+    for process in [*workers_of(second), second]:
+        process.kill()
+    second.communicate()
+    output, errors = first.communicate(timeout=200)
+    assert first.returncode == 0, errors
+    assert re.search(r"resuming \S+step_\d+, whole", output + errors), errors
     assert_same_training(tmp_path, alone)
