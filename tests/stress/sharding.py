@@ -13,8 +13,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tests.dsv3.training import test_sharding as sharded
 from tests.training_inputs import WIDE
 
@@ -65,22 +63,7 @@ def measured(folder: Path, every: dict[str, dict[str, Any]]) -> dict[str, dict[s
     """Train the one training on one process and in each way of `every`; return how far they are apart."""
     sharded.CASES.clear()
     sharded.CASES.update(every)
-
-    def run(names: list[str]) -> None:
-        for name in names:
-            sharded.train_case(folder, name)
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-
-    first = next(iter(every))
-    sharded.fork(1, lambda: run([first]))
-    for name in every:
-        if name != first:
-            (folder / f"{name}-1.pt").symlink_to(folder / f"{first}-1.pt")
-    for number in sorted({case["num_processes"] for case in every.values()}):
-        names = [name for name, case in every.items() if case["num_processes"] == number]
-        sharded.fork(number, lambda names=names: run(names))
-    return {name: sharded.compare(folder, name) for name in every}
+    return sharded.train_and_compare(folder)
 
 
 def main() -> int:

@@ -76,11 +76,6 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16": case(2, precision="bf16", optim="adamw", max_steps=1),
     "fp8": case(2, WIDE, use_fp8=True, max_steps=1),
 }
-REFERENCES = {
-    name: next(other for other in CASES if all(CASES[other][part] == given[part] for part in ("train", "architecture")))
-    for name, given in CASES.items()
-}
-"""Case → the first one that is the same training; on one process it is run once."""
 WEIGHTS_BOUND = {
     "adamw": 1e-5,
     "four": 1e-5,
@@ -326,9 +321,15 @@ def whole_weights(run: Any) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in weights.items()}
 
 
+def reference(name: str) -> str:
+    """Return the first case that is the same training; on one process it is run once."""
+    parts = ("train", "architecture")
+    return next(other for other in CASES if all(CASES[other][part] == CASES[name][part] for part in parts))
+
+
 def compare(folder: Path, name: str) -> dict[str, Any]:
     """Return how far several processes' training is from one's."""
-    one = torch.load(folder / f"{REFERENCES[name]}-1.pt")
+    one = torch.load(folder / f"{reference(name)}-1.pt")
     several = torch.load(folder / f"{name}-{CASES[name]['num_processes']}.pt")
     pairs = list(zip(several["rows"], one["rows"], strict=True))
     found: dict[str, Any] = {
@@ -519,8 +520,8 @@ def fork(num_processes: int, work: Callable[[], None]) -> None:
         sys.exit(f"{num_processes} processes ended with {statuses}")
 
 
-def main(folder: Path) -> None:
-    """Run every case and write what was measured."""
+def train_and_compare(folder: Path) -> dict[str, Any]:
+    """Run every case; return how far each is from its training on one process."""
 
     def run_cases(num_processes: int, names: list[str]) -> None:
         for name in names:
@@ -528,11 +529,16 @@ def main(folder: Path) -> None:
         if num_processes > 1:
             torch.distributed.barrier()
 
-    fork(1, lambda: run_cases(1, sorted(set(REFERENCES.values()))))
+    fork(1, lambda: run_cases(1, sorted({reference(name) for name in CASES})))
     for num_processes in sorted({given["num_processes"] for given in CASES.values()}):
         names = [name for name, given in CASES.items() if given["num_processes"] == num_processes]
         fork(num_processes, lambda n=num_processes, names=names: run_cases(n, names))
-    measured: dict[str, Any] = {name: compare(folder, name) for name in CASES}
+    return {name: compare(folder, name) for name in CASES}
+
+
+def main(folder: Path) -> None:
+    """Run every case and write what was measured."""
+    measured = train_and_compare(folder)
     for link, (num_processes, _) in CHAIN.items():
         fork(num_processes, lambda link=link: checkpoint_case(folder, link))
     digests = {path.name.removeprefix("digest "): path.read_text() for path in folder.glob("digest *")}
