@@ -97,8 +97,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Few workers: each one imports torch and holds its own models."""
-    return min(4, os.cpu_count() or 1)
+    """One more than cores, for some tests wait for processes; few: each worker imports torch and holds its models."""
+    return min(4, (os.cpu_count() or 1) + 1)
 
 
 LONG_FILES = (
