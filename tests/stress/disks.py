@@ -24,6 +24,7 @@ from tests.pipeline.laboratory import SIZES, verses
 from tests.stress.processes import Failure, Process
 from tests.stress.trainings import TIMES, Trainings
 from tests.stress.trials import Outcome
+from tests.stress.zygote import BALLAST
 from tests.training_inputs import MICRO, write_json
 
 SIZE_BYTES = 64 << 20
@@ -95,10 +96,9 @@ def small_disk(root: Path) -> Iterator[Path]:
 
 def leave_free(disk: Path, num_bytes: int) -> None:
     """Fill the disk but for so many bytes, in whole pages."""
-    (disk / "ballast").unlink(missing_ok=True)
     rest = shutil.disk_usage(disk).free - num_bytes
     if rest > 0:
-        with (disk / "ballast").open("wb") as file:
+        with (disk / BALLAST).open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, rest)
 
 
@@ -118,11 +118,11 @@ def write_pipeline(root: Path, with_aim: bool) -> None:
         yaml.dump(params, file)
 
 
-def start(trainings: Trainings, disk: Path, stage: str) -> Process:
+def start(trainings: Trainings, disk: Path, stage: str, full_at: int = 0) -> Process:
     """Start a stage whose files, and DVC's root, are on the disk; what it says goes elsewhere."""
     options = {**STAGES[stage], "params": "params.yaml"}
     words = [word for option, path in options.items() for word in (f"--{option}", str(disk / path))]
-    return trainings.zygote.start(f"stages.{stage}", words, disk, DVC_STAGE=stage)
+    return trainings.zygote.start(f"stages.{stage}", words, disk, full_at=full_at, DVC_STAGE=stage)
 
 
 class Pipeline:
@@ -145,29 +145,34 @@ class Pipeline:
                 self.written[stage] = shutil.disk_usage(disk).used - used
                 self.given[stage] = contents(disk, stage)
 
-    def attempt(self, stage: str, free: int) -> list[str]:
-        """Run a stage with `free` bytes, then with room; return the line in which it told that there was none.
+    def attempt(self, stage: str, free: int | None = None, full_at: int = 0) -> list[str] | None:
+        """Run a stage on a disk that fills up, then with room; return the lines in which it told that.
 
-        A stage whose own files fit and whose tracker's don't succeeds, and tells it.
+        The disk has `free` bytes from the start, or is filled before change `full_at` of its files; None where the
+        stage makes fewer. A stage whose own files fit and whose tracker's don't succeeds, and tells it.
         """
+        when = f"{stage}, {free} bytes free" if free is not None else f"{stage}, full before change {full_at}"
         with small_disk(self.trainings.kept) as disk:
             shutil.copytree(self.before[stage], disk, dirs_exist_ok=True)
-            leave_free(disk, free)
-            status, text = start(self.trainings, disk, stage).ended(BOUND_S + 2 * self.seconds[stage])
+            if free is not None:
+                leave_free(disk, free)
+            status, text = start(self.trainings, disk, stage, full_at).ended(BOUND_S + 2 * self.seconds[stage])
             lines = text.strip().splitlines()
             if status and not (status == 2 and TOLD.search(lines[-1])):
-                raise Failure(f"{stage}, {free} bytes free: status {status}\n{text}")
-            (disk / "ballast").unlink(missing_ok=True)
+                raise Failure(f"{when}: status {status}\n{text}")
+            if full_at and not (disk / BALLAST).exists():
+                return None
+            (disk / BALLAST).unlink(missing_ok=True)
             if status:
                 start(self.trainings, disk, stage).finished()
             for name, content in contents(disk, stage).items():
                 if self.given[stage].get(name) != content:
-                    raise Failure(f"{stage}, {free} bytes free: {name} differs\n{text}")
+                    raise Failure(f"{when}: {name} differs\n{text}")
             left = [str(path) for path in disk.rglob(".*.tmp")]
             if left:
-                raise Failure(f"{stage}, {free} bytes free: left {left}")
+                raise Failure(f"{when}: left {left}")
             told = [line for line in lines if TOLD.search(line)]
-            return [f"{stage}, {free} bytes free: {told[-1]}"] if told else []
+            return [f"{when}: {told[-1]}"] if told else []
 
 
 def contents(disk: Path, stage: str) -> dict[str, object]:
@@ -190,7 +195,7 @@ def full_disk(trainings: Trainings, draw: random.Random) -> Outcome:
     pipeline = undisturbed(trainings, with_aim=HAS_AIM and draw.random() < 0.5)
     stage = draw.choice(list(STAGES))
     pages = draw.choice([0, 1, draw.randint(0, 1 + pipeline.written[stage] // PAGE_BYTES)])
-    lines = pipeline.attempt(stage, pages * PAGE_BYTES)
+    lines = pipeline.attempt(stage, pages * PAGE_BYTES) or []
     return Outcome(len(lines), lines)
 
 

@@ -91,8 +91,13 @@ class Zygote:
         self._served.stdin.flush()
         return json.loads(self._served.stdout.readline())
 
-    def start(self, module: str, arguments: list[str], root: Path, crash_at: int = 0, **variables: str) -> Process:
-        """Start `python -m module arguments` with its DVC root at `root`; `crash_at` an event of the file system."""
+    def start(
+        self, module: str, arguments: list[str], root: Path, crash_at: int = 0, full_at: int = 0, **variables: str
+    ) -> Process:
+        """Start `python -m module arguments` with its DVC root at `root`.
+
+        Before change `crash_at` of the file system it is killed, before change `full_at` the disk is filled.
+        """
         self._num_started += 1
         output = root.parent / f"{root.name}.{self._num_started}.log"
         output.touch()
@@ -103,6 +108,7 @@ class Zygote:
             "folder": str(ROOT),
             "output": str(output),
             "crash_at": crash_at,
+            "full_at": full_at,
         }
         return Process(self, self.ask(job)["pid"], output)
 

@@ -50,7 +50,7 @@ def crashes(tally: Tally, number: int) -> Named:
     del number
     for event in range(1, 10_000):
         yield "kill -9 before a change of the file system", partial(crashed, event=event)
-        if not tally.counts["kill -9 before a change of the file system"]["disturbances"] >= event:
+        if tally.reached("kill -9 before a change of the file system") < event:
             return
 
 
@@ -100,8 +100,26 @@ def filled(trainings: Trainings, draw: random.Random, with_aim: bool, stage: str
     del draw
     pipeline = disks.undisturbed(trainings, with_aim)
     pages = int(share * pipeline.written[stage] / disks.PAGE_BYTES)
-    lines = pipeline.attempt(stage, pages * disks.PAGE_BYTES)
+    lines = pipeline.attempt(stage, pages * disks.PAGE_BYTES) or []
     return Outcome(len(lines), lines)
+
+
+def full_at_each_write(tally: Tally, number: int) -> Named:
+    """All six stages, with and without Aim: the disk is full from each of a stage's changes of its files on."""
+    del number
+    for with_aim, stage in product([False, True] if disks.HAS_AIM else [False], disks.STAGES):
+        name = f"{stage}, with Aim" if with_aim else stage
+        for change in range(1, 10_000):
+            yield name, partial(filled_at, with_aim=with_aim, stage=stage, change=change)
+            if tally.reached(name) < change:
+                break
+
+
+def filled_at(trainings: Trainings, draw: random.Random, with_aim: bool, stage: str, change: int) -> Outcome:
+    """Run the stage on a disk that is filled before that change; 0 disturbances where it makes fewer."""
+    del draw
+    lines = disks.undisturbed(trainings, with_aim).attempt(stage, full_at=change)
+    return Outcome() if lines is None else Outcome(1, lines)
 
 
 def races(tally: Tally, number: int) -> Named:
@@ -125,6 +143,7 @@ PROOFS: dict[str, tuple[Callable[[Tally, int], Named], int]] = {
     "crashes": (crashes, 0),
     "damages": (damages, 200),
     "disks": (full_disks, 12),
+    "writes": (full_at_each_write, 0),
     "races": (races, 400),
     "experiments": (queues, 1),
 }

@@ -51,6 +51,10 @@ class Tally:
         counts["identical"] += 1
         counts["told"] += len(outcome.lines)
 
+    def reached(self, name: str) -> int:
+        """How many trials of that name met what they were to meet, or failed."""
+        return self.counts[name]["disturbances"] + self.counts[name]["failed"]
+
     @property
     def failed(self) -> int:
         """Trials that failed."""

@@ -9,9 +9,11 @@ import functools
 import json
 import os
 import runpy
+import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ PRELOADED = ("dsv3.training.session", "dsv3.training.launch", "dsv3.generation.s
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "os.link", "os.symlink"}
 """Audit events of Python that change a file system, beside `open` for writing."""
+BALLAST = "ballast"
+"""The file that fills a small disk."""
 
 
 def digest_code_once() -> None:
@@ -72,12 +76,22 @@ def become(job: dict[str, Any]) -> None:
             os.dup2(file, number)
         os.close(file)
     sys.argv = [job["module"], *job["arguments"]]
+    root = Path(job["environment"]["DVC_ROOT"])
     if job["crash_at"]:
-        crash_at(job["crash_at"], Path(job["environment"]["DVC_ROOT"]))
+        before_change(job["crash_at"], root, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if job["full_at"]:
+        before_change(job["full_at"], root, lambda: fill(root))
 
 
-def crash_at(number: int, root: Path) -> None:
-    """Kill this process before the event of that number, counted from 1, that changes something below `root`."""
+def fill(disk: Path) -> None:
+    """Take all space that is free on a small disk, by the file that its user removes later."""
+    with (disk / BALLAST).open("wb") as file:
+        while free := shutil.disk_usage(disk).free:
+            os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), free)
+
+
+def before_change(number: int, root: Path, act: Callable[[], None]) -> None:
+    """Call `act` before the event of that number, counted from 1, that changes something below `root`."""
     left, below = number, f"{root}{os.sep}"
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
@@ -86,7 +100,7 @@ def crash_at(number: int, root: Path) -> None:
         if is_change and isinstance(arguments[0], (str, Path)) and str(arguments[0]).startswith(below):
             left -= 1
             if not left:
-                os.kill(os.getpid(), signal.SIGKILL)
+                act()
 
     sys.addaudithook(count)
 
