@@ -186,7 +186,7 @@ def is_worker() -> bool:
 def run_workers(num_processes: int, module: str, arguments: Sequence[str]) -> None:
     """Run `python -m module arguments` in `num_processes` processes and wait; end this one where they failed.
 
-    Raises `SystemExit` with the first failed worker's status, which has told its reason itself.
+    Raises `SystemExit` with the first failed worker's status, which has printed its reason itself.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))

@@ -7,7 +7,7 @@ import torch
 
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE
 from dsv3.kernels.convert import convert, emulate_bf16
-from dsv3.kernels.registry import experts_backend
+from dsv3.kernels.registry import register_experts
 from dsv3.kernels.weight_cache import cached_weights
 from dsv3.params.architecture import Architecture
 from dsv3.params.expert_backends import BACKENDS
@@ -61,7 +61,7 @@ def model_on(device, experts, precision, monkeypatch):
     with monkeypatch.context() as patch:
         if experts == "fp8_emulated":
             patch.setattr("dsv3.kernels.convert.multiplies_fp8", lambda device: False)
-        model.set_experts_implementation(experts_backend(experts, device, DTYPES[precision], use_fp8))
+        model.set_experts_implementation(register_experts(experts, device, DTYPES[precision], use_fp8))
         if use_fp8:
             convert(model, DEEPSEEK_RECIPE, device)
     if experts == "bf16_emulated":
