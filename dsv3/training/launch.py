@@ -6,7 +6,7 @@ They are started by torch's elastic agent from within the stage.
 ones. The agent below waits for its workers after a signal, passes it on, and reports how they ended.
 
 Accelerate and torch read variables that a launcher sets for its workers. Left in a shell, they would change a training
-in silence, under the same fingerprint; so everything that is not as a launcher sets it is refused.
+silently, under the same fingerprint; so everything that is not as a launcher sets it is refused.
 """
 
 import logging

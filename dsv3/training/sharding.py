@@ -10,7 +10,7 @@ Numbers do not depend on it beyond the order in which gradients are added: a tra
 over four. Everything that runs the model is therefore a collective: all processes run equally many passes, or they
 wait for each other without end.
 
-torch's own engine is called directly: on a CPU, Accelerate 1.15 ignores its FSDP plugin in silence. It still launches,
+torch's own engine is called directly: on a CPU, Accelerate 1.15 silently ignores its FSDP plugin. It still launches,
 casts, reduces and clips. Gathering in bf16 (`MixedPrecisionPolicy`) would halve the traffic, and also round the
 router's and the norms' weights; weights are gathered in fp32, and autocast rounds what it multiplies.
 

@@ -327,7 +327,7 @@ def test_the_command_prints_a_line_per_check():
     assert all(line.startswith(("ok  ", "!!  ")) for line in lines)
 
 
-def test_a_mistake_is_told_once_and_the_checks_that_it_prevents_are_named():
+def test_a_mistake_is_reported_once_and_the_checks_that_it_prevents_are_named():
     edit("top_p: 0.95", "top_p: 2")
     lines = lines_of_the_command()
     assert sum("top_p is 2" in line for line in lines) == 1
@@ -335,7 +335,7 @@ def test_a_mistake_is_told_once_and_the_checks_that_it_prevents_are_named():
     assert len(lines) == len(CHECKS) - 7 + 1
 
 
-def test_a_package_that_is_missing_is_told_once(monkeypatch, capsys):
+def test_a_package_that_is_missing_is_reported_once(monkeypatch, capsys):
     def missing():
         raise ModuleNotFoundError("No module named 'torch'")
 

@@ -138,4 +138,4 @@ def test_moments_in_the_cpus_memory_give_the_same_weights(hopper, monkeypatch, o
         moments = [value for state in stepper.state.values() for name, value in state.items() if name != "step"]
         assert {moment.is_pinned() for moment in moments} == {offloads}
         weights.append([parameter.detach().clone() for parameter in model.parameters()])
-    assert all(torch.equal(own, visiting) for own, visiting in zip(*weights, strict=True))
+    assert all(torch.equal(own, offloaded) for own, offloaded in zip(*weights, strict=True))

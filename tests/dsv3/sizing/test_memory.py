@@ -191,6 +191,27 @@ def test_an_emulation_holds_rounded_copies_of_every_weight_while_gradients_are_a
     assert held == derived_weight_bytes(Architecture(**NANO), w)
 
 
+@pytest.mark.parametrize(
+    "sizes", [{"block_size": 8, "optim": "muon"}, {"per_device_train_batch_size": 4, "block_size": 128}], ids=str
+)
+def test_rounded_copies_of_weights_count_in_the_passes_and_not_in_the_update(sizes):
+    """With few tokens the update needs the most, with many a pass."""
+    common = {"per_device_train_batch_size": 1, "optim": "adamw", "adam_moments_dtype": "fp32", "use_fp8": True}
+    train = TRAIN.model_copy(update=common | {"precision": "fp32", "experts": "fp8_emulated"} | sizes)
+    model = model_of(NANO, "fp32", "fp8_emulated")
+    stepper = Optimizer(parameter_groups(model, train), train, torch.float32)
+    tokens = torch.randint(0, NANO["vocab_size"], (train.per_device_train_batch_size, train.block_size))
+    with LiveBytes([*everything(model), tokens]) as memory_in_use:
+        for _ in range(2):
+            with cached_weights(model):
+                passed(model, tokens, "fp32").backward()
+            stepper.step()
+            stepper.zero_grad(set_to_none=True)
+    estimate = training_memory(Architecture(**NANO), train, "cpu")
+    assert estimate.derived_weights_bytes > 0.1 * estimate.peak_bytes
+    assert estimate.peak_bytes == pytest.approx(memory_in_use.peak, rel=0.1)
+
+
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 @pytest.mark.parametrize("config", ["config.json", "config_tiny.json", "config_nano.json"])
 def test_the_chosen_optimizer_is_given_as_many_parameters_as_the_estimate_says(config, optim):
