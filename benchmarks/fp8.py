@@ -35,7 +35,7 @@ from dsv3.fp8.linear import LowPrecisionLinear
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE
 from dsv3.fp8.rounding import BF16, fp8_rounding
 from dsv3.kernels import emulated_linear
-from dsv3.kernels.registry import experts_backend
+from dsv3.kernels.registry import register_experts
 from dsv3.params.read import read_params
 
 ROOT = Path(__file__).parent.parent
@@ -124,7 +124,7 @@ def cpu_experts(shape: Shape, rounds: int) -> Result:
     layer = Layer(shape, device, torch.float32)
 
     def step(name: str, dtype: torch.dtype, use_fp8: bool) -> Callable[[], object]:
-        return layer.step(experts_backend(name, device, dtype, use_fp8))
+        return layer.step(register_experts(name, device, dtype, use_fp8))
 
     functions = {
         "fp32": step("cpu", torch.float32, False),

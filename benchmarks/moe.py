@@ -30,7 +30,7 @@ from benchmarks.timing import Functions, best_device, check_json, conditions, me
 from dsv3.cli import command
 from dsv3.devices import multiplies_fp8
 from dsv3.kernels.permute import expert_order
-from dsv3.kernels.registry import experts_backend
+from dsv3.kernels.registry import register_experts
 
 SHAPES = ["8,2,768,512,2048", "64,6,512,128,2048", "8,2,256,128,4096", "8,2,256,128,1024"]
 GPU_ADAPES = ["8,2,2048,1408,16384", "64,6,2048,1408,16384"]
@@ -143,9 +143,9 @@ def contestants(layer: Layer, device: torch.device) -> Functions:
     own = ["cpu", "grouped_mm", "reference"] if device.type == "cpu" else ["grouped_mm", "reference"]
     functions: dict[str, Callable[[], None]] = {"bound": bound(layer.shape, device, layer.dtype)}
     for name in own:
-        functions[f"ours: {name}"] = layer.step(experts_backend(name, device, layer.dtype, use_fp8=False))
+        functions[f"ours: {name}"] = layer.step(register_experts(name, device, layer.dtype, use_fp8=False))
     fp8 = "triton_fp8" if multiplies_fp8(device) else "fp8_emulated"
-    functions[f"ours: {fp8}"] = layer.step(experts_backend(fp8, device, layer.dtype, use_fp8=True))
+    functions[f"ours: {fp8}"] = layer.step(register_experts(fp8, device, layer.dtype, use_fp8=True))
     for peer in PEERS:
         if peer != "batched_mm" or layer.shape.gathered_bytes <= MAX_GATHERED_BYTES:
             functions[f"transformers: {peer}"] = layer.step(peer)

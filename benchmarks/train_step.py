@@ -30,7 +30,7 @@ from dsv3.cli import command
 from dsv3.devices import multiplies_fp8
 from dsv3.fp8.recipe import Recipe
 from dsv3.kernels.convert import convert, emulate_bf16
-from dsv3.kernels.registry import experts_backend
+from dsv3.kernels.registry import register_experts
 from dsv3.kernels.weight_cache import cached_weights
 from dsv3.params.architecture import Architecture
 from dsv3.params.read import read_params
@@ -82,7 +82,7 @@ def our_step(setting: Setting, optim: str = "adamw", recipe: Recipe | None = Non
     with device:  # the 5.69B model's random numbers take a CPU most of a minute
         model = build_model(setting.config, seed=0).train()
     experts = "bf16_emulated" if is_emulated else "auto"
-    model.set_experts_implementation(experts_backend(experts, device, dtype, recipe is not None, recipe or Recipe()))
+    model.set_experts_implementation(register_experts(experts, device, dtype, recipe is not None, recipe or Recipe()))
     if recipe is not None:
         convert(model, recipe, device)
     elif is_emulated:

@@ -1,6 +1,6 @@
 """Says in a line each whether this machine and this checkout can run the pipeline: `python -m dsv3.doctor`.
 
-What keeps several checks from being made (a mistake in params.yaml, a package that is missing) is told once.
+What keeps several checks from being made (a mistake in params.yaml, a package that is missing) is reported once.
 
 Every check is a function without arguments that returns a `Finding`; one that fails names its remedy. Heavy imports
 stand inside the checks, so that a broken package is a finding and not the end of the examination.
@@ -65,7 +65,7 @@ def check_path() -> Finding:
 
 
 def check_repository() -> Finding:
-    """Check that Git and DVC know this folder, and tell how many files differ from the last commit."""
+    """Check that Git and DVC know this folder, and report how many files differ from the last commit."""
     status = git("status", "--porcelain")
     if "dubious ownership" in status.stderr:
         trust = f"run: git config --global --add safe.directory {shlex.quote(str(Path.cwd()))}"
@@ -143,7 +143,7 @@ def check_schema() -> Finding:
 
 
 def check_aim() -> Finding:
-    """Check that Aim can be imported where it is asked for, and where its runs go; tell whether its interface is up."""
+    """Check that Aim can be imported where it is asked for; report where runs go and whether its interface is up."""
     from dsv3.tracking.identity import aim_folder
 
     runtime = read_params(PARAMS).runtime
@@ -179,7 +179,7 @@ def check_trackers() -> Finding:
 
 
 def check_views() -> Finding:
-    """Tell which of the chosen trackers don't show the results that are checked out: DVC starts no stage for that."""
+    """Report which of the chosen trackers don't show the results that are checked out: DVC starts no stage for that."""
     from dsv3.tracking.shown import missing_views, rebuilding
 
     params = read_params(PARAMS)
@@ -203,7 +203,7 @@ def is_locked(path: Path) -> bool:
 
 
 def check_torch() -> Finding:
-    """Check that the device that params.yaml asks for is there, and tell what it multiplies natively."""
+    """Check that the device that params.yaml asks for is there, and report what it multiplies natively."""
     import torch
 
     from dsv3.devices import device_name, multiplies_bf16, multiplies_fp8, torch_device
@@ -219,7 +219,7 @@ def check_driver() -> Finding:
     """Check that a machine with an NVIDIA driver has a torch that uses it."""
     import torch
 
-    has_driver, has_cuda = shutil.which("nvidia-smi") is not None, torch.cuda.is_available()
+    has_driver, has_cuda = has_nvidia_driver(), torch.cuda.is_available()
     message = "an NVIDIA driver" if has_driver else "no NVIDIA driver"
     is_ok = has_cuda or not has_driver
     remedy = f"torch {torch.__version__} does not use it: remove .venv and run: make setup"
@@ -229,42 +229,32 @@ def check_driver() -> Finding:
 def check_experts() -> Finding:
     """Check that the expert backend that params.yaml names runs here, and list those that do."""
     from dsv3.devices import torch_device
-    from dsv3.kernels.registry import DTYPE_NAMES, experts_backend, refusal
-    from dsv3.params.expert_backends import BACKENDS
-    from dsv3.training.precision import COMPUTE_DTYPES, resolved_precision
+    from dsv3.training.precision import register_training_experts, resolved_precision, training_backends
 
     params = read_params(PARAMS)
+    train, architecture = params.train, read_architecture(Path(params.model.config))
     device = torch_device(params.runtime)
-    dtype = COMPUTE_DTYPES[resolved_precision(params.train.precision, device)]
-    use_fp8 = params.train.use_fp8
-    chosen = experts_backend(params.train.experts, device, dtype, use_fp8)
-    runs = [name for name, backend in BACKENDS.items() if refusal(backend, device, dtype, use_fp8) is None]
-    asked = f"{DTYPE_NAMES[dtype]}{' with fp8' if use_fp8 else ''} on {device.type}"
-    return Finding("experts", True, f"{chosen}; for {asked} there are {', '.join(runs)}")
+    chosen = register_training_experts(train, architecture, device)
+    usable = training_backends(train, architecture, device)
+    asked = f"{resolved_precision(train.precision, device)}{' with fp8' if train.use_fp8 else ''} on {device.type}"
+    return Finding("experts", True, f"{chosen}; for {asked} there are {', '.join(usable)}")
 
 
 def check_memory() -> Finding:
-    """Check that the training's estimated peak is less than the memory of this machine (on a GPU: of the GPU)."""
+    """Check that the training's estimated peak is less than the device's memory (a CPU's: than a container's limit)."""
+    from dsv3.devices import torch_device, total_bytes
+
     params = read_params(PARAMS)
-    device = params.runtime.device_type(has_nvidia_driver())
+    device = torch_device(params.runtime)
+    device_type = params.runtime.device_type(has_cuda=device.type == "cuda")
     architecture = read_architecture(Path(params.model.config))
-    memory = training_memory(architecture, params.train, device)
-    if device == "cuda" and params.runtime.cpu_offload == "optimizer":
+    memory = training_memory(architecture, params.train, device_type)
+    if device_type == "cuda" and params.runtime.cpu_offload == "optimizer":
         memory = without_moments(memory, architecture, params.train)
-    needed = memory.peak_bytes
-    available = device_memory_bytes(device)
-    message = f"training needs about {needed / GIB:.2f} GiB of {available / GIB:.0f} GiB ({device})"
+    needed, available = memory.peak_bytes, total_bytes(device)
+    message = f"training needs about {needed / GIB:.2f} GiB of {available / GIB:.0f} GiB ({device_type})"
     remedy = "lower train.per_device_train_batch_size, or set train.gradient_checkpointing to true"
     return Finding("memory", needed < available, message, remedy)
-
-
-def device_memory_bytes(device: str) -> int:
-    """Return the memory of the GPU, or of the machine."""
-    if device == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    import torch
-
-    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
 
 
 def check_disk() -> Finding:
@@ -310,7 +300,9 @@ def finding(check: Callable[[], Finding]) -> Finding:
         return check()
     except UserError as error:
         message = one_line(error)
-        return Finding(subject, False, message, "mend params.yaml" if message.startswith(str(PARAMS)) else "mend it")
+        return Finding(
+            subject, False, message, "correct params.yaml" if message.startswith(str(PARAMS)) else "correct it"
+        )
     except (ImportError, OSError) as error:
         return Finding(subject, False, f"{type(error).__name__}: {error}", "install the dependencies: make setup")
 
@@ -324,17 +316,17 @@ def main(
     if write_schema:
         write_text(SCHEMA, schema_text())
         return
-    told: set[str] = set()
+    reported: set[str] = set()
     prevented: list[str] = []
     for found in map(finding, CHECKS):
-        if not found.is_ok and found.message in told:
+        if not found.is_ok and found.message in reported:
             prevented.append(found.subject)
             continue
         typer.echo(str(found))
-        told |= set() if found.is_ok else {found.message}
+        reported |= set() if found.is_ok else {found.message}
     if prevented:
         typer.echo(f"--  {', '.join(prevented)}: not checked, for a reason above")
-    if told:
+    if reported:
         raise typer.Exit(1)
 
 

@@ -15,10 +15,9 @@ from transformers.utils import logging
 from dsv3.artifacts import read_json, sha256_file
 from dsv3.errors import UserError
 from dsv3.export.model_folder import CODE_FILES
-from dsv3.export.weights import REMEDY, check_model_weights, read_model_config, short_line
+from dsv3.export.weights import REMEDY, check_config_model_type, check_model_weights, read_model_config, short_line
 from mini_model import modeling_deepseek
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
-from mini_model.validation_deepseek import check_model_type
 
 OWN_CODE = Path(modeling_deepseek.__file__).parent
 OWN_CLASSES = {
@@ -33,24 +32,14 @@ def check_model(folder: Path) -> None:
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(f"{folder}: holds no config.json; run dvc repro train")
-    values = read_json(config)
     check_config_model_type(config)
-    auto_map = values.get("auto_map", {}) if isinstance(values, dict) else {}
+    auto_map = read_json(config).get("auto_map", {})
     if not isinstance(auto_map, dict) or any(OWN_CLASSES.get(name) != value for name, value in auto_map.items()):
         raise UserError(
             f"{config}: auto_map is {str(auto_map)[:100]}; must name the classes of mini_model or none: code in a "
             "model's folder is not run; remove it from a model of this architecture"
         )
     read_model_config(folder)
-
-
-def check_config_model_type(config: Path) -> None:
-    """Raise `UserError` where config.json is another architecture's."""
-    values = read_json(config)
-    try:
-        check_model_type(values.get("model_type") if isinstance(values, dict) else None)
-    except ValueError as error:
-        raise UserError(f"{config}: {error}") from None
 
 
 def other_code(folder: Path) -> list[str]:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from dsv3.artifacts import read_json
 from dsv3.errors import UserError
-from dsv3.export.loading import check_config_model_type, check_model
-from dsv3.export.weights import check_model_weights, read_model_config
+from dsv3.export.loading import check_model
+from dsv3.export.weights import check_config_model_type, check_model_weights, read_model_config
 
 
 def check_source(model: Path) -> None:
@@ -14,8 +14,7 @@ def check_source(model: Path) -> None:
     if not config.is_file():
         raise UserError(f"{model}: holds no config.json; name a folder that the train stage wrote")
     check_config_model_type(config)
-    values = read_json(config)
-    if isinstance(values, dict) and "quantization_config" in values:
+    if "quantization_config" in read_json(config):
         raise UserError(f"{config}: has a quantization_config; name the folder in full precision that was quantized")
     check_model(model)
     if not any(model.glob("*.safetensors")):

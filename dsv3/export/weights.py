@@ -20,6 +20,7 @@ from dsv3.errors import UserError, one_line
 from dsv3.params.section import error_line
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
+from mini_model.validation_deepseek import check_model_type
 
 SUMS = "SHA256SUMS"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -76,10 +77,8 @@ def check_sums(folder: Path) -> None:
 def read_model_config(folder: Path) -> DeepseekV3Config:
     """Return the configuration in `folder`; `UserError` where it is no DeepSeek-V3 that this project implements."""
     path = folder / "config.json"
+    check_config_model_type(path)
     values = read_json(path)
-    if not isinstance(values, dict) or values.get("model_type") != DeepseekV3Config.model_type:
-        kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
-        raise UserError(f"{path}: model_type is {kind!r}; must be {DeepseekV3Config.model_type!r}; name another folder")
     try:
         STATED.model_validate({name: value for name, value in values.items() if name in STATED.model_fields})
         return DeepseekV3Config.from_dict(values)
@@ -87,6 +86,15 @@ def read_model_config(folder: Path) -> DeepseekV3Config:
         raise UserError(f"{path}: {error_line(error.errors()[0])}; {REMEDY}") from None
     except Exception as error:  # transformers raises types of its own for each kind of wrong value
         raise UserError(f"{path}: {short_line(error)}; {REMEDY}") from None
+
+
+def check_config_model_type(config: Path) -> None:
+    """Raise `UserError` where config.json is another architecture's."""
+    values = read_json(config)
+    try:
+        check_model_type(values.get("model_type") if isinstance(values, dict) else None)
+    except ValueError as error:
+        raise UserError(f"{config}: {error}; name another folder") from None
 
 
 def check_model_weights(folder: Path, config: DeepseekV3Config) -> None:

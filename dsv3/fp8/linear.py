@@ -33,7 +33,7 @@ class LowPrecisionLinear(nn.Linear):
         super().__init__(original.in_features, original.out_features, original.bias is not None, device="meta")
         self.weight, self.bias = original.weight, original.bias
         self.product = product
-        self.weight_operands: Operands | None = None
+        self.cached_operands: Operands | None = None
         """Set by `dsv3.kernels.weight_cache.cached_weights` within its block."""
 
     def new_weight_operands(self) -> Operands:
@@ -42,19 +42,19 @@ class LowPrecisionLinear(nn.Linear):
 
     def current_weight_operands(self) -> Operands:
         """Return the cached operands, or new ones."""
-        return self.new_weight_operands() if self.weight_operands is None else self.weight_operands
+        return self.new_weight_operands() if self.cached_operands is None else self.cached_operands
 
-    def forward(self, input: Tensor, product: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_RO: Tensor | None = None) -> Tensor:
         """Return x @ weight.T + bias in the dtype that autocast asks for, or that of `input`.
 
-        `product` is x @ weight.T where it was computed together with others.
+        `output_RO` is x @ weight.T where it was computed together with others.
         """
         device = input.device.type
         is_autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if is_autocast else input.dtype
-        (product,) = products(input, [self]) if product is None else (product,)
+        (output_RO,) = products(input, [self]) if output_RO is None else (output_RO,)
         with torch.autocast(device, enabled=False):
-            output = product.to(dtype)
+            output = output_RO.to(dtype)
             output = output if self.bias is None else output + self.bias.to(dtype)
         return output.view(*input.shape[:-1], self.out_features)
 

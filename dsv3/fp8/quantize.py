@@ -66,6 +66,12 @@ def round_to_e4m3_(y: Tensor, scratch: Tensor) -> Tensor:
     return y.add_(scratch, alpha=SHIFT).sub_(scratch, alpha=SHIFT)
 
 
+def padded(x: Tensor, num_dims: int, block: int = BLOCK) -> Tensor:
+    """Return `x` with its last `num_dims` dimensions padded by zeros to whole blocks."""
+    gaps = [-size % block for size in reversed(x.shape[-num_dims:])]
+    return F.pad(x, [side for gap in gaps for side in (0, gap)]) if any(gaps) else x
+
+
 def _round_blocks(x: Tensor, dim: int | tuple[int, ...], power_of_two_scales: bool, out: Tensor) -> None:
     """Write the values of `x`, whose blocks extend along `dim`, to `out`, a chunk of the first dimension at a time."""
     step = max(1, CHUNK_NUMBERS * len(x) // max(1, x.numel()))
@@ -81,11 +87,11 @@ def _round_blocks(x: Tensor, dim: int | tuple[int, ...], power_of_two_scales: bo
 def rounded_rows(x_W: Tensor, power_of_two_scales: bool = False, block: int = BLOCK) -> Tensor:
     """Return the fp32 values that `x_W` has once quantized in blocks along its last dimension."""
     num_columns = x_W.shape[-1]
-    padded = _padded(x_W.float(), 1, block)
-    blocks = padded.reshape(-1, block)
+    whole_blocks = padded(x_W.float(), 1, block)
+    blocks = whole_blocks.reshape(-1, block)
     out = torch.empty_like(blocks)
     _round_blocks(blocks, 1, power_of_two_scales, out)
-    return out.view(padded.shape)[..., :num_columns]
+    return out.view(whole_blocks.shape)[..., :num_columns]
 
 
 def rounded_columns(x_RW: Tensor, power_of_two_scales: bool = False, block: int = BLOCK) -> Tensor:
@@ -105,19 +111,19 @@ def rounded_columns(x_RW: Tensor, power_of_two_scales: bool = False, block: int 
 def rounded_weight(w_OI: Tensor, power_of_two_scales: bool = False) -> Tensor:
     """Return the fp32 values that `w_OI`, or a stack of weights, has once quantized in 128x128 blocks."""
     num_outputs, num_inputs = w_OI.shape[-2:]
-    padded = _padded(w_OI.float(), 2)
-    blocks = padded.reshape(-1, BLOCK, padded.shape[-1] // BLOCK, BLOCK)
+    whole_blocks = padded(w_OI.float(), 2)
+    blocks = whole_blocks.reshape(-1, BLOCK, whole_blocks.shape[-1] // BLOCK, BLOCK)
     out = torch.empty_like(blocks)
     _round_blocks(blocks, (1, 3), power_of_two_scales, out)
-    return out.view(padded.shape)[..., :num_outputs, :num_inputs]
+    return out.view(whole_blocks.shape)[..., :num_outputs, :num_inputs]
 
 
 def quantized_rows(x_RW: Tensor, power_of_two_scales: bool = False, block: int = BLOCK) -> Quantized:
     """Return e4m3 numbers (R, W) and scales (R, W / block), W rounded up to whole blocks."""
-    padded = _padded(x_RW.float(), 1, block)
-    blocks = padded.view(len(x_RW), padded.shape[1] // block, block)
+    whole_blocks = padded(x_RW.float(), 1, block)
+    blocks = whole_blocks.view(len(x_RW), whole_blocks.shape[1] // block, block)
     scale, inverse = scale_and_inverse(blocks.abs().amax(-1), power_of_two_scales)
-    return Quantized(_to_e4m3(blocks * inverse[..., None]).view(padded.shape), scale)
+    return Quantized(_to_e4m3(blocks * inverse[..., None]).view(whole_blocks.shape), scale)
 
 
 def rounded_along_outputs(w_OI: Tensor, power_of_two_scales: bool = False, block: int = BLOCK) -> Tensor:
@@ -127,10 +133,10 @@ def rounded_along_outputs(w_OI: Tensor, power_of_two_scales: bool = False, block
 
 def quantized_weight(w_OI: Tensor, power_of_two_scales: bool = False) -> Quantized:
     """Return e4m3 numbers (O, I) and scales (O / 128, I / 128), both dimensions rounded up to whole blocks."""
-    padded = _padded(w_OI.float(), 2)
-    blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
+    whole_blocks = padded(w_OI.float(), 2)
+    blocks = whole_blocks.view(whole_blocks.shape[0] // BLOCK, BLOCK, whole_blocks.shape[1] // BLOCK, BLOCK)
     scale, inverse = scale_and_inverse(blocks.abs().amax((1, 3)), power_of_two_scales)
-    return Quantized(_to_e4m3(blocks * inverse[:, None, :, None]).view(padded.shape), scale)
+    return Quantized(_to_e4m3(blocks * inverse[:, None, :, None]).view(whole_blocks.shape), scale)
 
 
 def quantized_columns(x_RW: Tensor, power_of_two_scales: bool = False) -> Quantized:
@@ -147,9 +153,3 @@ def dequantized(blocks: Quantized, block_shape: tuple[int, int]) -> Tensor:
 def _to_e4m3(y: Tensor) -> Tensor:
     """Return `y` as e4m3 numbers."""
     return y.to(torch.float8_e4m3fn)
-
-
-def _padded(x: Tensor, num_dims: int, block: int = BLOCK) -> Tensor:
-    """Return `x` with its last `num_dims` dimensions padded by zeros to whole blocks."""
-    gaps = [-size % block for size in reversed(x.shape[-num_dims:])]
-    return F.pad(x, [side for gap in gaps for side in (0, gap)]) if any(gaps) else x

@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 from dsv3.fp8.definition import BLOCK, MX_BLOCK
+from dsv3.params.expert_backends import has_fp8_kernels
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Recipe:
 
     @property
     def has_kernels(self) -> bool:
-        """Whether this project's kernels compute it: no instruction takes FP8 on one side, and theirs take 128."""
-        return self.weight_quant and self.activation_quant and not self.mx_blocks
+        """Whether this project's kernels compute it."""
+        return has_fp8_kernels(self.weight_quant, self.activation_quant, self.mx_blocks)
 
     @property
     def blocks(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 A low-precision GEMM with fp32 accumulation is an fp32 GEMM of operands that were rounded first (up to the order of
 summation), so one function per kind of operand is all that an emulation needs. Runs that use one are labelled emulated.
 
-Everything here is a pure function. Weights are rounded once per optimizer step by `dsv3.kernels.weight_cache`.
+Everything here is a pure function. `dsv3.kernels.weight_cache` rounds weights once for all passes of an optimizer step.
 
 Letters: R rows, W columns, O outputs, I inputs.
 """
@@ -32,7 +32,7 @@ class Rounding:
     """Weights (..., O, I) as operands of forward and, unless `dgrad_weights` says otherwise, of dgrad."""
     dgrad_weights: Callable[[Tensor], Tensor] | None = None
     """The same as operands of dgrad, where blocks along the inner dimension make other numbers of them."""
-    cache: Quantizer | None = None
+    swiglu_cache: Quantizer | None = None
     """The stored form in which the experts keep their activation's input for the backward pass."""
 
     def of_rows(self, x_W: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def _emulation(recipe: Recipe) -> Rounding:
         columns=partial(rounded_columns, **blocks) if recipe.activation_quant and recipe.wgrad_quant else None,
         weights=(rows if is_mx else squares) if recipe.weight_quant else None,
         dgrad_weights=partial(rounded_along_outputs, **blocks) if recipe.weight_quant and is_mx else None,
-        cache=partial(quantized_rows, **scales) if recipe.swiglu_cache else None,
+        swiglu_cache=partial(quantized_rows, **scales) if recipe.swiglu_cache else None,
     )
 
 

@@ -3,7 +3,7 @@
 Three things can go wrong with an FP8 tensor. Numbers far below their block's largest become zero (underflow). Numbers
 pile up at the end of the range (saturation; with scales from the block itself only its largest number reaches the
 end, a share of 1/128 or a little more). And a single huge number makes the rest of its block coarse (outliers): the
-crest, the largest magnitude divided by the root mean square, tells how far a block is from even.
+crest, the largest magnitude divided by the root mean square, measures how far a block is from even.
 
 A fourth is seen in what comes out: gradients that are zero where they should not be.
 
@@ -18,12 +18,11 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3.fp8.definition import BLOCK, E4M3_MAX
 from dsv3.fp8.linear import LowPrecisionLinear
-from dsv3.fp8.quantize import round_to_e4m3_, scale_and_inverse
+from dsv3.fp8.quantize import padded, round_to_e4m3_, scale_and_inverse
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE, Recipe
 from mini_model.modeling_deepseek import DeepseekV3Experts
 
@@ -95,8 +94,8 @@ Found = dict[str, dict[str, Statistics]]
 
 def row_statistics(x: Tensor, power_of_two_scales: bool = False, block: int = BLOCK) -> Statistics:
     """Return the statistics of activations or gradients in blocks along the last dimension."""
-    padded = F.pad(x.detach().float(), (0, -x.shape[-1] % block))
-    return Statistics(*_sums(padded.reshape(-1, block), power_of_two_scales).tolist())
+    blocks = padded(x.detach().float(), 1, block).reshape(-1, block)
+    return Statistics(*_sums(blocks, power_of_two_scales).tolist())
 
 
 def weight_statistics(weight: Tensor, power_of_two_scales: bool = False) -> Statistics:
@@ -104,8 +103,8 @@ def weight_statistics(weight: Tensor, power_of_two_scales: bool = False) -> Stat
     num_outputs, num_inputs = weight.shape[-2:]
     total = torch.zeros(7, dtype=torch.float64, device=weight.device)
     for matrix in weight.detach().reshape(-1, num_outputs, num_inputs):
-        padded = F.pad(matrix.float(), (0, -num_inputs % BLOCK, 0, -num_outputs % BLOCK))
-        grid = padded.view(-1, BLOCK, padded.shape[-1] // BLOCK, BLOCK).transpose(1, 2)
+        whole_blocks = padded(matrix.float(), 2)
+        grid = whole_blocks.reshape(-1, BLOCK, whole_blocks.shape[-1] // BLOCK, BLOCK).transpose(1, 2)
         total += _sums(grid.reshape(-1, BLOCK * BLOCK), power_of_two_scales)
     return Statistics(*total.tolist())
 

@@ -93,7 +93,7 @@ def _forward(  # noqa: PLR0913 (an operator's arguments)
         act_RF = F.silu(gate_RF).mul_(up_RF).mul_(weight_A1[rows])
         _multiply(parts, to.of_rows(act_RF), down_EFD, out=output_AD[rows])
     output_TD = sum_per_token(output_AD, order.position_TK)
-    return output_TD, *packed(gate_up_A2F, to.cache), order.assignment_A, order.end_E
+    return output_TD, *packed(gate_up_A2F, to.swiglu_cache), order.assignment_A, order.end_E
 
 
 def _backward(  # noqa: PLR0913 (an operator's arguments)

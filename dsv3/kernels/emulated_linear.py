@@ -26,7 +26,7 @@ def weight_operands(weights: list[Tensor], rounding: Rounding) -> Operands:
     if rounding.weights is None:
         return weights
     passes = (False,) if rounding.dgrad_weights is None else (False, True)
-    return [rounded_weight(weight, rounding.name, is_for_dgrad) for weight in weights for is_for_dgrad in passes]
+    return [rounded_weight_op(weight, rounding.name, is_for_dgrad) for weight in weights for is_for_dgrad in passes]
 
 
 def _rounded_weight(weight_OI: Tensor, rounding: str, is_for_dgrad: bool) -> Tensor:
@@ -53,5 +53,5 @@ def _backward(grads: list[Tensor], x_RI: Tensor, operands: list[Tensor], roundin
     return sum_in_place(grad_xs), grad_weights
 
 
-rounded_weight = op("rounded_weight", _rounded_weight, _empty_weight)
+rounded_weight_op = op("rounded_weight", _rounded_weight, _empty_weight)
 emulated_linear = linear_op("emulated_linear", _forward, _backward)

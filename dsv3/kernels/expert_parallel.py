@@ -2,10 +2,11 @@
 
 With expert parallelism over N processes each holds E / N whole experts of every layer. A token's hidden state is sent
 to the processes of the experts that its router chose, one row per choice, and each returns the expert's weighted
-output; the sum over a token's choices is made at home. The alternative, to gather the experts' weights where the tokens
+output; the token's own process adds up its choices. The alternative, to gather the experts' weights where the tokens
 are (`runtime.sharding` alone), moves all weights of a layer instead of K rows per token.
 
-How many rows go where is data: the processes tell each other first, and wait once per layer and pass for the device.
+How many rows go where is data: the processes exchange the numbers first, and wait once per layer and pass for the
+device.
 
 Letters: T tokens, K num_experts_per_tok, A assignments, R rows, E n_routed_experts, D hidden_size.
 """
@@ -18,8 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
+from dsv3.kernels.permute import inverse_permutation
 
-def exchanged(
+
+def dispatch_and_combine(
     experts: Callable[[Tensor, Tensor, Tensor], Tensor],
     hidden_TD: Tensor,
     index_TK: Tensor,
@@ -27,7 +30,7 @@ def exchanged(
     num_experts: int,
     group: Any,
 ) -> Tensor:
-    """Return the experts' output (T, D), each choice computed on the process of `group` that holds the expert.
+    """Send rows to the processes of `group` that hold their experts; return the experts' output (T, D).
 
     `experts` computes this process's experts, numbered from zero, on rows with one choice each. `num_experts` is the
     number of all experts. A collective: all processes of the group call it.
@@ -48,9 +51,7 @@ def exchanged(
     index_R1 = own_E.repeat_interleave(received_E, output_size=sum(received))[:, None]
     output_RD = experts(hidden_RD, index_R1, weight_R1)
     output_AD = all_to_all_single_autograd(output_RD.contiguous(), sent, received, group)
-    position_A = torch.empty_like(assignment_A)
-    position_A[assignment_A] = torch.arange(len(assignment_A), device=assignment_A.device)
-    return output_AD[position_A.view(-1, num_choices)].sum(1)
+    return output_AD[inverse_permutation(assignment_A).view(-1, num_choices)].sum(1)
 
 
 class ScaledGradient(torch.autograd.Function):

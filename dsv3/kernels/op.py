@@ -25,8 +25,8 @@ LinearForward = Callable[[Tensor, list[Tensor], list[Tensor], str], list[Tensor]
 to the product (R, O) with each weight. Layers that read one x share its rounding so."""
 LinearBackward = Callable[[list[Tensor], Tensor, list[Tensor], str], tuple[Tensor, list[Tensor]]]
 """From the gradients (R, O), x, the operands and the name to the gradients by x and, in fp32, by each weight."""
-Experts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-ExpertsForward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], str], Experts]
+ExpertsOutput = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+ExpertsForward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor], str], ExpertsOutput]
 """From hidden (T, D), index and weight (T, K), gate_up (E, 2F, D), down (E, D, F), their operands and the name to the
 output (T, D) and four tensors for the backward pass: packed gate and up (A, 2F), their scales, the order, the ends."""
 ExpertsBackward = Callable[
@@ -117,7 +117,7 @@ def _empty_experts(  # noqa: PLR0913 (an operator's arguments)
     down_EDF: Tensor,
     operands: list[Tensor],
     recipe: str,
-) -> Experts:
+) -> ExpertsOutput:
     """Return empty tensors of the shapes and dtypes that a forward pass gives."""
     num_assignments, num_experts = index_TK.shape[0] * index_TK.shape[1], gate_up_E2FD.shape[0]
     is_quantized = recipe in RECIPES and RECIPES[recipe].swiglu_cache
@@ -129,7 +129,7 @@ def _empty_experts(  # noqa: PLR0913 (an operator's arguments)
     )
 
 
-def _save_experts(ctx: Any, inputs: tuple[Any, ...], output: Experts) -> None:
+def _save_experts(ctx: Any, inputs: tuple[Any, ...], output: ExpertsOutput) -> None:
     """Keep for the backward pass what can't be computed again at little cost."""
     ctx.set_materialize_grads(False)  # else zeros as large as gate and up, which nobody reads
     hidden_TD, _, weight_TK, _, _, operands, ctx.recipe = inputs

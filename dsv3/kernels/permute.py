@@ -39,11 +39,15 @@ def expert_order(index_TK: Tensor, num_experts: int) -> ExpertOrder:
 
 def with_inverse(assignment_A: Tensor, end_E: Tensor, num_experts_per_tok: int) -> ExpertOrder:
     """Return the whole order from its two defining tensors (the ones worth saving for the backward pass)."""
+    position_TK = inverse_permutation(assignment_A).view(-1, num_experts_per_tok)
+    return ExpertOrder(assignment_A, position_TK, assignment_A // num_experts_per_tok, end_E)
+
+
+def inverse_permutation(assignment_A: Tensor) -> Tensor:
+    """Return the sorted position of each assignment, from the assignment at each sorted position."""
     position_A = torch.empty_like(assignment_A)
     position_A[assignment_A] = torch.arange(assignment_A.numel(), device=assignment_A.device)
-    return ExpertOrder(
-        assignment_A, position_A.view(-1, num_experts_per_tok), assignment_A // num_experts_per_tok, end_E
-    )
+    return position_A
 
 
 ExpertRows = list[tuple[int, slice]]

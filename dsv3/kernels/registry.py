@@ -22,11 +22,11 @@ from dsv3.fp8.linear import Operands
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE, Recipe
 from dsv3.fp8.rounding import BF16, Rounding, fp8_rounding
 from dsv3.kernels import cpu, emulated_linear, grouped_mm, reference
-from dsv3.kernels.expert_parallel import exchanged, own_weight
+from dsv3.kernels.expert_parallel import dispatch_and_combine, own_weight
 from dsv3.params.expert_backends import AUTO, AUTO_UNSUITED, BACKENDS, ExpertBackend
 
 DTYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
-Experts = Callable[..., Tensor]
+ExpertsFunction = Callable[..., Tensor]
 """From hidden (T, D), index and weight (T, K), gate_up (E, 2F, D), down (E, D, F) to the output (T, D)."""
 
 
@@ -34,7 +34,7 @@ Experts = Callable[..., Tensor]
 class Function:
     """What a backend computes by."""
 
-    experts: Experts
+    experts: ExpertsFunction
     weight_operands: Callable[[list[Tensor]], Operands] | None = None
     """From gate_up and down to what is multiplied, which `experts` then takes as one more argument, `operands`."""
 
@@ -93,10 +93,10 @@ def auto_backend(
     is_fp8_native = multiplies_fp8(device) and recipe.has_kernels
     is_native = is_fp8_native if use_fp8 else compute_dtype != torch.bfloat16 or multiplies_bf16(device)
     name = AUTO[device.type, use_fp8, is_native]
-    return AUTO_UNSUITED[name] if width_refusal(BACKENDS[name], widths, compute_dtype) else name
+    return AUTO_UNSUITED[name] if BACKENDS[name].width_refusal(widths, compute_dtype.itemsize) else name
 
 
-def experts_backend(
+def register_experts(
     name: str,
     device: torch.device,
     compute_dtype: torch.dtype,
@@ -104,7 +104,7 @@ def experts_backend(
     recipe: Recipe = DEEPSEEK_RECIPE,
     widths: Sequence[int] = (),
 ) -> str:
-    """Return the name to give to `model.set_experts_implementation`, after registering the backend under it.
+    """Register the backend that `name` stands for with transformers; return what `set_experts_implementation` takes.
 
     `name` is `train.experts`, `widths` are the model's `hidden_size` and `moe_intermediate_size`. Raises `UserError`
     for an unknown name and for a backend that can't run here.
@@ -116,18 +116,20 @@ def experts_backend(
     name = auto_backend(device, compute_dtype, use_fp8, recipe, widths) if name == "auto" else name
     if name not in BACKENDS:
         raise UserError(f"train.experts is {name}; must be one of auto, {', '.join(BACKENDS)}")
-    backend = BACKENDS[name]
-    reason = refusal(backend, device, compute_dtype, use_fp8) or width_refusal(backend, widths, compute_dtype)
+    reason = refusal(BACKENDS[name], device, compute_dtype, use_fp8, recipe, widths)
     if reason:
         raise UserError(f"train.experts is {name}; {reason}, take auto")
-    if backend.is_native_fp8 and not recipe.has_kernels:
-        raise UserError(
-            f"train.experts is {name}; quantizes weights and activations, not one of them, in blocks of 128, take auto"
-        )
     return _register(name, compute_dtype, recipe)
 
 
-def refusal(backend: ExpertBackend, device: torch.device, compute_dtype: torch.dtype, use_fp8: bool) -> str | None:
+def refusal(
+    backend: ExpertBackend,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    use_fp8: bool,
+    recipe: Recipe = DEEPSEEK_RECIPE,
+    widths: Sequence[int] = (),
+) -> str | None:
     """Return why `backend` can't run, or None."""
     if device.type not in backend.devices:
         return f"runs on {' and '.join(backend.devices)}, not on {device.type}"
@@ -138,7 +140,9 @@ def refusal(backend: ExpertBackend, device: torch.device, compute_dtype: torch.d
         return f"is {'the' if backend.is_fp8 else 'no'} FP8 backend while train.use_fp8 is {str(use_fp8).lower()}"
     if backend.is_native_fp8 and not multiplies_fp8(device):
         return "needs a GPU of compute capability 8.9 or higher"
-    return None
+    if backend.is_native_fp8 and not recipe.has_kernels:
+        return "quantizes weights and activations, not one of them, in blocks of 128"
+    return backend.width_refusal(widths, compute_dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -163,26 +167,22 @@ class RegisteredBackend:
             rows = hidden.to(self.dtype), top_k_index, top_k_weights.to(self.dtype)
             arguments: list[Any] = [weight.to(self.weight_dtype) for weight in self._weights(experts)]
             if self.function.weight_operands is not None:
-                arguments.append(getattr(experts, "weight_operands", None))  # of `cached_weights`, within its block
+                arguments.append(getattr(experts, "cached_operands", None))  # of `cached_weights`, within its block
 
             def own_experts(hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
                 return self.function.experts(hidden, index, weight, *arguments)
 
             group = getattr(experts, "expert_group", None)
-            output = own_experts(*rows) if group is None else exchanged(own_experts, *rows, experts.num_experts, group)
+            if group is None:
+                output = own_experts(*rows)
+            else:
+                output = dispatch_and_combine(own_experts, *rows, experts.num_experts, group)
         return output.to(hidden.dtype)
 
     def _weights(self, experts: Any) -> tuple[Tensor, Tensor]:
         group = getattr(experts, "expert_group", None)
         weights = experts.gate_up_proj, experts.down_proj
         return weights if group is None else (own_weight(weights[0], group), own_weight(weights[1], group))
-
-
-def width_refusal(backend: ExpertBackend, widths: Sequence[int], compute_dtype: torch.dtype) -> str | None:
-    """Return why `backend` can't multiply rows of these widths, or None."""
-    multiple = max(1, backend.alignment_bytes // (1 if backend.is_fp8 else compute_dtype.itemsize))
-    odd = [width for width in widths if width % multiple]
-    return f"multiplies widths that are multiples of {multiple}, not {odd[0]}" if odd else None
 
 
 def _register(name: str, compute_dtype: torch.dtype, recipe: Recipe) -> str:

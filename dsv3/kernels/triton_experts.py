@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.errors import UserError
-from dsv3.fp8.definition import BLOCK
 from dsv3.fp8.linear import Operands
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE, RECIPES, Recipe
 from dsv3.fp8.swiglu_cache import packed, unpacked
@@ -30,6 +29,7 @@ from dsv3.kernels.triton_launch import (
     schedule,
 )
 from dsv3.kernels.triton_linear import dgrad_operand, forward_operand, weight_operands
+from dsv3.params.expert_backends import BACKENDS
 
 Side = tuple[Tensor, Tensor | None]
 """Rows, and an index into them or None."""
@@ -49,12 +49,9 @@ def experts(  # noqa: PLR0913 (a backend's arguments)
     `operands` are `weight_operands` of gate_up and down, made here where they are not given. Raises `UserError` where
     a dimension is no multiple of 128.
     """
-    hidden_size, intermediate_size = down_EDF.shape[1:]
-    if hidden_size % BLOCK or intermediate_size % BLOCK:
-        raise UserError(
-            f"train.experts is triton_fp8; needs dimensions that are multiples of {BLOCK}, not hidden_size "
-            f"{hidden_size} and moe_intermediate_size {intermediate_size}, take fp8_emulated"
-        )
+    reason = BACKENDS["triton_fp8"].width_refusal(down_EDF.shape[1:], hidden_TD.itemsize)
+    if reason:
+        raise UserError(f"train.experts is triton_fp8; {reason}, take auto")
     operands = weight_operands([gate_up_E2FD, down_EDF], recipe) if operands is None else operands
     return _experts_triton(hidden_TD, index_TK, weight_TK, gate_up_E2FD, down_EDF, operands, recipe.name)[0]
 

@@ -20,7 +20,7 @@ kernels: Any = triton_fp8
 ROWS_PER_PROGRAM = 32
 COLUMNS_PER_PROGRAM = 32
 WARPS_PER_WEIGHT_BLOCK = 16
-EXACT: dict[str, Any] = {"enable_fp_fusion": False}
+NO_FP_FUSION: dict[str, Any] = {"enable_fp_fusion": False}
 """The quantizers' products must be rounded before the addition that follows them."""
 HOPPER: dict[str, Any] = {"num_warps": 8, "num_stages": 4}
 ADA: dict[str, Any] = {"num_warps": 16, "num_stages": 2}
@@ -83,7 +83,7 @@ def quantize_rows(x_RI: Tensor, power_of_two_scales: bool) -> Quantized:
             num_inputs,
             ROWS=ROWS_PER_PROGRAM,
             POWER_OF_TWO_SCALES=power_of_two_scales,
-            **EXACT,
+            **NO_FP_FUSION,
         )
     return Quantized(values, scales)
 
@@ -108,7 +108,7 @@ def quantize_weight(w_EOI: Tensor, power_of_two_scales: bool) -> QuantizedWeight
         num_inputs,
         POWER_OF_TWO_SCALES=power_of_two_scales,
         num_warps=WARPS_PER_WEIGHT_BLOCK,
-        **EXACT,
+        **NO_FP_FUSION,
     )
     return QuantizedWeight(forward, transposed)
 
@@ -136,7 +136,7 @@ def quantize_columns(x_RI: Tensor, tiles: Schedule, index_A: Tensor | None, powe
         COLUMNS=COLUMNS_PER_PROGRAM,
         GATHERS=index_A is not None,
         POWER_OF_TWO_SCALES=power_of_two_scales,
-        **EXACT,
+        **NO_FP_FUSION,
     )
     return Quantized(values, scales)
 

@@ -6,12 +6,11 @@ Letters: R rows, I inputs, O outputs.
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.fp8.definition import BLOCK
 from dsv3.fp8.linear import Operands, Product
-from dsv3.fp8.quantize import Quantized
+from dsv3.fp8.quantize import Quantized, padded
 from dsv3.fp8.recipe import RECIPES, Recipe
 from dsv3.kernels.op import linear_op, op, sum_in_place
 from dsv3.kernels.triton_launch import (
@@ -36,7 +35,7 @@ def product(recipe: Recipe) -> Product:
 
 def weight_operands(weights: list[Tensor], recipe: Recipe) -> Operands:
     """Return of each weight, or stack of weights, e4m3 numbers, as bytes, and scales, and both transposed."""
-    return [part for weight in weights for part in quantized_weight(weight.detach(), recipe.power_of_two_scales)]
+    return [part for weight in weights for part in quantized_weight_op(weight.detach(), recipe.power_of_two_scales)]
 
 
 def forward_operand(operands: Operands, number: int) -> Quantized:
@@ -53,12 +52,6 @@ def _quantized(values: Tensor, scales: Tensor) -> Quantized:
     return Quantized(values.view(torch.float8_e4m3fn), scales)
 
 
-def padded(x: Tensor, num_dims: int) -> Tensor:
-    """Return `x`, contiguous, with its last dimensions padded by zeros to multiples of 128."""
-    gaps = [-size % BLOCK for size in reversed(x.shape[-num_dims:])]
-    return F.pad(x, [side for gap in gaps for side in (0, gap)]) if any(gaps) else x.contiguous()
-
-
 @lru_cache(maxsize=256)
 def whole_schedule(num_rows: int, device: torch.device) -> Schedule:
     """Return the tiles of rows that all belong to one expert: constants, which 22 small launches make."""
@@ -67,7 +60,7 @@ def whole_schedule(num_rows: int, device: torch.device) -> Schedule:
 
 def _quantized_weight(weight_OI: Tensor, power_of_two_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stack = weight_OI if weight_OI.dim() == 3 else weight_OI[None]
-    forward, transposed = quantize_weight(padded(stack, 2), power_of_two_scales)
+    forward, transposed = quantize_weight(padded(stack, 2).contiguous(), power_of_two_scales)
     # Bytes, because torch's checks of an operator can't compare e4m3 numbers.
     return forward.values.view(torch.uint8), forward.scales, transposed.values.view(torch.uint8), transposed.scales
 
@@ -86,7 +79,7 @@ def _empty_weight(weight_OI: Tensor, power_of_two_scales: bool) -> tuple[Tensor,
 def _forward(x_RI: Tensor, weights: list[Tensor], operands: list[Tensor], recipe: str) -> list[Tensor]:
     """Return the product of the quantized x with each quantized weight."""
     tiles = whole_schedule(len(x_RI), x_RI.device)
-    rows = quantize_rows(padded(x_RI, 1), RECIPES[recipe].power_of_two_scales)
+    rows = quantize_rows(padded(x_RI, 1).contiguous(), RECIPES[recipe].power_of_two_scales)
     products = []
     for number, weight_OI in enumerate(weights):
         y_RO = grouped_gemm(rows, None, forward_operand(operands, number), tiles, len(x_RI), x_RI.dtype)
@@ -98,10 +91,10 @@ def _backward(grads: list[Tensor], x_RI: Tensor, operands: list[Tensor], recipe:
     """Return the gradients by x, in its dtype, and by each master weight, in fp32."""
     choice, tiles, num_inputs = RECIPES[recipe], whole_schedule(len(x_RI), x_RI.device), x_RI.shape[1]
     scales = choice.power_of_two_scales
-    x_IR = quantize_columns(padded(x_RI, 1), tiles, None, scales) if choice.wgrad_quant else None
+    x_IR = quantize_columns(padded(x_RI, 1).contiguous(), tiles, None, scales) if choice.wgrad_quant else None
     grad_xs, grad_weights = [], []
     for number, grad_RO in enumerate(grads):
-        grad = padded(grad_RO, 1)
+        grad = padded(grad_RO, 1).contiguous()
         rows = quantize_rows(grad, scales)
         grad_x_RI = grouped_gemm(rows, None, dgrad_operand(operands, number), tiles, len(x_RI), x_RI.dtype)
         grad_xs.append(grad_x_RI[:, :num_inputs].contiguous())
@@ -113,5 +106,5 @@ def _backward(grads: list[Tensor], x_RI: Tensor, operands: list[Tensor], recipe:
     return sum_in_place(grad_xs), grad_weights
 
 
-quantized_weight = op("quantized_weight", _quantized_weight, _empty_weight)
+quantized_weight_op = op("quantized_weight", _quantized_weight, _empty_weight)
 linear_triton = linear_op("linear_triton", _forward, _backward)

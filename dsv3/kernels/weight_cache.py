@@ -30,23 +30,23 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
     if any(isinstance(weight, DTensor) for weight in model.parameters()):
         yield
         return
-    found = [(module, weight_operands(module)) for module in model.modules()]
+    found = [(module, module_operands(module)) for module in model.modules()]
     caches: list[tuple[Any, Operands]] = [(module, operands) for module, operands in found if operands is not None]
     versions = {name: weight._version for name, weight in model.named_parameters()}
     for module, operands in caches:
-        module.weight_operands = operands
+        module.cached_operands = operands
     try:
         yield
     finally:
         for module, _ in caches:
-            module.weight_operands = None
+            module.cached_operands = None
     changed = [name for name, weight in model.named_parameters() if weight._version != versions[name]]
     if changed:
         raise RuntimeError(f"{changed[0]} changed while its operands were cached")
 
 
 @torch.no_grad()
-def weight_operands(module: Any) -> Operands | None:
+def module_operands(module: Any) -> Operands | None:
     """Return the operands of the weights of `module` as they are now; None if it multiplies by the weights."""
     if isinstance(module, LowPrecisionLinear):
         return module.new_weight_operands()

@@ -4,6 +4,7 @@ Nothing here imports torch, so `train.experts` is validated, and a training's me
 `dsv3.kernels.registry` adds the function of each.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsv3.params.runtime import Device
@@ -40,6 +41,12 @@ class ExpertBackend:
         """Whether it multiplies FP8 numbers, on a device that has the instructions."""
         return self.is_fp8 and not self.is_emulated
 
+    def width_refusal(self, widths: Sequence[int], itemsize: int) -> str | None:
+        """Return why it can't multiply rows of `widths` numbers of `itemsize` bytes (in FP8: of one), or None."""
+        multiple = max(1, self.alignment_bytes // (1 if self.is_fp8 else itemsize))
+        odd = [width for width in widths if width % multiple]
+        return f"multiplies widths that are multiples of {multiple}, not {odd[0]}" if odd else None
+
 
 ANY_DEVICE: tuple[Device, ...] = ("cpu", "cuda")
 BF16, FP32_BF16, FLOATS = ("bf16",), ("fp32", "bf16"), ("fp64", "fp32", "bf16")
@@ -74,6 +81,14 @@ AUTO: dict[tuple[str, bool, bool], str] = {
 
 AUTO_UNSUITED = {"grouped_mm": "reference", "triton_fp8": "fp8_emulated"}
 """What it stands for where the first choice can't multiply the model's widths."""
+
+
+def has_fp8_kernels(weight_quant: bool, activation_quant: bool, mx_blocks: bool) -> bool:
+    """Return whether kernels multiply by such a choice of `train.fp8_*`; elsewhere FP8 is emulated.
+
+    No instruction takes FP8 on one side only, and this project's kernels take blocks of 128.
+    """
+    return weight_quant and activation_quant and not mx_blocks
 
 
 def auto_of_native_device(device: Device, use_fp8: bool, has_kernels: bool = True) -> str:

@@ -38,8 +38,9 @@ class RuntimeParams(Section):
     pass; false: keep them between the two, which is faster and needs the whole model's memory."""
 
     cpu_offload: Literal["none", "optimizer", "parameters"]
-    """What of a GPU's training lies in the CPU's memory. optimizer (without sharding): the moments, which visit the GPU
-    one parameter at a time; parameters (with sharding): the shards of weights, gradients and moments, updated there."""
+    """What of a GPU's training lies in the CPU's memory. optimizer (without sharding): the moments, copied to
+    the GPU one parameter at a time; parameters (with sharding): the shards of weights, gradients and moments, updated
+    on the CPU."""
 
     ddp_timeout: int = Field(ge=1, le=MAX_TIMEOUT_S)
     """Seconds that a process waits for others that are alive and at work (torch's process group): they may be writing,

@@ -40,9 +40,6 @@ class Section(BaseModel):
 MAX_NAME = 4096
 """Characters of the longest path that Linux takes."""
 
-SMALLEST_NORMAL_FP32 = 2.0**-126
-"""What training computes with has this precision; smaller numbers lose theirs, or are zero."""
-
 
 class OneOf:
     """Annotates a text that must be one of the names of a table: `Annotated[str, OneOf(TABLE)]`.

@@ -15,7 +15,7 @@ def read_small_text(path: Path) -> str:
     """Return the text of a UTF-8 file, without a byte order mark.
 
     Raises `OSError` where it can't be opened, and `UserError` in one line for what is no file of text: a pipe or a
-    device, which could be read for ever, other encodings, a NUL, or too many bytes.
+    device, which could be read without end, other encodings, a NUL, or too many bytes.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer

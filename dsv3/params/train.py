@@ -6,7 +6,8 @@ from pydantic import Field, model_validator
 
 from dsv3.params.expert_backends import BACKENDS
 from dsv3.params.optimizers import OPTIMIZERS
-from dsv3.params.section import SMALLEST_NORMAL_FP32, OneOf, Section
+from dsv3.params.section import OneOf, Section
+from mini_model.validation_deepseek import SMALLEST_NORMAL_FP32
 
 
 class TrainParams(Section):

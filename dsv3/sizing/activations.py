@@ -41,10 +41,10 @@ class Workload:
     experts: str
     """Name of the expert backend."""
     gradient_checkpointing: bool = False
-    caches_swiglu: bool = False
+    swiglu_cache: bool = False
     """With an FP8 backend: the input of its SwiGLU is kept in e4m3, with an fp32 scale per 128 numbers."""
-    rounds_weights_twice: bool = False
-    """Whether forward and dgrad see different numbers of a weight (MXFP8)."""
+    mx_blocks: bool = False
+    """MXFP8: forward and dgrad see different numbers of a weight."""
 
     @property
     def num_tokens(self) -> int:
@@ -130,7 +130,7 @@ def assignment_bytes(a: Architecture, w: Workload) -> int:
     kept = w.backend.kept
     numbers = kept.hidden_rows * a.hidden_size + kept.intermediate_rows * a.moe_intermediate_size
     indices = INT64 * kept.indices
-    if not (w.caches_swiglu and w.backend.is_fp8):
+    if not (w.swiglu_cache and w.backend.is_fp8):
         return w.compute_bytes * numbers + indices
     gate_up = 2 * a.moe_intermediate_size
     return w.compute_bytes * (numbers - gate_up) + (128 + FP32) * -(-gate_up // 128) + indices
@@ -202,8 +202,8 @@ def kept_bytes(a: Architecture, w: Workload, layer: int) -> int:
 def recomputed_bytes(a: Architecture, w: Workload) -> int:
     """Return what exists beside the checkpoints while the largest layer is computed again and passed backward.
 
-    The backward pass frees a layer's second half before it comes to attention, which needs more of its own: whichever
-    of the two is larger counts.
+    The backward pass frees a layer's second half before it begins with attention, which needs more of its own: the
+    larger of the two counts.
     """
     if not w.gradient_checkpointing:
         return 0
@@ -247,8 +247,8 @@ def layer_cast_bytes(a: Architecture, w: Workload, layer: int) -> int:
 def weight_cast_bytes(a: Architecture, w: Workload) -> int:
     """Return the bf16 copies of weights that live until the backward pass: the head's, and those of all layers.
 
-    With gradient checkpointing a layer's exist while it is computed only (see `recomputed_bytes`): autocast is then
-    told not to remember them (`dsv3.training.setup`).
+    With gradient checkpointing a layer's exist while it is computed only (see `recomputed_bytes`): autocast's cache is
+    then off (`dsv3.training.setup`).
     """
     layers = 0 if w.gradient_checkpointing else sum(layer_cast_bytes(a, w, layer) for layer in all_layers(a))
     return head_cast_bytes(a, w) + layers
@@ -260,7 +260,7 @@ def head_cast_bytes(a: Architecture, w: Workload) -> int:
 
 
 def derived_weight_bytes(a: Architecture, w: Workload) -> int:
-    """Return the quantized or rounded copies of weights, which are made once and live until the optimizer has stepped.
+    """Return the quantized or rounded copies of weights, which all passes of an optimizer step share and none outlives.
 
     FP8 keeps each weight twice, as it is and transposed, with a scale per 128x128 block each; an emulation keeps it
     in fp32, once or for either pass.
@@ -272,7 +272,7 @@ def layer_derived_bytes(a: Architecture, w: Workload, layer: int) -> int:
     """Return the quantized or rounded copies of one layer's weights."""
     weights = linear_weights(a, layer) + (a.n_routed_experts * expert_weights(a) if a.is_moe(layer) else 0)
     if w.backend.is_emulated:
-        return FP32 * weights * (2 if w.rounds_weights_twice else 1)
+        return FP32 * weights * (2 if w.mx_blocks else 1)
     return 2 * (weights + FP32 * weights // (128 * 128)) if w.backend.is_fp8 else 0
 
 

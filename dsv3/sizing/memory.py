@@ -2,7 +2,8 @@
 
 Training holds at any moment the fp32 master weights and the optimizer's moments. On top of them, two things take turns:
 
-- the *pass*: activations, casts of weights and logits grow until the backward pass begins, and shrink as it proceeds,
+- the *pass*: quantized or rounded copies of weights are there, which all passes of a step share; activations, casts
+  of weights and logits grow until the backward pass begins, and shrink as it proceeds,
   while the gradients, which no one holds between two optimizer steps, grow by about as much as a layer of activations
   frees. With accumulation the gradients of the earlier passes are there as well.
 - the *step*: all gradients, and what the optimizer needs to compute the update.
@@ -17,7 +18,7 @@ of keys and values per head.
 from dataclasses import dataclass, replace
 
 from dsv3.params.architecture import Architecture
-from dsv3.params.expert_backends import BACKENDS, auto_of_native_device
+from dsv3.params.expert_backends import BACKENDS, auto_of_native_device, has_fp8_kernels
 from dsv3.params.optimizers import MAX_BATCH_NUMBERS, OPTIMIZERS
 from dsv3.params.runtime import Device
 from dsv3.params.train import TrainParams
@@ -61,7 +62,7 @@ class TrainingMemory:
     weight_casts_bytes: int
     """bf16 copies of weights, made in each pass."""
     derived_weights_bytes: int
-    """Quantized or rounded copies of weights, which live until the optimizer has stepped."""
+    """Quantized or rounded copies of weights, which the passes of an optimizer step share; freed before the update."""
     logits_bytes: int
     """Output head, loss and its gradient."""
     optimizer_workspace_bytes: int
@@ -72,7 +73,7 @@ class TrainingMemory:
 
     @property
     def pass_bytes(self) -> int:
-        """The most that a forward and backward pass hold beside what is always there."""
+        """The most that a forward and backward pass hold beside weights, their derived copies and moments."""
         in_pass = self.activations_bytes + self.weight_casts_bytes + max(self.logits_bytes, self.recomputed_bytes)
         in_pass += self.gathered_bytes + (self.gradients_bytes if self.holds_gradients else 0)
         # The first layer is computed again when all others have their gradients.
@@ -80,9 +81,10 @@ class TrainingMemory:
 
     @property
     def peak_bytes(self) -> int:
-        """The larger of a pass and an optimizer step, on top of weights, their derived copies and moments."""
-        always = self.weights_bytes + self.optimizer_states_bytes + self.derived_weights_bytes
-        return always + max(self.pass_bytes, self.gradients_bytes + self.optimizer_workspace_bytes)
+        """The larger of a pass with derived copies of weights and an optimizer step, on top of weights and moments."""
+        in_pass = self.pass_bytes + self.derived_weights_bytes
+        in_step = self.gradients_bytes + self.optimizer_workspace_bytes
+        return self.weights_bytes + self.optimizer_states_bytes + max(in_pass, in_step)
 
 
 def workload(train: TrainParams, device: Device) -> Workload:
@@ -91,7 +93,7 @@ def workload(train: TrainParams, device: Device) -> Workload:
     A CPU that multiplies bf16 natively takes bf16 for auto as well; it keeps less than is counted for fp32, and copies
     of the weights.
     """
-    has_kernels = train.fp8_weight_quant and train.fp8_activation_quant and not train.fp8_mx_blocks  # else emulated
+    has_kernels = has_fp8_kernels(train.fp8_weight_quant, train.fp8_activation_quant, train.fp8_mx_blocks)
     auto = auto_of_native_device(device, train.use_fp8, has_kernels or not train.use_fp8)
     experts = auto if train.experts == "auto" else train.experts
     native = "bf16" if device == "cuda" else "fp32"
@@ -102,8 +104,8 @@ def workload(train: TrainParams, device: Device) -> Workload:
         device=device,
         precision="fp32" if BACKENDS[experts].is_emulated else precision,
         experts=experts,
-        caches_swiglu=train.use_fp8 and train.fp8_swiglu_cache,
-        rounds_weights_twice=train.use_fp8 and train.fp8_mx_blocks,
+        swiglu_cache=train.use_fp8 and train.fp8_swiglu_cache,
+        mx_blocks=train.use_fp8 and train.fp8_mx_blocks,
         gradient_checkpointing=train.gradient_checkpointing,
     )
 
@@ -130,9 +132,12 @@ def training_memory(a: Architecture, train: TrainParams, device: Device) -> Trai
 
 
 def without_moments(memory: TrainingMemory, a: Architecture, train: TrainParams) -> TrainingMemory:
-    """Return what a training takes on a GPU that one parameter's moments visit at a time (`runtime.cpu_offload`)."""
-    visiting = DTYPE_BYTES[train.adam_moments_dtype] * OPTIMIZERS["adamw"].moments * num_largest_parameter(a)
-    workspace = memory.optimizer_workspace_bytes + visiting
+    """Return what a training takes on a GPU where the moments lie in the CPU's memory (`runtime.cpu_offload`).
+
+    One parameter's moments at a time are copied to the GPU.
+    """
+    copied = DTYPE_BYTES[train.adam_moments_dtype] * OPTIMIZERS["adamw"].moments * num_largest_parameter(a)
+    workspace = memory.optimizer_workspace_bytes + copied
     return replace(memory, optimizer_states_bytes=0, optimizer_workspace_bytes=workspace)
 
 

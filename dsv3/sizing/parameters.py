@@ -4,7 +4,7 @@ The network is L decoder blocks between an embedding and a head; a block is atte
 in the first `first_k_dense_replace` blocks, experts in the others) and two RMSNorms. There are three counts:
 
 - *total*: what an optimizer updates and a checkpoint holds: `sum(p.numel())` of the model without its MTP modules.
-- *active*: total less the routed experts that a token does not visit, `(n_routed_experts - num_experts_per_tok)` in
+- *active*: total less the routed experts that a token is not sent to, `(n_routed_experts - num_experts_per_tok)` in
   every MoE layer. It includes the embedding table, of which a token reads one row; the report's 37B leaves it out.
 - *MTP*: the modules of multi-token prediction, apart because a served model may drop them. They share the embedding
   and the head with the main network.

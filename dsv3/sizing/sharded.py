@@ -6,7 +6,7 @@ embedding, last norm and head stay throughout a pass, a layer's weights while it
 While it is in a layer, that layer's weights are there and, more and more, its whole gradient; the weights of the layer
 below, which are fetched meanwhile; and the whole gradient of the layer above, which is being sent. The activations of
 the layers above are gone by then. So the peak is the largest of some sums, several for each layer
-(`ShardedPass.moments`), not a sum of largest terms.
+(`ShardedPass.held_at_each_point`), not a sum of largest terms.
 
 A stack of experts is cut between experts, so a process holds whole ones: of 8 experts over 3 processes up to 3. Left
 out is what a library of collectives allocates for itself. Experts that stay where they are (`runtime.expert_parallel`)
@@ -50,11 +50,11 @@ from dsv3.sizing.parameters import block_parameters, mtp_parameters_by_part, num
 PER_MACHINE = 8
 """GPUs of a machine, where that isn't known."""
 
-Sharding = Literal["none", "full", "hybrid"]
+ShardingMode = Literal["none", "full", "hybrid"]
 
 
 @dataclass(frozen=True)
-class Sharing:
+class StateSharing:
     """How processes hold a training's state."""
 
     num_shards: int
@@ -100,7 +100,7 @@ class HeldLayer:
     """What is computed while all that the layer keeps is still there: the gradient by routed experts, or by the outputs
     of a dense layer's gate and up projections."""
     gradient_before_attention: int
-    """Of the gradient by weights, what exists when the backward pass comes to attention."""
+    """Of the gradient by weights, what exists when the backward pass of attention begins."""
     gradient_of_own_experts: int
     """The gradient by experts that are not gathered."""
     kept: int
@@ -111,7 +111,7 @@ class HeldLayer:
     """The same while its backward pass is in attention."""
 
 
-def held_layer(a: Architecture, w: Workload, sharing: Sharing, number: int) -> HeldLayer:
+def held_layer(a: Architecture, w: Workload, sharing: StateSharing, number: int) -> HeldLayer:
     """Return what a process holds of layer `number`."""
     parts = block_parameters(a, number)
     weights = FP32 * sharing.gathered(a, parts)
@@ -136,9 +136,9 @@ def held_layer(a: Architecture, w: Workload, sharing: Sharing, number: int) -> H
 
 @dataclass(frozen=True)
 class ShardedPass:
-    """A forward and backward pass of a process, by what it holds at which moment, in bytes."""
+    """A forward and backward pass of a process, by what it holds at each point of it, in bytes."""
 
-    sharing: Sharing
+    sharing: StateSharing
     layers: Sequence[HeldLayer]
     root: int
     """Embedding, last norm and head, gathered throughout."""
@@ -151,7 +151,7 @@ class ShardedPass:
     gradients: int
     """This process's part of the gradients of earlier passes."""
 
-    def moments(self) -> Iterator[int]:
+    def held_at_each_point(self) -> Iterator[int]:
         """Yield what there is in each layer's forward pass, in the loss, in each layer's backward pass, at the end."""
         always = self.others + self.root
         for number, layer in enumerate(self.layers):
@@ -190,7 +190,7 @@ class ShardedPass:
         return 2 * self.root + self.layers[0].weights
 
     def gathered(self) -> int:
-        """Return the most that is gathered at a moment of the backward pass."""
+        """Return the most that is gathered at any point of the backward pass."""
         in_layers = (self.gathered_beside(number) + 2 * layer.weights for number, layer in enumerate(self.layers))
         return max(*in_layers, self.gathered_at_the_end())
 
@@ -203,7 +203,7 @@ class ShardedPass:
         return self.gradients + exchanged
 
 
-def sharded_pass(a: Architecture, w: Workload, sharing: Sharing, gradients: int) -> ShardedPass:
+def sharded_pass(a: Architecture, w: Workload, sharing: StateSharing, gradients: int) -> ShardedPass:
     """Return a pass of one of several processes that holds `gradients` bytes of earlier ones."""
     layers = [held_layer(a, w, sharing, number) for number in all_layers(a)]
     head = FP32 * a.vocab_size * a.hidden_size
@@ -222,15 +222,15 @@ def sharded_pass(a: Architecture, w: Workload, sharing: Sharing, gradients: int)
 class ShardedMemory(TrainingMemory):
     """What one of several processes needs; weights, gradients and moments are its own part."""
 
-    largest_moment_bytes: int = 0
+    largest_point_bytes: int = 0
 
     @property
     def pass_bytes(self) -> int:
         """The most that a forward and backward pass hold beside what is always there."""
-        return self.largest_moment_bytes
+        return self.largest_point_bytes
 
 
-def sharded_memory(a: Architecture, train: TrainParams, device: Device, sharing: Sharing) -> ShardedMemory:
+def sharded_memory(a: Architecture, train: TrainParams, device: Device, sharing: StateSharing) -> ShardedMemory:
     """Return what one process needs of a training that `sharing.num_shards` processes share."""
     whole, w = training_memory(a, train, device), workload(train, device)
     parts = parameters_by_part(a) + mtp_parameters_by_part(a)
@@ -251,16 +251,16 @@ def sharded_memory(a: Architecture, train: TrainParams, device: Device, sharing:
         optimizer_workspace_bytes=optimizer_workspace_bytes(a, train, w.compute_bytes, sharing.num_shards),
         holds_gradients=holds_gradients,
         gathered_bytes=of_pass.gathered(),
-        largest_moment_bytes=max(of_pass.moments()),
+        largest_point_bytes=max(of_pass.held_at_each_point()),
     )
 
 
-def accumulates(train: TrainParams, sharing: Sharing) -> bool:
+def accumulates(train: TrainParams, sharing: StateSharing) -> bool:
     """Return whether a process makes several of an optimizer step's passes, which the processes share."""
     return train.gradient_accumulation_steps > sharing.num_processes
 
 
-def replicated_memory(a: Architecture, train: TrainParams, device: Device, sharing: Sharing) -> TrainingMemory:
+def replicated_memory(a: Architecture, train: TrainParams, device: Device, sharing: StateSharing) -> TrainingMemory:
     """Return what one of several processes needs that each hold everything.
 
     Gradients are exchanged from buckets, which are there from the beginning: they are the gradients, but for those that
@@ -271,37 +271,37 @@ def replicated_memory(a: Architecture, train: TrainParams, device: Device, shari
     return replace(whole, holds_gradients=True, gathered_bytes=accumulated)
 
 
-def process_memory(a: Architecture, train: TrainParams, device: Device, sharing: Sharing) -> TrainingMemory:
+def process_memory(a: Architecture, train: TrainParams, device: Device, sharing: StateSharing) -> TrainingMemory:
     """Return what one of several processes needs."""
     of_process = replicated_memory if sharing.num_shards == 1 else sharded_memory
     return of_process(a, train, device, sharing)
 
 
-def ways_of_sharing(a: Architecture, num_processes: int) -> dict[str, Sharing]:
+def ways_of_sharing(a: Architecture, num_processes: int) -> dict[str, StateSharing]:
     """Return how so many processes can share a training, by what `runtime` says; machines have `PER_MACHINE`."""
-    ways = {"none": Sharing(1, num_copies=num_processes)}
+    ways = {"none": StateSharing(1, num_copies=num_processes)}
     if num_processes == 1:
         return ways
     if num_processes > PER_MACHINE and num_processes % PER_MACHINE == 0:
-        ways["hybrid"] = Sharing(PER_MACHINE, num_copies=num_processes // PER_MACHINE)
-    ways["full"] = Sharing(num_processes)
+        ways["hybrid"] = StateSharing(PER_MACHINE, num_copies=num_processes // PER_MACHINE)
+    ways["full"] = StateSharing(num_processes)
     expert_parallel = math.gcd(num_processes, a.n_routed_experts)
     if a.num_moe_layers and expert_parallel > 1:
-        ways[f"full, expert_parallel {expert_parallel}"] = Sharing(num_processes, expert_parallel)
+        ways[f"full, expert_parallel {expert_parallel}"] = StateSharing(num_processes, expert_parallel)
     return ways
 
 
 def chosen_sharding(
     a: Architecture, train: TrainParams, device: Device, processes: tuple[int, int], usable_bytes: int
-) -> Sharding:
-    """Return what `runtime.sharding: auto` comes to for (all, per machine) `processes` with `usable_bytes` each.
+) -> ShardingMode:
+    """Return what `runtime.sharding: auto` chooses for (all, per machine) `processes` with `usable_bytes` each.
 
     The less is exchanged, the better: copies where they fit, else copies per machine where these fit, else one copy.
     """
     num_processes, per_machine = processes
-    ways: dict[Sharding, Sharing] = {"none": Sharing(1, num_copies=num_processes)}
+    ways: dict[ShardingMode, StateSharing] = {"none": StateSharing(1, num_copies=num_processes)}
     if 1 < per_machine < num_processes and num_processes % per_machine == 0:
-        ways["hybrid"] = Sharing(per_machine, num_copies=num_processes // per_machine)
+        ways["hybrid"] = StateSharing(per_machine, num_copies=num_processes // per_machine)
     if num_processes == 1:
         return "none"
     for way, sharing in ways.items():

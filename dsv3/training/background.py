@@ -49,7 +49,7 @@ class Background:
             finish()
 
     def close(self) -> None:
-        """Wait for the thread's end, whatever it comes to."""
+        """Wait for the thread's end, whatever its outcome."""
         self._thread.shutdown()
 
 

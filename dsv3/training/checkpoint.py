@@ -266,8 +266,8 @@ def damage_of(folder: Path, fingerprint: str | None = None) -> str:
     return next(filter(None, differences), "")
 
 
-def newest_whole(directory: Path, with_best: bool, tell: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint that is as it was saved; set newer ones aside and `tell` a line for each.
+def set_aside_damaged(directory: Path, with_best: bool, tell: Callable[[str], None]) -> Path | None:
+    """Set aside damaged checkpoints from the newest on, `tell` a line for each, and return the newest that is whole.
 
     With `with_best`, the best weights that it names must be whole too.
     """

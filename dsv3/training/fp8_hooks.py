@@ -15,8 +15,8 @@ from dsv3.fp8.statistics import Found, Statistics, fp8_statistics
 from dsv3.tracking.metrics import WHOLE_MODEL, Cell
 from dsv3.tracking.recorder import Recorder
 from dsv3.training.loop import Run, micro_batch_output, step_seed
+from dsv3.training.precision import fp8_recipe
 from dsv3.training.schedule import mtp_loss_weight
-from dsv3.training.setup import fp8_recipe
 from dsv3.training.sharding import is_sharded
 
 OPERAND_KINDS = {"gate_up": "weight", "down": "weight"}

@@ -4,7 +4,7 @@ A process that is stopped, or that a cut network has taken away, leaves the othe
 that wait (`runtime.ddp_timeout`) must be long, for it also ends the wait for a process that is at work: the main one
 writes a checkpoint or the exported model, each compiles the model before its first step. A beat needs neither the main
 thread nor the network of the collectives: it goes to the store at which the processes have met. Writing, compiling and
-reading leave Python's lock to it. So silence is told from work, and the bound on silence is short.
+reading leave Python's lock to it. So a process that is at work is never silent, and the bound on silence is short.
 
 Rounds are counted, not seconds: a machine that sleeps, or a whole training that is stopped and goes on (Ctrl-Z, fg),
 makes none meanwhile.
@@ -38,7 +38,7 @@ class Heartbeat:
         self._silent_rounds = dict.fromkeys(self._others, 0)
 
     def exchange_beats(self) -> None:
-        """Tell the own beat and ask for the others'; waits for a first beat, and where the store does not answer."""
+        """Write the own beat and read the others'; waits for a first beat, and where the store does not answer."""
         self._number += 1
         self._store.set(self._own_key, str(self._number))
         beats = self._store.multi_get([key(other) for other in self._others])
@@ -86,7 +86,7 @@ def end_process(lost: Sequence[int]) -> None:
 
 
 @contextmanager
-def watched_processes() -> Iterator[None]:
+def watching_processes() -> Iterator[None]:
     """Watch the other processes within the block, where there are any.
 
     They have just met, in their process group, and leave the block together.

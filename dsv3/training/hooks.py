@@ -141,7 +141,7 @@ def validation_row(run: Run, nats: float, loss: float) -> Row:
 def check_weights_are_finite(run: Run) -> None:
     """Raise `UserError` where a weight is not a finite number; gradients can be finite and their update not."""
     names, weights = zip(*run.model.named_parameters(), strict=True)
-    # A shard's process knows its own numbers only; all must come to the same end.
+    # A shard's process knows its own numbers only; all must raise, or none.
     is_bad = torch.stack([~local(weight).isfinite().all() for weight in weights]).float()
     bad = [name for name, count in zip(names, run.all_reduce(is_bad).tolist(), strict=True) if count]
     if bad:

@@ -63,18 +63,21 @@ def read_initial_weights(name: str, config: Path, tokens: Path) -> InitialWeight
     Raises `UserError` in one line where they are missing, damaged, or of another architecture or tokenizer.
     """
     try:
-        folder = found_folder(name)
+        folder = fetch_model_folder(name)
         check_source(folder)
-        check_architecture(folder, config)
-        check_tokenizer(folder, tokens)
+        check_same_architecture(folder, config)
+        check_same_tokenizer(folder, tokens)
     except UserError as error:
         raise UserError(f"train.init_from is {name:.200}; {error}") from None
     digests = {file.name: sha256_file(file) for file in weight_files(folder)}
     return InitialWeights(name, folder, sha256_lines(digests))
 
 
-def found_folder(name: str) -> Path:
-    """Return the folder `name`, or the copy of the Hub's model of that id; `UserError` if there is neither."""
+def fetch_model_folder(name: str) -> Path:
+    """Download the Hub's model of the id `name`, unless a folder has that name; return the folder that holds the model.
+
+    Raises `UserError` if there is neither.
+    """
     folder = local_path(name)
     if exists(folder):
         return folder
@@ -87,7 +90,7 @@ def found_folder(name: str) -> Path:
         raise UserError(f"no such folder, and no such model can be read from the Hub ({short_line(error)})") from None
 
 
-def check_architecture(folder: Path, config: Path) -> None:
+def check_same_architecture(folder: Path, config: Path) -> None:
     """Raise `UserError` where the model in `folder` computes otherwise than one of `config`."""
     stored, trained = read_model_config(folder), read_config(config)
     values = {name: (getattr(stored, name), getattr(trained, name)) for name in FIELDS if name not in MAY_DIFFER}
@@ -96,7 +99,7 @@ def check_architecture(folder: Path, config: Path) -> None:
         raise UserError(f"of another architecture than {config} ({', '.join(different)}); set model.config to its own")
 
 
-def check_tokenizer(folder: Path, tokens: Path) -> None:
+def check_same_tokenizer(folder: Path, tokens: Path) -> None:
     """Raise `UserError` where `folder` has a tokenizer, and another one than the token data."""
     own, other = folder / TOKENIZER_FILE, tokens / "tokenizer" / TOKENIZER_FILE
     if own.is_file() and own.read_bytes() != other.read_bytes() and id_parts(own) != id_parts(other):

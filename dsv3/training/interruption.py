@@ -59,7 +59,7 @@ class Interruption:
 
 
 @contextmanager
-def caught_signals() -> Iterator[Interruption]:
+def catching_signals() -> Iterator[Interruption]:
     """Yield the record of signals that arrive within the block; restore the handlers after it. Main thread only."""
     interruption = Interruption()
     reading, writing = os.pipe()

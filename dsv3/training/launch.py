@@ -6,7 +6,7 @@ They are started by torch's elastic agent from within the stage.
 ones. The agent below waits for its workers after a signal, passes it on, and reports how they ended.
 
 Accelerate and torch read variables that a launcher sets for its workers. Left in a shell, they would change a training
-in silence, under the same fingerprint; so everything that is not as a launcher sets it is refused.
+silently, under the same fingerprint; so everything that is not as a launcher sets it is refused.
 """
 
 import logging
@@ -186,7 +186,7 @@ def is_worker() -> bool:
 def run_workers(num_processes: int, module: str, arguments: Sequence[str]) -> None:
     """Run `python -m module arguments` in `num_processes` processes and wait; end this one where they failed.
 
-    Raises `SystemExit` with the first failed worker's status, which has told its reason itself.
+    Raises `SystemExit` with the first failed worker's status, which has printed its reason itself.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))

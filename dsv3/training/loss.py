@@ -21,8 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dsv3.sizing.chunked_loss import CHUNK_BYTES
-
-IGNORED_LABEL = -100
+from mini_model.modeling_deepseek import IGNORED_LABEL
 
 
 def chunked_cross_entropy(hidden_TD: Tensor, head_weight_VD: Tensor, labels_T: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ each process has its own numbers, and whole matrices. Of any other matrix it has
 the matrix's owner, which orthogonalizes and sends them back: one exchange each way for all matrices, about as many
 multiplications for each process.
 
-The moments may lie in the CPU's memory (`runtime.cpu_offload: optimizer`): they come to the device for the update, one
-parameter's at a time, and go back. The numbers are the same; the alternative, to update on the CPU, would move as much
+The moments may lie in the CPU's memory (`runtime.cpu_offload: optimizer`): for the update they are copied to the device
+and back, one parameter's at a time. The numbers are the same; the alternative, to update on the CPU, would move as much
 (weights and gradients) and multiply Muon's matrices there.
 
 What we give up: replicas (`runtime.sharding: none`) each orthogonalize every matrix.
@@ -258,7 +258,7 @@ def update_by_muon(group: dict[str, Any], states: States, settings: Settings) ->
             whole.append(Matrices.of(local(parameter), ahead, num_parts))
     for matrices, update in orthogonal_updates(whole):
         apply_update(group, matrices.parameter, matrices.as_parameter(update), matrices.scale)
-    for rows, update in zip(some_rows, orthogonal_rows(some_rows), strict=True):
+    for rows, update in zip(some_rows, orthogonalize_rows(some_rows), strict=True):
         apply_update(group, local(rows.parameter), update.to(rows.parameter.dtype), rows.scale)
 
 
@@ -325,8 +325,8 @@ class RowsOfMatrix:
         return UPDATE_RMS * max(num_rows // self.num_parts, num_columns) ** 0.5
 
 
-def orthogonal_rows(matrices: Sequence[RowsOfMatrix]) -> list[Tensor]:
-    """Return this process's rows of each matrix's orthogonalized update, which the matrix's owner computes."""
+def orthogonalize_rows(matrices: Sequence[RowsOfMatrix]) -> list[Tensor]:
+    """Orthogonalize each matrix's update on the matrix's owner; return this process's rows of it. A collective."""
     if not matrices:
         return []
     group: Any = matrices[0].parameter.device_mesh.get_group("shard")
@@ -359,7 +359,7 @@ def orthogonal_rows(matrices: Sequence[RowsOfMatrix]) -> list[Tensor]:
 
 
 def balanced_owners(shapes: Sequence[tuple[int, ...]], num_processes: int) -> list[int]:
-    """Return which process orthogonalizes each matrix: the dearest first, each to the one with the least to do."""
+    """Return which process orthogonalizes each matrix: the costliest first, each to the process with the least work."""
     costs = [math.prod(shape) * min(shape) for shape in shapes]  # multiplications of one Newton-Schulz product
     owners, loads = [0] * len(shapes), [0] * num_processes
     for index in sorted(range(len(shapes)), key=lambda index: -costs[index]):

@@ -23,7 +23,7 @@ from dsv3.sizing.flops import training_flops_per_token
 from dsv3.sizing.machines import USABLE_SHARE
 from dsv3.sizing.memory import GIB, training_memory, without_moments
 from dsv3.sizing.report import training_size
-from dsv3.sizing.sharded import Sharing, chosen_sharding, process_memory
+from dsv3.sizing.sharded import StateSharing, chosen_sharding, process_memory
 from dsv3.tracking.identity import project_root
 from dsv3.tracking.metrics import TABLES
 from dsv3.training.budget import Budget, budget_of
@@ -49,7 +49,7 @@ class TrainingPlan:
     """The model that the training starts from; None: from new weights."""
 
     sharding_note: str = ""
-    """What `runtime.sharding: auto` came to, and why."""
+    """What `runtime.sharding: auto` chose, and why."""
 
     @property
     def total_steps(self) -> int:
@@ -136,24 +136,24 @@ def launched_processes(runtime: RuntimeParams) -> tuple[int, int]:
 
 
 def with_chosen_sharding(params: Params, architecture: Architecture) -> tuple[Params, str]:
-    """Return `params` with what `runtime.sharding: auto` comes to here, and the line that says so; else unchanged.
+    """Return `params` with what `runtime.sharding: auto` chooses here, and the line that says so; else unchanged.
 
-    By the device's memory, not by what is free, so that equal machines come to the same.
+    By the device's memory, not by what is free, so that equal machines choose the same.
     """
     runtime = params.runtime
     if runtime.sharding != "auto":
         return params, ""
     device, processes = torch_device(runtime), launched_processes(runtime)
     device_type = runtime.device_type(has_cuda=device.type == "cuda")
-    sharing = processes[1] if device_type == "cpu" else 1  # a CPU's memory is shared by this machine's processes
-    usable = int(USABLE_SHARE[device_type] * total_bytes(device)) // sharing
+    num_sharing = processes[1] if device_type == "cpu" else 1  # a CPU's memory is shared by this machine's processes
+    usable = int(USABLE_SHARE[device_type] * total_bytes(device)) // num_sharing
     if runtime.cpu_offload == "optimizer":
         chosen, reason = "none", "for runtime.cpu_offload"
     elif processes[0] > 1 and (runtime.expert_parallel > 1 or runtime.cpu_offload == "parameters"):
         chosen, reason = "full", "for runtime.expert_parallel and runtime.cpu_offload"
     else:
         chosen = chosen_sharding(architecture, params.train, device_type, processes, usable)
-        copies = Sharing(1, num_copies=processes[0])
+        copies = StateSharing(1, num_copies=processes[0])
         needed = process_memory(architecture, params.train, device_type, copies).peak_bytes
         reason = f"{needed / GIB:.2f} GiB with none, {usable / GIB:.2f} usable"
     line = f"sharding {chosen} (auto: {processes[0]} processes, {reason})"
@@ -167,14 +167,14 @@ def memory_note(plan: TrainingPlan, device_type: Device, free: int, num_processe
     The processes of a machine share a CPU's memory, and each has a GPU of its own. It is a note, not an error: memory
     that others hold now may be free later, and a system may have more than it says.
     """
-    sharing = num_processes if device_type == "cpu" else 1
+    num_sharing = num_processes if device_type == "cpu" else 1
 
     def needed(**changes: int | bool) -> int:
         train = plan.params.train.model_copy(update=changes)
         memory = training_memory(plan.architecture, train, device_type)
         if device_type == "cuda" and plan.params.runtime.cpu_offload == "optimizer":
             memory = without_moments(memory, plan.architecture, train)
-        return sharing * memory.peak_bytes
+        return num_sharing * memory.peak_bytes
 
     if needed() <= free:
         return None
@@ -183,8 +183,7 @@ def memory_note(plan: TrainingPlan, device_type: Device, free: int, num_processe
     remedies = [f"train.per_device_train_batch_size {fitting}"] if fitting else []
     if needed(gradient_checkpointing=True) <= free:
         remedies.append("train.gradient_checkpointing true")
-    gib = 2**30
-    return f"note     needs {needed() / gib:.2f} GiB on {device_type}, {free / gib:.2f} are free: try " + (
+    return f"note     needs {needed() / GIB:.2f} GiB on {device_type}, {free / GIB:.2f} are free: try " + (
         " or ".join(remedies) or "train.adam_moments_dtype bf16, or a smaller model"
     )
 

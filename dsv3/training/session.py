@@ -1,4 +1,4 @@
-"""The life of one training: found or begun, trained, recorded, exported, its checkpoints removed."""
+"""One training from beginning to end: resumed or started, trained, recorded, exported; its last checkpoint stays."""
 
 import shutil
 import statistics
@@ -30,18 +30,18 @@ from dsv3.training.checkpoint import (
     delete_checkpoints,
     load_best,
     load_checkpoint,
-    newest_whole,
+    set_aside_damaged,
 )
 from dsv3.training.fingerprint import Fingerprint, other_checkpoints, write_facts
-from dsv3.training.heartbeat import watched_processes
-from dsv3.training.interruption import Interruption, caught_signals
+from dsv3.training.heartbeat import watching_processes
+from dsv3.training.interruption import Interruption, catching_signals
 from dsv3.training.leftovers import remove_leftovers
 from dsv3.training.lock import hold_lock
 from dsv3.training.loop import Hook, Run, train
 from dsv3.training.model import model_of
 from dsv3.training.plan import TrainingPlan
 from dsv3.training.setup import Choices, prepare_model, prepare_run, run_fingerprint, start_accelerator
-from dsv3.training.sharding import gathered_weights, is_sharded
+from dsv3.training.sharding import gather_weights, is_sharded
 from dsv3.training.state import TrainState
 
 POWERS_OF_TWO = "powers of two: exported in FP8 with --power-of-two-scales"
@@ -66,9 +66,9 @@ def run_training(
     Only the main process writes, and returns metrics. Raises `Interrupted` after SIGINT or SIGTERM, when everything is
     saved.
     """
-    with caught_signals() as interruption:
+    with catching_signals() as interruption:
         accelerator = start_accelerator(plan)
-        with watched_processes():
+        with watching_processes():
             return train_and_export(plan, accelerator, interruption, outputs, progress_mode)
 
 
@@ -139,8 +139,8 @@ def closing_as_it_ends(recorder: Recorder | None) -> Iterator[None]:
 
 def last_line(error: BaseException) -> str:
     """Return the line that ends a training, as the command line shows it."""
-    is_told = isinstance(error, (Interrupted, UserError))
-    return one_line(error if is_told else f"{type(error).__name__}: {error}")
+    is_expected = isinstance(error, (Interrupted, UserError))
+    return one_line(error if is_expected else f"{type(error).__name__}: {error}")
 
 
 @contextmanager
@@ -169,11 +169,11 @@ def resume_or_start(run: Run, directory: Path, fingerprint: Fingerprint) -> dict
     """
     params = run.plan.params
     mode = params.runtime.resume
-    found = None if mode == "never" else agreed_checkpoint(run, directory)
+    found = None if mode == "never" else agree_on_checkpoint(run, directory)
     if found:
         saved = load_checkpoint(found, run.model, run.optimizer)
         run.state = TrainState.from_json(saved)
-        clear_the_way(run, directory)
+        remove_leftovers_unless_finished(run, directory)
         return saved
     others = other_checkpoints(directory, fingerprint, experiment_name(params))
     if mode == "must":
@@ -188,11 +188,11 @@ def resume_or_start(run: Run, directory: Path, fingerprint: Fingerprint) -> dict
         if mode == "never":
             delete_checkpoints(directory)
     saved = start_from_named_checkpoint(run)
-    clear_the_way(run, directory)
+    remove_leftovers_unless_finished(run, directory)
     return saved
 
 
-def clear_the_way(run: Run, directory: Path) -> None:
+def remove_leftovers_unless_finished(run: Run, directory: Path) -> None:
     """Remove what other trainings have left, unless this one is finished and only exports again, which is said."""
     params = run.plan.params
     if not run.accelerator.is_main_process:
@@ -205,12 +205,12 @@ def clear_the_way(run: Run, directory: Path) -> None:
     remove_leftovers(directory, params.runtime.keep_abandoned_days, named, tqdm.write)
 
 
-def agreed_checkpoint(run: Run, directory: Path) -> Path | None:
-    """Return the newest whole checkpoint: the main process reads and compares the files, the others take its answer."""
+def agree_on_checkpoint(run: Run, directory: Path) -> Path | None:
+    """Choose the newest whole checkpoint on the main process, which compares the files, and return it on every one."""
     names: list[str | None] = [None]
     if run.accelerator.is_main_process:
         start = time.perf_counter()
-        found = newest_whole(directory, run.plan.params.train.load_best_model_at_end, tqdm.write)
+        found = set_aside_damaged(directory, run.plan.params.train.load_best_model_at_end, tqdm.write)
         if found is not None:
             names[0] = found.name
             tqdm.write(f"resuming {found}, whole by its SHA-256 ({time.perf_counter() - start:.2f} s)")
@@ -287,7 +287,7 @@ def export_and_record(
     shards = is_sharded(run.model)
     if run.plan.params.train.load_best_model_at_end and (shards or recorder is not None):
         load_best(directory, run.model, run.state.best_step)
-    weights = gathered_weights(run.model) if shards else {}
+    weights = gather_weights(run.model) if shards else {}
     if recorder is None:
         return None
     model = model_of(Path(run.plan.params.model.config), weights) if shards else run.model

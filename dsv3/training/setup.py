@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,10 +24,7 @@ from dsv3.data.batches import StepLayout
 from dsv3.dependencies import dependencies, syntax_digests
 from dsv3.devices import device_name, torch_device
 from dsv3.errors import UserError
-from dsv3.fp8.recipe import Recipe
 from dsv3.kernels.convert import Conversion, convert, emulate_bf16
-from dsv3.kernels.registry import experts_backend
-from dsv3.params.train import TrainParams
 from dsv3.sizing.chunked_loss import is_loss_chunked
 from dsv3.training.checkpoint import FORMAT_VERSION
 from dsv3.training.fingerprint import Fingerprint
@@ -38,7 +35,7 @@ from dsv3.training.loss import chunked_cross_entropy
 from dsv3.training.model import CPU, META, build_model
 from dsv3.training.optimizer import Optimizer, parameter_groups
 from dsv3.training.plan import TrainingPlan
-from dsv3.training.precision import COMPUTE_DTYPES, autocast_dtype, resolved_precision
+from dsv3.training.precision import autocast_dtype, fp8_recipe, register_training_experts, resolved_precision
 from dsv3.training.sharding import Sharding, shard_model
 from dsv3.training.state import TrainState
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
@@ -50,7 +47,7 @@ ignores what it is asked for."""
 
 @dataclass(frozen=True)
 class Choices:
-    """What every `auto` came to; recorded with the run."""
+    """What was chosen for every `auto`; recorded with the run."""
 
     device: str
     num_processes: int
@@ -97,7 +94,7 @@ def start_accelerator(plan: TrainingPlan) -> Accelerator:
             broadcast_buffers=False, find_unused_parameters=has_unused_parameters, gradient_as_bucket_view=True
         ),
         InitProcessGroupKwargs(timeout=timedelta(seconds=plan.params.runtime.ddp_timeout), **backend),
-        # A layer that is recomputed casts its weights again; autocast would remember all casts until the pass ends.
+        # A layer that is recomputed casts its weights again; autocast would cache all casts until the pass ends.
         AutocastKwargs(cache_enabled=not train.gradient_checkpointing),
     ]
     uses_autocast = autocast_dtype(train.precision, device) == torch.bfloat16
@@ -126,22 +123,17 @@ def start_accelerator(plan: TrainingPlan) -> Accelerator:
 
 
 def check_agreement(plan: TrainingPlan) -> None:
-    """Raise `UserError` where `runtime.sharding: auto` came to something else on the main process, a larger machine."""
+    """Raise `UserError` where `runtime.sharding: auto` chose otherwise on the main process, whose machine differs."""
     own = plan.params.runtime.sharding
     if plan.sharding_note and broadcast_object_list([own])[0] != own:
         raise UserError(
-            f"params.yaml: runtime.sharding is auto; comes to {own} here and to another on the main process, whose "
-            "machine has another memory; name one of them"
+            f"params.yaml: runtime.sharding is auto; chooses {own} here and another on the main process, whose machine "
+            "has another size of memory; name one of them"
         )
 
 
-def fp8_recipe(train: TrainParams) -> Recipe:
-    """Return how `use_fp8` quantizes: one recipe for the linear layers and the experts."""
-    return Recipe(**{field.name: getattr(train, f"fp8_{field.name}") for field in fields(Recipe)})
-
-
 def prepare_model(plan: TrainingPlan, device: torch.device) -> tuple[DeepseekV3ForCausalLM, Choices]:
-    """Return the initialised model, made to compute on `device` as the parameters ask, and what that came to.
+    """Return the initialized model, made to compute on `device` as the parameters ask, and what was chosen.
 
     Raises `UserError` for what can't run there.
     """
@@ -151,13 +143,11 @@ def prepare_model(plan: TrainingPlan, device: torch.device) -> tuple[DeepseekV3F
     if plan.initial_weights is not None and is_filled:
         plan.initial_weights.copy_into(model)
     precision = resolved_precision(train.precision, device)
-    recipe = fp8_recipe(train)
-    widths = plan.architecture.hidden_size, plan.architecture.moe_intermediate_size
-    experts = experts_backend(train.experts, device, COMPUTE_DTYPES[precision], train.use_fp8, recipe, widths)
+    experts = register_training_experts(train, plan.architecture, device)
     model.set_experts_implementation(experts)
     conversion = Conversion(precision)
     if train.use_fp8:
-        conversion = convert(model, recipe, device)
+        conversion = convert(model, fp8_recipe(train), device)
     elif precision == "bf16" and autocast_dtype(train.precision, device) == torch.float32:
         conversion = emulate_bf16(model)
     is_chunked = is_loss_chunked(train.per_device_train_batch_size * train.block_size, plan.architecture.vocab_size)

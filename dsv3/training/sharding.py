@@ -7,10 +7,10 @@ they are gathered again, and each process receives the sum of its piece of the g
 between experts, so each process holds whole matrices of some experts.
 
 Numbers do not depend on it beyond the order in which gradients are added: a training may begin on one process and go on
-over four. Everything that runs the model is therefore a collective: all processes run equally many passes, or they wait
-for each other for ever.
+over four. Everything that runs the model is therefore a collective: all processes run equally many passes, or they
+wait for each other without end.
 
-torch's own engine is called directly: on a CPU, Accelerate 1.15 ignores its FSDP plugin in silence. It still launches,
+torch's own engine is called directly: on a CPU, Accelerate 1.15 silently ignores its FSDP plugin. It still launches,
 casts, reduces and clips. Gathering in bf16 (`MixedPrecisionPolicy`) would halve the traffic, and also round the
 router's and the norms' weights; weights are gathered in fp32, and autocast rounds what it multiplies.
 
@@ -67,8 +67,8 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def device_mesh(sharding: Sharding, device: torch.device, world_size: int) -> DeviceMesh:
-    """Return the processes as one row (full), or as machines by processes of a machine (hybrid)."""
+def make_device_mesh(sharding: Sharding, device: torch.device, world_size: int) -> DeviceMesh:
+    """Make a mesh of the processes: one row (full), or as machines by processes of a machine (hybrid)."""
     if not sharding.within_machines:
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
     per_machine = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -84,7 +84,7 @@ def shard_model(model: DeepseekV3ForCausalLM, sharding: Sharding, device: torch.
     is_main_process = dist.get_rank() == 0
     weights: dict[str, Any] = dict(model.state_dict()) if is_main_process else {}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()} if is_main_process else {}
-    mesh = device_mesh(sharding, device, dist.get_world_size())
+    mesh = make_device_mesh(sharding, device, dist.get_world_size())
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if sharding.offloads else OffloadPolicy()
     options = {"mesh": mesh, "reshard_after_forward": sharding.reshard_after_forward, "offload_policy": offload}
     if sharding.expert_parallel > 1:
@@ -134,8 +134,8 @@ def fill_buffers(model: nn.Module, buffers: Mapping[str, Tensor], device: torch.
             setattr(module, name, filled)
 
 
-def gathered_weights(model: nn.Module) -> dict[str, Any]:
-    """Return the whole model's weights on the main process, on the CPU; an empty dict on the others. A collective."""
+def gather_weights(model: nn.Module) -> dict[str, Any]:
+    """Gather the whole model's weights on the main process, on the CPU; an empty dict on the others. A collective."""
     return get_model_state_dict(model, options=WHOLE)
 
 

@@ -152,7 +152,7 @@ def test_every_line_of_params_yaml_is_commented():
 
 
 RECIPE = {f"fp8_{field.name}" for field in fields(Recipe)}
-"""Parameters that `dsv3.training.setup.fp8_recipe` reads by the recipe's own names."""
+"""Parameters that `dsv3.training.precision.fp8_recipe` reads by the recipe's own names."""
 
 
 def test_every_parameter_is_read_somewhere():

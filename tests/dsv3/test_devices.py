@@ -34,7 +34,7 @@ def test_a_gpu_is_used_where_there_is_one(monkeypatch):
     assert torch_device(runtime("auto")) == torch.device("cuda")
 
 
-def test_a_gpu_that_is_asked_for_and_missing_is_told_in_one_line(monkeypatch):
+def test_a_gpu_that_is_asked_for_and_missing_is_reported_in_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(
         UserError, match=r"runtime\.device is cuda; this machine has no CUDA device; set it to auto or cpu"

@@ -7,9 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import typer
 
-from dsv3 import doctor
+from dsv3 import devices, doctor
+from dsv3.artifacts import read_json, write_json
 from dsv3.doctor import (
     CHECKS,
     Finding,
@@ -31,9 +33,11 @@ from dsv3.doctor import (
     finding,
     is_locked,
 )
+from dsv3.kernels import convert, registry
 from dsv3.params.architecture import read_architecture
 from dsv3.params.read import read_params, schema_text
 from dsv3.sizing.parameters import num_parameters
+from dsv3.training import precision, setup
 from tests.committed import PROJECT
 
 ROOT = Path(__file__).parents[2]
@@ -157,7 +161,7 @@ def test_a_home_that_cannot_be_written_is_found(tmp_path, monkeypatch):
 def test_a_mistake_in_params_yaml_is_found_by_every_check_that_reads_it():
     edit("top_p: 0.95", "top_p: 2")
     assert str(finding(check_params)) == (
-        "!!  params      params.yaml: sample.top_p is 2; must be <= 1; mend params.yaml"
+        "!!  params      params.yaml: sample.top_p is 2; must be <= 1; correct params.yaml"
     )
     assert not finding(check_disk).is_ok
 
@@ -171,8 +175,6 @@ def test_a_schema_that_is_out_of_date_is_found_and_written_anew(project):
 
 
 def test_a_driver_that_torch_does_not_use_is_found(monkeypatch):
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     assert check_driver().is_ok
@@ -181,8 +183,6 @@ def test_a_driver_that_torch_does_not_use_is_found(monkeypatch):
 
 
 def test_a_cuda_device_that_is_asked_for_and_missing_is_found(monkeypatch):
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     edit("device: auto", "device: cuda")
     assert "runtime.device is cuda; this machine has no CUDA device; set it to auto or cpu" in str(finding(check_torch))
@@ -193,8 +193,43 @@ def test_an_expert_backend_that_cannot_run_here_is_found():
     assert "train.experts is triton_fp8; runs on cuda, not on cpu, take auto" in str(finding(check_experts))
 
 
-def test_a_training_that_does_not_fit_is_found(monkeypatch):
-    monkeypatch.setattr(doctor, "device_memory_bytes", lambda device: 1 << 20)
+@pytest.mark.parametrize(
+    ("use_fp8", "mx_blocks", "widths", "reported"),
+    [
+        (False, False, (256, 128), "dsv3_grouped_mm_bf16; for bf16 on cuda there are reference, grouped_mm, bf16_em"),
+        (False, False, (100, 36), "dsv3_reference_bf16; for bf16 on cuda there are reference, bf16_emulated"),
+        (True, False, (256, 128), "dsv3_triton_fp8_bf16; for bf16 with fp8 on cuda there are triton_fp8, fp8_emulated"),
+        (True, False, (100, 36), "dsv3_fp8_emulated; for bf16 with fp8 on cuda there are fp8_emulated"),
+        (True, True, (256, 128), "dsv3_fp8_emulated_mx_blocks; for bf16 with fp8 on cuda there are fp8_emulated"),
+    ],
+)
+def test_the_reported_expert_backend_is_the_one_that_a_training_takes_on_a_gpu(
+    monkeypatch, project, use_fp8, mx_blocks, widths, reported
+):
+    sizes = read_json(PROJECT / "mini_model" / "config_nano.json")
+    sizes |= dict(zip(("hidden_size", "moe_intermediate_size"), widths, strict=True))
+    write_json(project / "model.json", sizes)
+    edit("config: mini_model/config_nano.json", "config: model.json")
+    edit("use_fp8: false", f"use_fp8: {str(use_fp8).lower()}")
+    edit("fp8_mx_blocks: false", f"fp8_mx_blocks: {str(mx_blocks).lower()}")
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(devices, "torch_device", lambda runtime: gpu)
+    for module in (registry, precision):
+        monkeypatch.setattr(module, "multiplies_bf16", lambda device: True)
+    monkeypatch.setattr(registry, "multiplies_fp8", lambda device: True)
+    monkeypatch.setattr(convert, "multiplies_fp8", lambda device: False)
+    monkeypatch.setattr(setup, "autocast_dtype", lambda asked, device: torch.bfloat16)
+    monkeypatch.setattr(setup, "device_name", str)
+    params = read_params(Path("params.yaml"))
+    architecture = read_architecture(Path(params.model.config))
+    plan = SimpleNamespace(params=params, architecture=architecture, initial_weights=None)
+    _, chosen = setup.prepare_model(plan, gpu)
+    assert check_experts().message.startswith(reported)
+    assert chosen.experts == reported.partition(";")[0]
+
+
+def test_a_training_that_does_not_fit_the_container_or_the_disk_is_found(monkeypatch):
+    monkeypatch.setattr(devices, "_container_limit", lambda cgroup: (1 << 20, 0))
     assert "lower train.per_device_train_batch_size" in str(check_memory())
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
     assert "free some, or lower runtime.save_total_limit" in str(check_disk())
@@ -292,7 +327,7 @@ def test_the_command_prints_a_line_per_check():
     assert all(line.startswith(("ok  ", "!!  ")) for line in lines)
 
 
-def test_a_mistake_is_told_once_and_the_checks_that_it_prevents_are_named():
+def test_a_mistake_is_reported_once_and_the_checks_that_it_prevents_are_named():
     edit("top_p: 0.95", "top_p: 2")
     lines = lines_of_the_command()
     assert sum("top_p is 2" in line for line in lines) == 1
@@ -300,7 +335,7 @@ def test_a_mistake_is_told_once_and_the_checks_that_it_prevents_are_named():
     assert len(lines) == len(CHECKS) - 7 + 1
 
 
-def test_a_package_that_is_missing_is_told_once(monkeypatch, capsys):
+def test_a_package_that_is_missing_is_reported_once(monkeypatch, capsys):
     def missing():
         raise ModuleNotFoundError("No module named 'torch'")
 

@@ -7,7 +7,7 @@ import torch
 
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE
 from dsv3.kernels.convert import convert, emulate_bf16
-from dsv3.kernels.registry import experts_backend
+from dsv3.kernels.registry import register_experts
 from dsv3.kernels.weight_cache import cached_weights
 from dsv3.params.architecture import Architecture
 from dsv3.params.expert_backends import BACKENDS
@@ -61,7 +61,7 @@ def model_on(device, experts, precision, monkeypatch):
     with monkeypatch.context() as patch:
         if experts == "fp8_emulated":
             patch.setattr("dsv3.kernels.convert.multiplies_fp8", lambda device: False)
-        model.set_experts_implementation(experts_backend(experts, device, DTYPES[precision], use_fp8))
+        model.set_experts_implementation(register_experts(experts, device, DTYPES[precision], use_fp8))
         if use_fp8:
             convert(model, DEEPSEEK_RECIPE, device)
     if experts == "bf16_emulated":
@@ -138,4 +138,4 @@ def test_moments_in_the_cpus_memory_give_the_same_weights(hopper, monkeypatch, o
         moments = [value for state in stepper.state.values() for name, value in state.items() if name != "step"]
         assert {moment.is_pinned() for moment in moments} == {offloads}
         weights.append([parameter.detach().clone() for parameter in model.parameters()])
-    assert all(torch.equal(own, visiting) for own, visiting in zip(*weights, strict=True))
+    assert all(torch.equal(own, offloaded) for own, offloaded in zip(*weights, strict=True))

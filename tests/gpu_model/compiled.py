@@ -91,7 +91,7 @@ def counted(name: str, num_tokens: int) -> dict[str, Any]:
     ALL_ATTENTION_FUNCTIONS.register("gpu_model", an_attention)
     config = DeepseekV3Config.from_json_file(PROJECT / "mini_model" / name)
     config._attn_implementation = "gpu_model"
-    experts = registry.experts_backend("grouped_mm", torch.device("cpu"), torch.bfloat16, False)
+    experts = registry.register_experts("grouped_mm", torch.device("cpu"), torch.bfloat16, False)
     config._experts_implementation = experts
     torch.manual_seed(0)
     layer = DeepseekV3DecoderLayer(config, config.num_hidden_layers - 1).train()

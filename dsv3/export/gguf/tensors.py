@@ -45,8 +45,8 @@ def gguf_tensors(config: DeepseekV3Config, weights: Weights) -> Iterator[tuple[s
 
 def layer_tensors(config: DeepseekV3Config, layer: int, weights: Weights) -> Iterator[tuple[str, Tensor]]:
     """Yield names and tensors of a layer, from weights under DeepSeek's names within it."""
-    for ours, theirs in NORMS.items():
-        yield f"{theirs}.weight", weights(f"{ours}.weight")
+    for name, gguf_name in NORMS.items():
+        yield f"{gguf_name}.weight", weights(f"{name}.weight")
     yield from attention_tensors(config, lambda key: weights(f"self_attn.{key}.weight"))
     if layer < config.first_k_dense_replace:
         for matrix in MATRICES:

@@ -24,7 +24,7 @@ from dsv3.export.gguf.metadata import ARCHITECTURE, network_metadata
 from dsv3.export.gguf.tensors import gguf_tensors
 from dsv3.export.gguf.vocabulary import vocabulary_metadata
 from dsv3.export.source import check_source
-from mini_model.configuration_deepseek import DeepseekV3Config
+from dsv3.export.weights import read_model_config
 
 Dtype = Literal["f32", "f16", "bf16"]
 TYPES = {
@@ -43,7 +43,7 @@ def export_gguf(model: Path, output: Path, dtype: Dtype) -> str:
     Raises `UserError`, before anything is written, for a folder without a model that a GGUF file can express.
     """
     check_source(model)
-    config = read_config(model)
+    config = read_model_config(model)
     check_replaceable_file(output, BEGINNING, "GGUF file")
     metadata: dict[str, Any] = {
         "general.name": model.resolve().name,
@@ -70,15 +70,6 @@ def export_gguf(model: Path, output: Path, dtype: Dtype) -> str:
     left_out = config.num_nextn_predict_layers
     without = f", without its MTP modules ({left_out})" if left_out else ""
     return f"{output}: {config.num_hidden_layers} layers, matrices in {dtype}{without}"
-
-
-def read_config(model: Path) -> DeepseekV3Config:
-    """Return the configuration in the folder `model`; `UserError` if it can't be built."""
-    path = model / "config.json"
-    try:
-        return DeepseekV3Config.from_json_file(path)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def open_weights(model: Path, stack: ExitStack) -> dict[str, safe_open]:

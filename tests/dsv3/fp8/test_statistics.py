@@ -6,7 +6,7 @@ from dsv3.fp8.quantize import rounded_rows, rounded_weight
 from dsv3.fp8.recipe import Recipe
 from dsv3.fp8.statistics import Statistics, fp8_statistics, row_statistics, weight_statistics
 from dsv3.kernels.convert import convert
-from dsv3.kernels.registry import experts_backend
+from dsv3.kernels.registry import register_experts
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 from tests.training_inputs import MICRO, WIDE
@@ -118,7 +118,7 @@ def test_gradients_that_are_lost_are_seen():
 def test_the_routed_experts_are_watched_and_one_without_tokens_does_not_count_as_lost():
     torch.manual_seed(0)
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**{**MICRO, **WIDE})).train()
-    model.set_experts_implementation(experts_backend("auto", CPU, torch.float32, use_fp8=True))
+    model.set_experts_implementation(register_experts("auto", CPU, torch.float32, use_fp8=True))
     convert(model, Recipe(), CPU)
     ((_, router), *_) = model.routers()
     router.e_score_correction_bias[3] = -1.0

@@ -28,15 +28,25 @@ POINTERS = {
 }  # fmt: skip
 ROWS = {"ROWS": triton_launch.ROWS_PER_PROGRAM}
 COLUMNS = {"COLUMNS": triton_launch.COLUMNS_PER_PROGRAM}
-EXACT = triton_launch.EXACT
+NO_FP_FUSION = triton_launch.NO_FP_FUSION
 FP32_ROWS, FP32_RESULT = {"x_ptr": "*fp32"}, {"y_ptr": "*fp32"}
 QUANTIZERS = {
-    "rows": (kernels.quantize_rows_kernel, ROWS, EXACT, {}),
-    "weight": (kernels.quantize_weight_kernel, {}, {"num_warps": triton_launch.WARPS_PER_WEIGHT_BLOCK, **EXACT}, {}),
-    "columns": (kernels.quantize_columns_kernel, {**COLUMNS, "GATHERS": False}, EXACT, {}),
-    "columns, gathered": (kernels.quantize_columns_kernel, {**COLUMNS, "GATHERS": True}, EXACT, {}),
-    "rows of fp32": (kernels.quantize_rows_kernel, ROWS, EXACT, FP32_ROWS),
-    "columns of fp32, gathered": (kernels.quantize_columns_kernel, {**COLUMNS, "GATHERS": True}, EXACT, FP32_ROWS),
+    "rows": (kernels.quantize_rows_kernel, ROWS, NO_FP_FUSION, {}),
+    "weight": (
+        kernels.quantize_weight_kernel,
+        {},
+        {"num_warps": triton_launch.WARPS_PER_WEIGHT_BLOCK, **NO_FP_FUSION},
+        {},
+    ),
+    "columns": (kernels.quantize_columns_kernel, {**COLUMNS, "GATHERS": False}, NO_FP_FUSION, {}),
+    "columns, gathered": (kernels.quantize_columns_kernel, {**COLUMNS, "GATHERS": True}, NO_FP_FUSION, {}),
+    "rows of fp32": (kernels.quantize_rows_kernel, ROWS, NO_FP_FUSION, FP32_ROWS),
+    "columns of fp32, gathered": (
+        kernels.quantize_columns_kernel,
+        {**COLUMNS, "GATHERS": True},
+        NO_FP_FUSION,
+        FP32_ROWS,
+    ),
 }
 GEMMS = {
     "gemm": (kernels.grouped_gemm_kernel, {"GATHERS": False}, None, {}),

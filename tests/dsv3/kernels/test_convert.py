@@ -6,7 +6,7 @@ from dsv3.fp8.linear import LowPrecisionLinear, LowPrecisionMLP
 from dsv3.fp8.recipe import Recipe
 from dsv3.kernels import registry
 from dsv3.kernels.convert import convert, emulate_bf16
-from dsv3.kernels.registry import experts_backend
+from dsv3.kernels.registry import register_experts
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 from tests.committed import PROJECT
@@ -83,7 +83,7 @@ def test_the_checkpoint_knows_nothing_of_the_conversion(model):
 
 def test_fp8_trains_every_weight_and_its_gradients_point_where_fp32s_do(model):
     exact_loss, exact = loss_and_gradients(model)
-    model.set_experts_implementation(experts_backend("auto", CPU, torch.float32, use_fp8=True))
+    model.set_experts_implementation(register_experts("auto", CPU, torch.float32, use_fp8=True))
     convert(model, Recipe(), CPU)
     loss, gradients = loss_and_gradients(model)
     assert loss == pytest.approx(exact_loss, rel=5e-3)
@@ -110,7 +110,7 @@ def test_the_switches_are_recorded_in_the_name(model, recipe, precision):
 def test_bf16_by_rounding_operands_is_close_to_fp32_but_not_equal(model, monkeypatch):
     monkeypatch.setattr(registry, "multiplies_bf16", lambda device: False)
     exact_loss, _ = loss_and_gradients(model)
-    model.set_experts_implementation(experts_backend("auto", CPU, torch.bfloat16, use_fp8=False))
+    model.set_experts_implementation(register_experts("auto", CPU, torch.bfloat16, use_fp8=False))
     assert emulate_bf16(model).precision == "bf16_emulated"
     loss, _ = loss_and_gradients(model)
     assert 0 < abs(loss - exact_loss) < 1e-2

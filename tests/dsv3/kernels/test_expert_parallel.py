@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from dsv3.kernels import reference
-from dsv3.kernels.expert_parallel import exchanged, own_weight
+from dsv3.kernels.expert_parallel import dispatch_and_combine, own_weight
 from tests.training_inputs import run_python
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOKENS = 4, 8, 6, 10
@@ -68,7 +68,7 @@ def differences(routing: str) -> dict[str, float]:
     shared = [distribute_tensor(w.detach(), mesh, [Shard(0)], src_data_rank=None).requires_grad_() for w in weights()]
     own = [own_weight(w, group) for w in shared]
     hidden, index, weight = inputs(rank, routing)
-    output = exchanged(lambda *rows: reference.experts(*rows, *own), hidden, index, weight, EXPERTS, group)
+    output = dispatch_and_combine(lambda *rows: reference.experts(*rows, *own), hidden, index, weight, EXPERTS, group)
     output.square().sum().backward()
 
     whole = weights()

@@ -9,7 +9,7 @@ from dsv3.fp8.recipe import Recipe
 from dsv3.fp8.rounding import BF16, EXACT, ROUNDINGS, fp8_rounding
 from dsv3.kernels import cpu, grouped_mm, reference
 from dsv3.kernels.emulated_linear import weight_operands
-from dsv3.kernels.registry import experts_backend
+from dsv3.kernels.registry import register_experts
 from tests.dsv3.kernels.cases import ROUTINGS, case, errors, results
 
 FP32_TOLERANCE = 2e-6
@@ -52,7 +52,7 @@ def test_a_registered_backend_gives_what_stock_transformers_eager_loop_gives(nam
     inputs = case("ragged")
     module = stock_experts(*inputs.gate_up.shape[:1], 24, 16)
     outcomes = []
-    for implementation in ("eager", experts_backend(name, CPU, torch.float32, use_fp8=False)):
+    for implementation in ("eager", register_experts(name, CPU, torch.float32, use_fp8=False)):
         module.config._experts_implementation = implementation
 
         def experts(hidden: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

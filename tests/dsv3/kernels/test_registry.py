@@ -5,7 +5,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from dsv3.errors import UserError
 from dsv3.fp8.recipe import Recipe
 from dsv3.kernels import grouped_mm, registry
-from dsv3.kernels.registry import auto_backend, experts_backend
+from dsv3.kernels.registry import auto_backend, register_experts
 from dsv3.params.expert_backends import AUTO, AUTO_UNSUITED, BACKENDS
 from tests.dsv3.kernels.cases import case
 
@@ -14,10 +14,10 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 
 def test_a_chosen_backend_is_registered_with_transformers_under_a_name_that_says_what_runs():
-    assert experts_backend("cpu", CPU, FP32, use_fp8=False) == "dsv3_cpu_fp32"
-    assert experts_backend("auto", CPU, FP32, use_fp8=True) == "dsv3_fp8_emulated"
+    assert register_experts("cpu", CPU, FP32, use_fp8=False) == "dsv3_cpu_fp32"
+    assert register_experts("auto", CPU, FP32, use_fp8=True) == "dsv3_fp8_emulated"
     weights_only = Recipe(activation_quant=False)
-    assert experts_backend("auto", CPU, FP32, True, weights_only) == "dsv3_fp8_emulated_no_activation_quant"
+    assert register_experts("auto", CPU, FP32, True, weights_only) == "dsv3_fp8_emulated_no_activation_quant"
     assert {"dsv3_cpu_fp32", "dsv3_fp8_emulated", "dsv3_fp8_emulated_no_activation_quant"} <= set(ALL_EXPERTS_FUNCTIONS)
 
 
@@ -60,7 +60,7 @@ def test_every_backend_has_a_function_and_auto_names_only_backends():
 )
 def test_a_backend_that_cannot_run_says_why_in_one_line(name, device, dtype, use_fp8, message):
     with pytest.raises(UserError) as refused:
-        experts_backend(name, device, dtype, use_fp8)
+        register_experts(name, device, dtype, use_fp8)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -82,14 +82,14 @@ def test_widths_that_a_kernel_cannot_multiply_are_refused_before_anything_runs_a
     assert auto_backend(CUDA, dtype, use_fp8, widths=odd) == instead
     wrong = next(width for width, right in zip(odd, fitting, strict=True) if width != right)
     with pytest.raises(UserError, match=rf"train.experts is {chosen}; multiplies widths .* not {wrong}, take auto"):
-        experts_backend(chosen, CUDA, dtype, use_fp8, widths=odd)
+        register_experts(chosen, CUDA, dtype, use_fp8, widths=odd)
 
 
 def test_grouped_mm_multiplies_the_widths_that_are_let_through_and_no_others():
     for width, works in ((20, True), (18, False)):
         inputs = case("random", hidden_size=24, intermediate_size=width)
         arguments = inputs.hidden, inputs.index, inputs.weight, inputs.gate_up, inputs.down
-        assert (registry.width_refusal(BACKENDS["grouped_mm"], (24, width), FP32) is None) == works
+        assert (BACKENDS["grouped_mm"].width_refusal((24, width), FP32.itemsize) is None) == works
         if works:
             grouped_mm.experts(*arguments)
         else:
@@ -105,7 +105,7 @@ def test_a_gpu_of_amd_is_not_taken_for_one_that_multiplies_nvidias_e4m3(monkeypa
 
 def test_fp8_of_neither_side_is_refused():
     with pytest.raises(UserError, match="both false; set one to true"):
-        experts_backend("auto", CPU, FP32, True, Recipe(weight_quant=False, activation_quant=False))
+        register_experts("auto", CPU, FP32, True, Recipe(weight_quant=False, activation_quant=False))
 
 
 @pytest.mark.parametrize("recipe", [Recipe(weight_quant=False), Recipe(mx_blocks=True)], ids=lambda recipe: recipe.name)
@@ -114,14 +114,14 @@ def test_the_gpu_kernels_refuse_recipes_that_they_do_not_compute_and_auto_emulat
     assert auto_backend(CUDA, BF16, True, recipe) == "fp8_emulated"
     message = "quantizes weights and activations, not one of them, in blocks of 128, take auto"
     with pytest.raises(UserError, match=message):
-        experts_backend("triton_fp8", CUDA, BF16, True, recipe)
+        register_experts("triton_fp8", CUDA, BF16, True, recipe)
 
 
 def test_ampere_is_refused_in_one_line_and_auto_emulates_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert auto_backend(CUDA, BF16, True) == "fp8_emulated"
     with pytest.raises(UserError) as refused:
-        experts_backend("triton_fp8", CUDA, BF16, True)
+        register_experts("triton_fp8", CUDA, BF16, True)
     message = "train.experts is triton_fp8; needs a GPU of compute capability 8.9 or higher, take auto"
     assert str(refused.value) == message
 
@@ -140,7 +140,7 @@ def test_bf16_backends_cast_fp32_master_weights_and_give_back_the_dtype_they_got
 
     inputs = case("random")
     module = SimpleNamespace(gate_up_proj=inputs.gate_up.requires_grad_(), down_proj=inputs.down.requires_grad_())
-    function = ALL_EXPERTS_FUNCTIONS[experts_backend(name, CPU, dtype, use_fp8=False)]
+    function = ALL_EXPERTS_FUNCTIONS[register_experts(name, CPU, dtype, use_fp8=False)]
     with torch.autocast("cpu", BF16):
         output = function(module, inputs.hidden.to(hidden_dtype), inputs.index, inputs.weight)
     output.float().sum().backward()
@@ -154,7 +154,7 @@ def test_autocast_does_not_reach_into_an_fp32_backend():
     from types import SimpleNamespace
 
     module = SimpleNamespace(gate_up_proj=inputs.gate_up, down_proj=inputs.down)
-    function = ALL_EXPERTS_FUNCTIONS[experts_backend("cpu", CPU, FP32, use_fp8=False)]
+    function = ALL_EXPERTS_FUNCTIONS[register_experts("cpu", CPU, FP32, use_fp8=False)]
     plain = function(module, inputs.hidden, inputs.index, inputs.weight)
     with torch.autocast("cpu", BF16):
         assert torch.equal(function(module, inputs.hidden, inputs.index, inputs.weight), plain)

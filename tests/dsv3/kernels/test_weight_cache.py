@@ -9,8 +9,8 @@ from dsv3.fp8.linear import LowPrecisionLinear
 from dsv3.fp8.recipe import Recipe
 from dsv3.kernels import emulated_linear
 from dsv3.kernels.convert import convert
-from dsv3.kernels.registry import experts_backend
-from dsv3.kernels.weight_cache import cached_weights, weight_operands
+from dsv3.kernels.registry import register_experts
+from dsv3.kernels.weight_cache import cached_weights, module_operands
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3Experts, DeepseekV3ForCausalLM
 from tests.committed import PROJECT
@@ -24,7 +24,7 @@ def fp8_model() -> DeepseekV3ForCausalLM:
     config = {**read_json(PROJECT / "mini_model/config_nano.json"), **MICRO, **WIDE}
     torch.manual_seed(0)
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**config)).train()
-    model.set_experts_implementation(experts_backend("auto", CPU, torch.float32, use_fp8=True))
+    model.set_experts_implementation(register_experts("auto", CPU, torch.float32, use_fp8=True))
     convert(model, Recipe(), CPU)
     return model
 
@@ -38,9 +38,9 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def num_roundings(monkeypatch) -> list[torch.Size]:
     """Return a list that gets the shape of every weight that is rounded."""
-    shapes, function = [], emulated_linear.rounded_weight
+    shapes, function = [], emulated_linear.rounded_weight_op
     counted = lambda weight, *how: shapes.append(weight.shape) or function(weight, *how)  # noqa: E731
-    monkeypatch.setattr(emulated_linear, "rounded_weight", counted)
+    monkeypatch.setattr(emulated_linear, "rounded_weight_op", counted)
     return shapes
 
 
@@ -107,13 +107,13 @@ def test_a_block_that_fails_leaves_no_operands_behind():
     model = fp8_model()
     with pytest.raises(KeyboardInterrupt), cached_weights(model):
         raise KeyboardInterrupt
-    assert not [module for module in model.modules() if getattr(module, "weight_operands", None) is not None]
+    assert not [module for module in model.modules() if getattr(module, "cached_operands", None) is not None]
 
 
 def test_a_model_in_high_precision_has_nothing_to_cache():
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**MICRO))
-    model.set_experts_implementation(experts_backend("auto", CPU, torch.float32, use_fp8=False))
-    assert not [module for module in model.modules() if weight_operands(module) is not None]
+    model.set_experts_implementation(register_experts("auto", CPU, torch.float32, use_fp8=False))
+    assert not [module for module in model.modules() if module_operands(module) is not None]
 
 
 def test_operands_that_were_made_in_inference_mode_serve_there():

@@ -59,7 +59,7 @@ def test_the_peak_of_a_process_is_the_estimate_to_a_twentieth(measured, name):
 
 def train_case(folder: Path, name: str) -> None:
     """Train as one of several processes; the main one writes the most that any has held."""
-    from dsv3.sizing.sharded import Sharing, process_memory
+    from dsv3.sizing.sharded import StateSharing, process_memory
     from dsv3.training.loop import train
 
     given, rank = CASES[name], os.environ["RANK"]
@@ -70,7 +70,7 @@ def train_case(folder: Path, name: str) -> None:
     num_processes = int(os.environ["WORLD_SIZE"])
     num_shards = int(os.environ["LOCAL_WORLD_SIZE"]) if runtime.sharding == "hybrid" else num_processes
     num_copies = num_processes // num_shards
-    sharing = Sharing(num_shards, runtime.expert_parallel, runtime.reshard_after_forward, num_copies)
+    sharing = StateSharing(num_shards, runtime.expert_parallel, runtime.reshard_after_forward, num_copies)
     estimated = process_memory(run.plan.architecture, params, "cpu", sharing).peak_bytes
     peak = torch.tensor(held.peak)
     torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX)

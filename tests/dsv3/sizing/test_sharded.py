@@ -11,7 +11,7 @@ from dsv3.sizing.machines import MACHINES
 from dsv3.sizing.memory import training_memory
 from dsv3.sizing.parameters import num_mtp_parameters, num_parameters
 from dsv3.sizing.report import process_table
-from dsv3.sizing.sharded import Sharing, chosen_sharding, process_memory, sharded_memory, ways_of_sharing
+from dsv3.sizing.sharded import StateSharing, chosen_sharding, process_memory, sharded_memory, ways_of_sharing
 from tests.committed import DEFAULTS, PROJECT
 from tests.training_inputs import ROOT
 
@@ -70,7 +70,10 @@ def test_the_tables_of_the_documentation_are_the_estimates(shape):
 
 @pytest.mark.parametrize("num_processes", [2, 4, 8, 16])
 def test_a_process_holds_its_share_of_what_is_always_there(num_processes):
-    whole, own = training_memory(MINI, FRUGAL, "cuda"), sharded_memory(MINI, FRUGAL, "cuda", Sharing(num_processes))
+    whole, own = (
+        training_memory(MINI, FRUGAL, "cuda"),
+        sharded_memory(MINI, FRUGAL, "cuda", StateSharing(num_processes)),
+    )
     for kind in ("weights_bytes", "gradients_bytes", "optimizer_states_bytes"):
         assert 1 / num_processes <= getattr(own, kind) / getattr(whole, kind) < 1.001 / num_processes
     assert own.activations_bytes == whole.activations_bytes
@@ -79,19 +82,19 @@ def test_a_process_holds_its_share_of_what_is_always_there(num_processes):
 
 def test_whole_experts_are_held_where_they_are_not_divisible():
     experts = Counter(routed_experts=64 * 100)
-    assert Sharing(48).own(MINI, experts) == Sharing(32).own(MINI, experts) == 2 * 100
+    assert StateSharing(48).own(MINI, experts) == StateSharing(32).own(MINI, experts) == 2 * 100
 
 
 def test_experts_that_stay_where_they_are_are_not_gathered():
     small = MINI.model_copy(update={"vocab_size": 1_000})
-    whole, rows, apart = (sharded_memory(small, FRUGAL, "cuda", Sharing(8, n)).gathered_bytes for n in (1, 4, 8))
+    whole, rows, apart = (sharded_memory(small, FRUGAL, "cuda", StateSharing(8, n)).gathered_bytes for n in (1, 4, 8))
     experts = 4 * 64 * 3 * 2_048 * 512
     assert whole - rows == 4 * experts * 3 // 4  # two layers' weights, two layers' gradients
     assert whole - apart > 3.8 * experts  # then most is gathered in the dense layer
 
 
 def test_kept_weights_are_gathered_all():
-    kept, freed = (sharded_memory(MINI, FRUGAL, "cuda", Sharing(8, 1, again)) for again in (False, True))
+    kept, freed = (sharded_memory(MINI, FRUGAL, "cuda", StateSharing(8, 1, again)) for again in (False, True))
     assert kept.peak_bytes - freed.peak_bytes > 0.75 * training_memory(MINI, FRUGAL, "cuda").weights_bytes
 
 
@@ -112,7 +115,7 @@ def test_auto_exchanges_as_little_as_fits(shape, processes, chosen):
     assert chosen_sharding(a, FRUGAL, "cuda", processes, H100.usable_bytes) == chosen
 
 
-@pytest.mark.parametrize("sharing", [Sharing(1, num_copies=4), Sharing(2, num_copies=2), Sharing(4)])
+@pytest.mark.parametrize("sharing", [StateSharing(1, num_copies=4), StateSharing(2, num_copies=2), StateSharing(4)])
 def test_gradients_are_accumulated_where_a_process_makes_several_of_a_steps_passes(sharing):
     once, twice = (
         process_memory(MINI, FRUGAL.model_copy(update={"gradient_accumulation_steps": number}), "cuda", sharing)

@@ -11,10 +11,10 @@ from dsv3.training.checkpoint import (
     delete_checkpoints,
     load_best,
     load_checkpoint,
-    newest_whole,
     prune,
     save_best,
     save_checkpoint,
+    set_aside_damaged,
 )
 from tests.damage import DAMAGES, flip
 from tests.dsv3.training.test_checkpoint import model_and_optimizer, names
@@ -35,7 +35,7 @@ def directory(tmp_path):
 
 def found(directory, with_best=False):
     lines: list[str] = []
-    folder = newest_whole(directory, with_best, lines.append)
+    folder = set_aside_damaged(directory, with_best, lines.append)
     return (folder.name if folder else None), lines
 
 

@@ -6,14 +6,14 @@ import time
 
 import pytest
 
-from dsv3.training.interruption import REPEAT_S, SIGNALS, caught_signals
+from dsv3.training.interruption import REPEAT_S, SIGNALS, catching_signals
 
 STATUS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 HANGING = """
 import ctypes, threading
-from dsv3.training.interruption import caught_signals
-with caught_signals():
+from dsv3.training.interruption import catching_signals
+with catching_signals():
     print("ready", flush=True)
     {hang}
 """
@@ -25,14 +25,14 @@ HANGS = {
 
 @pytest.mark.parametrize(("number", "status"), STATUS)
 def test_a_signal_is_remembered_instead_of_obeyed(number, status):
-    with caught_signals() as interruption:
+    with catching_signals() as interruption:
         os.kill(os.getpid(), number)
         assert interruption.signal_number == number
         assert interruption.exit_status == status
 
 
 def test_the_first_of_two_signals_counts_and_a_launchers_repetition_does_not_end_the_process():
-    with caught_signals() as interruption:
+    with catching_signals() as interruption:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.1)
@@ -41,7 +41,7 @@ def test_the_first_of_two_signals_counts_and_a_launchers_repetition_does_not_end
 
 def test_afterwards_signals_do_what_they_did_before():
     before = [signal.getsignal(number) for number in SIGNALS]
-    with pytest.raises(RuntimeError), caught_signals():
+    with pytest.raises(RuntimeError), catching_signals():
         raise RuntimeError
     assert [signal.getsignal(number) for number in SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1

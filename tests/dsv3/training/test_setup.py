@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from dsv3.fp8.recipe import Recipe
-from dsv3.training.setup import fp8_recipe, prepare_model
+from dsv3.training.precision import fp8_recipe
+from dsv3.training.setup import prepare_model
 from tests.training_inputs import WIDE, plan_of
 
 CPU = torch.device("cpu")

@@ -27,7 +27,7 @@ from dsv3.errors import UserError, is_disk_full
 from dsv3.training import checkpoint
 from dsv3.training.launch import check_sharding
 from dsv3.training.optimizer import balanced_owners, rows_per_process
-from dsv3.training.sharding import gathered_weights, local
+from dsv3.training.sharding import gather_weights, local
 from tests.committed import DEFAULTS
 from tests.training_inputs import WIDE, history, run_python, started_run
 
@@ -297,11 +297,11 @@ def num_bytes(tensors: list[torch.Tensor]) -> int:
 
 def estimated(run: Any) -> dict[str, int]:
     """Return what the sizing stage says of a process of this training."""
-    from dsv3.sizing.sharded import Sharing, process_memory
+    from dsv3.sizing.sharded import StateSharing, process_memory
 
     num_processes, per_machine = run.accelerator.num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     num_shards = {"none": 1, "full": num_processes, "hybrid": per_machine}[run.plan.params.runtime.sharding]
-    sharing = Sharing(num_shards, num_copies=num_processes // num_shards)
+    sharing = StateSharing(num_shards, num_copies=num_processes // num_shards)
     memory = process_memory(run.plan.architecture, run.plan.params.train, "cpu", sharing)
     biases = 12 * sum(router.e_score_correction_bias.numel() for _, router in run.model.routers())
     return {
@@ -317,7 +317,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def whole_weights(run: Any) -> dict[str, torch.Tensor]:
-    weights = gathered_weights(run.model) if run.plan.params.runtime.sharding != "none" else run.model.state_dict()
+    weights = gather_weights(run.model) if run.plan.params.runtime.sharding != "none" else run.model.state_dict()
     return {name: weight.clone() for name, weight in weights.items()}
 
 
