@@ -8,7 +8,6 @@ number of the training split from one of the validation split is not its name bu
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 Cell = int | float | str
 """What stands in a table: numbers, and in index columns names."""
@@ -137,38 +136,6 @@ HEADLINE: Mapping[str, Headline] = MappingProxyType(
 )
 """What the stages' headline.json hold, DVC's metrics: MaxVio of the worst layer, tokens/s the median, the validation
 loss the last one. The names are short, for the table of `dvc exp show`; all other numbers are in metrics.json."""
-
-SCORES = ("nats_per_token", "perplexity", "nats_per_char", "bits_per_byte")
-"""What `evaluate` says of every split."""
-
-CHARTS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = MappingProxyType(
-    {
-        "train": {},  # its curves are its tables
-        "evaluate": {
-            "validation": ("val", SCORES),
-            "test": ("test", SCORES),
-            "heldout": ("heldout", SCORES),
-            "mtp.depth_1": ("heldout", ("mtp_acceptance",)),
-        },
-        "sample": {"": ("sample", ("draft_acceptance", "tokens_per_pass"))},
-    }
-)
-"""The stages whose metrics.json trackers show, and what of it they draw: by section, the subset and the names.
-
-The validation during training scores separate blocks, evaluate a sliding window: they must not share a curve, so
-trackers put the stage beside the subset.
-"""
-
-
-def charted(stage: str, metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:
-    """Return (subset, name, value) of what is drawn of a stage's metrics; what they lack is left out."""
-    found: list[tuple[str, str, float]] = []
-    for section, (subset, names) in CHARTS.get(stage, {}).items():
-        values: Mapping[str, Any] = metrics
-        for key in filter(None, section.split(".")):
-            values = values.get(key, {})
-        found += [(subset, name, float(values[name])) for name in names if name in values]
-    return found
 
 
 def place(table: str, row: Mapping[str, Cell]) -> dict[str, int | str]:

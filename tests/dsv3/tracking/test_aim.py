@@ -229,7 +229,7 @@ def test_the_log_begins_with_the_plan_and_ends_with_why_the_training_stopped(
     project, identity, runtime, indexed, monkeypatch
 ):
     monkeypatch.setenv("DVC_STAGE", "train")
-    planned = replace(identity, plan="model  <b>.json\nsteps  30")
+    planned = replace(identity, plan_summary="model  <b>.json\nsteps  30")
     first = open_recorder(project / "results", runtime, planned)
     print("step 10: validation 2.7")
     first.show(LastLine("stopped after step 12 of 30, saved"))

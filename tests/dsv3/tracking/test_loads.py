@@ -65,5 +65,5 @@ def test_a_rebuild_shows_the_loads_that_the_training_showed(project, identity, p
 def test_tables_are_shown_again_in_the_order_in_which_they_were_written(tmp_path):
     (tmp_path / "validation.tsv").write_text("step\tloss\n10\t4\n20\t3\n")
     (tmp_path / "router.tsv").write_text("step\tlayer\tloads\n10\t1\t0.5 0.5\n20\t1\t0.2 0.8\n")
-    written = [(row.table, row.cells["step"]) for row in train_events(tmp_path, 20)]
+    written = [(row.table, row.cells["step"]) for row in train_events(tmp_path / "run.json", 20)]
     assert written == [("router", 10), ("validation", 10), ("router", 20), ("validation", 20)]

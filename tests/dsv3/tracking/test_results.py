@@ -4,7 +4,8 @@ from dsv3.artifacts import write_json
 from dsv3.generation.sampling import Sample, markdown
 from dsv3.generation.speculative import DraftCounts
 from dsv3.tracking.events import Event, Result, Text
-from dsv3.tracking.results import evaluate_events, sample_events, train_events, valid_events
+from dsv3.tracking.results import evaluate_events, sample_events, train_events
+from dsv3.tracking.stages import valid_events
 
 RECORD = {"name": "run", "experiment": "nano", "dvc": {}}
 
@@ -32,7 +33,7 @@ def test_a_page_says_how_many_drafts_were_accepted_and_a_text_does_not(tmp_path,
 
 def test_stages_that_did_not_run_have_no_events(tmp_path):
     assert not [
-        *train_events(tmp_path, 1),
+        *train_events(tmp_path / "run.json", 1),
         *evaluate_events(tmp_path / "metrics.json", 1),
         *sample_events(tmp_path / "page.md", 1),
     ]
