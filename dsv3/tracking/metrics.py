@@ -8,6 +8,9 @@ number of the training split from one of the validation split is not its name bu
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 Cell = int | float | str
 """What stands in a table: numbers, and in index columns names."""
@@ -35,7 +38,7 @@ METRICS = MappingProxyType(
     {
         # Where in the run
         "step": Metric("", "optimizer steps done"),
-        "layer": Metric("", "decoder layer, counted from 0; MTP layers follow the main ones"),
+        "layer": Metric("", "decoder layer, counted from 0; MTP modules follow the main ones"),
         "module": Metric("", "module with FP8 products; `model` is all of them together", is_text=True),
         "operand": Metric(
             "", "input, gradient (by the output), weight; of routed experts gate_up and down", is_text=True
@@ -61,9 +64,9 @@ METRICS = MappingProxyType(
         "position": Metric("tokens", "place of a token in its window, counted from 0"),
         # Multi-token prediction as a means to write faster
         "mtp_acceptance": Metric(
-            "", "share of held-out tokens where an MTP layer, and all before it, say what the model itself says"
+            "", "share of held-out tokens where an MTP module, and all before it, say what the model itself says"
         ),
-        "draft_acceptance": Metric("", "share of the MTP layers' drafts that were kept in writing"),
+        "draft_acceptance": Metric("", "share of the MTP modules' drafts that were kept in writing"),
         "tokens_per_pass": Metric("tokens", "tokens written per forward pass of the main model; 1 without drafts"),
         # Schedules
         "learning_rate": Metric("", "learning rate of the step"),
@@ -79,8 +82,8 @@ METRICS = MappingProxyType(
         "dead_experts": Metric("", "experts that received no token"),
         "bias_min": Metric("", "smallest routing bias"),
         "bias_max": Metric("", "largest routing bias"),
-        "load": Metric("", "share of a layer's routed tokens that went to an expert; 1 / experts when balanced"),
-        "loads": Metric("", "the layer's loads since the last row, in the order of its experts", is_text=True),
+        "load_share": Metric("", "share of a layer's routed tokens that went to an expert; 1 / experts when balanced"),
+        "load_shares": Metric("", "the same since the last row, of each of the layer's experts in order", is_text=True),
         "expert": Metric("", "routed expert, counted from 0"),
         # FP8 (one operand of one module, on one micro-batch)
         "underflow_share": Metric("", "share of the numbers that become zero in FP8"),
@@ -98,6 +101,9 @@ METRICS = MappingProxyType(
         "train_s": Metric("s", "wall-clock time of the training, resumed parts included"),
     }
 )
+
+OLDER_NAMES = MappingProxyType({"load": "load_share", "loads": "load_shares"})
+"""Names of columns in results and checkpoints of before 2026-11-27, and what they are called now."""
 
 WHOLE_MODEL = "model"
 """Module under which the sums over all modules with FP8 products are recorded; every module's name begins with it."""
@@ -154,6 +160,11 @@ def curve_names(table: str, row: Mapping[str, Cell]) -> dict[str, float]:
 def numbers(table: str, row: Mapping[str, Cell]) -> list[str]:
     """Return the names of the row's cells that are points of curves."""
     return [name for name in row if name not in TABLES[table].index and not METRICS[name].is_text]
+
+
+def renamed(row: Mapping[str, T]) -> dict[str, T]:
+    """Return a row of older results under the names of today."""
+    return {OLDER_NAMES.get(name, name): cell for name, cell in row.items()}
 
 
 def unknown_names(row: Mapping[str, Cell]) -> list[str]:

@@ -20,7 +20,7 @@ from dsv3.params.read import Params
 from dsv3.params.runtime import RuntimeParams
 from dsv3.tracking.events import Event, Row
 from dsv3.tracking.identity import RunIdentity, later_identity, native
-from dsv3.tracking.metrics import METRICS, TABLES, Cell, unknown_names
+from dsv3.tracking.metrics import METRICS, TABLES, Cell, renamed, unknown_names
 from dsv3.tracking.results import in_order, train_events
 from dsv3.tracking.stages import valid_events
 from dsv3.tracking.tracker import OpenTrackers, open_trackers
@@ -84,7 +84,7 @@ class Recorder:
 
     def restore(self, state: Mapping[str, Sequence[Mapping[str, Cell]]]) -> None:
         """Replace all rows by a checkpoint's and rewrite the files; a tracker that lacks them is shown them again."""
-        self._rows = {table: [dict(row) for row in state.get(table, [])] for table in TABLES}
+        self._rows = {table: [renamed(row) for row in state.get(table, [])] for table in TABLES}
         self.write_tables()
         self._trackers.write_missing(in_order(Row(table, row) for table, rows in self._rows.items() for row in rows))
 

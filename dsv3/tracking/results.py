@@ -8,7 +8,7 @@ from pathlib import Path
 from dsv3.artifacts import read_json
 from dsv3.errors import UserError
 from dsv3.tracking.events import Distribution, Event, Figure, Result, Row, Text
-from dsv3.tracking.metrics import METRICS, TABLES, Cell
+from dsv3.tracking.metrics import METRICS, TABLES, Cell, renamed
 
 HELDOUT = "heldout"
 SAMPLE = re.compile(
@@ -41,9 +41,9 @@ def evaluate_events(metrics: Path, step: int) -> Iterator[Event]:
         yield Figure(figure.stem, figure, step, {"subset": HELDOUT})
     loads: dict[int, list[float]] = {}
     for row in read_table(folder / "expert_load.tsv"):
-        loads.setdefault(int(row["layer"]), []).append(float(row["load"]))
+        loads.setdefault(int(row["layer"]), []).append(float(row["load_share"]))
     for layer, heights in loads.items():
-        yield Distribution("load", heights, step, {"subset": HELDOUT, "layer": layer})
+        yield Distribution("load_share", heights, step, {"subset": HELDOUT, "layer": layer})
 
 
 def sample_events(page: Path, step: int) -> Iterator[Event]:
@@ -67,7 +67,7 @@ def read_table(path: Path) -> list[dict[str, Cell]]:
         rows = csv.DictReader(file, delimiter="\t")
         try:
             return [
-                {name: cell if METRICS[name].is_text else float(cell) for name, cell in row.items() if cell}
+                {name: cell if METRICS[name].is_text else float(cell) for name, cell in renamed(row).items() if cell}
                 for row in rows
             ]
         except (ValueError, KeyError, TypeError, csv.Error) as error:

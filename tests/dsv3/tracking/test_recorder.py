@@ -233,6 +233,14 @@ def test_a_tracker_is_freed_in_its_own_thread(tmp_path, identity):
     assert len(threads) == 1 and threads[0] is not threading.main_thread()
 
 
+def test_an_older_checkpoints_rows_are_kept_under_the_names_of_today(tmp_path, identity):
+    tracker = Memory()
+    recorder = recorder_of(tmp_path, identity, tracker)
+    recorder.restore({"router": [{"step": 10, "layer": 1, "loads": "0.5 0.5"}]})
+    assert table(tmp_path / "router.tsv") == [{"step": "10", "layer": "1", "load_shares": "0.5 0.5"}]
+    assert [row.cells for row in tracker.rows()] == [{"step": 10, "layer": 1, "load_shares": "0.5 0.5"}]
+
+
 def test_trackers_are_closed_where_the_tables_cannot_be_written(tmp_path, identity, params, monkeypatch):
     tracker = Memory()
     monkeypatch.setattr("dsv3.tracking.recorder.open_trackers", lambda *_: trackers_of(identity, tracker))
