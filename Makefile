@@ -30,7 +30,7 @@ repro: setup ## run the pipeline, from the text to the samples; then print the r
 compare: setup ## all experiments in one table: what differs in parameters and architecture, and the headline numbers
 	@$(BIN)/dvc exp show --only-changed --drop 'Created|Executor|runtime|.*/'
 
-test: .venv/.dev ## run all tests, a real pipeline among them (those marked gpu need a GPU: pytest -m gpu)
+test: .venv/.dev ## run the tests, a real pipeline among them (not those marked gpu, baseline or browser: pytest -m gpu)
 	$(BIN)/python -m pytest --numprocesses auto
 
 # On Debian: apt-get install chromium chromium-driver. SCREENSHOTS=folder keeps what was seen; docs/figures has one of them.

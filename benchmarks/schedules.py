@@ -3,7 +3,7 @@
     python -m benchmarks.schedules
 
 The settings are the report's (section 4.2), with params.yaml's peak rate; the budget is a thousand steps of the whole
-batch, ramped up on five stairs.
+batch, ramped up in five levels.
 """
 
 import re

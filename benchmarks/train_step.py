@@ -1,7 +1,7 @@
 """One training step of a model: this project's, in every precision the device has, beside stock transformers'.
 
 A step is forward, backward, clipping and the optimizer's update on random tokens. All contestants stand in one process
-and are timed in turn; medians. The model FLOPs' utilisation is the sizing stage's FLOPs per token over the time, as a
+and are timed in turn; medians. The model FLOPs' utilization is the sizing stage's FLOPs per token over the time, as a
 share of one large bf16 product's (fp32 on a CPU) speed in the same run.
 
     python -m benchmarks.train_step                                                   nano as params.yaml trains it
@@ -166,11 +166,11 @@ def peak_flops_per_s(setting: Setting, rounds: int) -> float:
 
 
 def with_rates(row: dict[str, Any], setting: Setting, peak: float) -> dict[str, Any]:
-    """Add tokens per second and utilisation to a row that has a time; return it."""
+    """Add tokens per second and utilization to a row that has a time; return it."""
     if "milliseconds" in row:
         tokens, seconds = setting.batch * setting.block, row["milliseconds"] / 1e3
         flops = training_flops_per_token(Architecture(**read_json(setting.config)), setting.block) * tokens
-        row |= {"tokens_per_s": round(tokens / seconds), "utilisation": round(flops / seconds / peak, 3)}
+        row |= {"tokens_per_s": round(tokens / seconds), "utilization": round(flops / seconds / peak, 3)}
     return row
 
 
@@ -182,7 +182,7 @@ def show(name: str, row: dict[str, Any]) -> None:
 
 
 def measured(setting: Setting, names: list[str], rounds: int) -> dict[str, Any]:
-    """Return for each contestant its time, tokens per second, utilisation and, on a GPU, its peak of memory.
+    """Return for each contestant its time, tokens per second, utilization and, on a GPU, its peak of memory.
 
     On a GPU each is built, timed and dropped before the next, since two may not fit; on a CPU they are timed in turn.
     """

@@ -16,6 +16,7 @@ from dsv3.comparison import WORKSPACE, comparison, read_runs
 from dsv3.errors import UserError
 from dsv3.params.read import read_params, read_yaml
 from dsv3.tracking.shown import missing_views, rebuilding
+from dsv3.tracking.stages import SHOWN, TRAINING
 
 NEXT = (
     ("make ui", "the run in Aim: curves, routing, samples, figures"),
@@ -46,63 +47,14 @@ def _paths(stage: Mapping[str, Any]) -> list[str]:
 
 def results_rows(outputs: Mapping[str, Sequence[Path]]) -> list[tuple[str, str]]:
     """Return (what, value) for each number that a newcomer asks for and that has been found so far."""
-    size, train, evaluate = (_read(outputs[stage], "metrics.json") for stage in ("estimate_size", "train", "evaluate"))
-    record = _read(outputs["train"], "run.json")
-    return [*_model_rows(size, record), *_training_rows(train, record), *_score_rows(evaluate)]
-
-
-def _model_rows(size: Mapping[str, Any], record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = []
-    if record:
-        rows.append(("configuration", record["params"]["model"]["config"]))
-    if size:
-        total, active = size["parameters_total"], size["parameters_active"]
-        rows.append(("parameters", f"{total:,} ({active:,} active per token)"))
-    return rows
-
-
-def _training_rows(train: Mapping[str, Any], record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = []
-    if record:
-        dvc = record["dvc"]
-        dirty = " with uncommitted changes" if dvc.get("git_dirty") else ""
-        rows.append(("text", f"{dvc.get('data_source') or 'unknown'}"))
-        rows.append(("run", f"{record['name']} (Aim {record['aim_run_hash'] or 'off'})"))
-        rows.append(("commit", f"{(dvc.get('git_sha') or 'none')[:12]}{dirty}"))
-    if train:
-        rows.append(
-            ("tokens seen", f"{train['tokens_seen']:,} in {train['step']:,} steps, {train['epoch']:.2f} epochs")
-        )
-        rows.append(("trained on", f"{train['device']} x {train['num_processes']}, {train['precision']}"))
-        rows.append(("speed", f"{train['tokens_per_s']:,.0f} tokens/s; {_duration(train['train_s'])} in all"))
-    return rows
-
-
-def _score_rows(evaluate: Mapping[str, Any]) -> list[tuple[str, str]]:
-    if not evaluate:
-        return []
-    heldout, router = evaluate["heldout"], evaluate["router"]
-    rows = [
-        ("held-out loss", f"{heldout['nats_per_char']:.4f} nats/char, {heldout['bits_per_byte']:.4f} bits/byte"),
-        ("", f"{heldout['nats_per_token']:.4f} nats/token, perplexity {heldout['perplexity']:.2f}"),
-    ]
-    if router:
-        worst, dead = router["max_vio_global_max"], router["dead_experts"]
-        rows.append(("expert balance", f"MaxVio {worst:.3f} in the worst layer, {dead} dead experts"))
-    if module := evaluate.get("mtp", {}).get("depth_1"):
-        rows.append(("first MTP module", f"{module['mtp_acceptance']:.1%} of its drafts would be accepted"))
-    return rows
+    record = _read(outputs.get(TRAINING, ()), "run.json")
+    stages = [(shown.lines, _read(outputs.get(stage, ()), "metrics.json")) for stage, shown in SHOWN.items()]
+    return [line for lines, metrics in stages if lines is not None for line in lines(metrics, record)]
 
 
 def _read(outputs: Sequence[Path], name: str) -> dict[str, Any]:
     """Return the content of the output of that name; nothing where it is not there."""
     return next((read_json(path) for path in outputs if path.name == name and path.is_file()), {})
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:

@@ -26,7 +26,7 @@ class Variant(_Closed):
     """One way to train."""
 
     part: str
-    """The part of the recipe that it asks about, capitalised."""
+    """The part of the recipe that it asks about, capitalized."""
     change: str
     """What is different, a clause."""
     set: dict[str, Any] = Field(default_factory=dict)

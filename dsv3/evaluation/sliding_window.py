@@ -196,7 +196,7 @@ class Evaluation:
 
     def load_table(self) -> str:
         """Return each expert's share of its layer's tokens as tab-separated text."""
-        lines = ["layer\texpert\tload\n"]
+        lines = ["layer\texpert\tload_share\n"]
         for layer, load_E in self.loads.items():
             lines += [f"{layer}\t{expert}\t{share:.9g}\n" for expert, share in enumerate(load_E / load_E.sum())]
         return "".join(lines)

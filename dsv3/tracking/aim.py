@@ -32,7 +32,8 @@ from dsv3.params.runtime import RuntimeParams
 from dsv3.tracking.events import Distribution, Event, Figure, Heatmap, LastLine, Result, Row, Text
 from dsv3.tracking.identity import RunIdentity, aim_folder, project_root
 from dsv3.tracking.loads import picture
-from dsv3.tracking.metrics import TABLES, charted, numbers, place
+from dsv3.tracking.metrics import TABLES, numbers, place
+from dsv3.tracking.stages import charted
 from dsv3.tracking.tracker import Mode
 
 logger = logging.getLogger(__name__)
@@ -88,9 +89,9 @@ class AimTracker:
         self._repo = aim.Repo.from_path(self._location)
         self._end_time: float | None = None
         self._last_line = ""
-        if self._is_watched and identity.plan:
-            run_hash = self._append_to_log(run_hash, identity.plan)
-        self._run = self._opened(run_hash, self._is_watched)
+        if self._is_watched and identity.plan_summary:
+            run_hash = self._append_to_log(run_hash, identity.plan_summary)
+        self._run = self._open_run(run_hash, self._is_watched)
         is_known = self._run.get("params") is not None
         self.has_rows = is_known and mode != "rebuild"  # writing rows again overwrites them, so a rebuild may
         self._keeps_end = mode != "train" and self._end_time is not None
@@ -99,8 +100,8 @@ class AimTracker:
         self._describe(identity)
         return self._run.hash
 
-    def _opened(self, run_hash: str | None, is_watched: bool) -> aim.Run:
-        """Return the run of that hash, or a new one; open it with a record of terminal and machine, or without."""
+    def _open_run(self, run_hash: str | None, is_watched: bool) -> aim.Run:
+        """Open the run of that hash, or a new one, with a record of terminal and machine or without; return it."""
         if run_hash is not None:
             self._end_time = self._stored(run_hash).get("end_time")  # makes the run's container where it is missing
             listed: Any = aim.Repo._all_run_hashes  # Aim keeps the list for half a second, in which the run is unknown
@@ -114,7 +115,7 @@ class AimTracker:
 
     def _append_to_log(self, run_hash: str | None, text: str) -> str:
         """Append lines to the log of a run that is not open; return its hash, a new one for None."""
-        run = self._opened(run_hash, is_watched=False)
+        run = self._open_run(run_hash, is_watched=False)
         logs: Any = run.get_terminal_logs()
         first = logs.last_step() + 1 if logs else 0
         for step, line in enumerate(text.splitlines(), start=first):
@@ -131,11 +132,8 @@ class AimTracker:
         self._run.description = ", ".join(identity.change_tags) or "parameters of the baseline commit"
         self._run.experiment = identity.experiment
         self._set_tags({*identity.tags, *identity.change_tags[:SHOWN_TAGS]}, remove=set())
-        self._run["params"] = identity.params
-        self._run["architecture"] = identity.architecture
-        self._run["dvc"] = identity.dvc
-        self._run["env"] = identity.env
-        self._run["size"] = identity.size
+        for name, values in identity.facts.items():
+            self._run[name] = values
 
     def write(self, event: Event) -> None:
         """Track the event."""

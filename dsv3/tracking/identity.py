@@ -26,6 +26,12 @@ RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "dvc",
 SHOWN_CHANGES = 2
 """Most changes in a run's title; its description has all."""
 
+KEY_DIGITS = 8
+"""Digits of the key that tell runs of one name apart."""
+
+HASH_DIGITS = 24
+"""Hexadecimal digits of a run's hash, as in Aim."""
+
 
 @dataclass(frozen=True)
 class RunIdentity:
@@ -59,8 +65,24 @@ class RunIdentity:
     changes: dict[str, Any] = field(default_factory=dict)
     """Parameters that differ from the baseline commit's, with their values here."""
 
-    plan: str = ""
+    plan_summary: str = ""
     """The training's plan in a few lines, which the terminal showed before it began."""
+
+    @property
+    def unique_name(self) -> str:
+        """The name, and the first digits of the key: for trackers that find a run by its name."""
+        return f"{self.name}-{self.key[:KEY_DIGITS]}"
+
+    @property
+    def own_hash(self) -> str:
+        """The hash of a run to which Aim has given none."""
+        return self.key[:HASH_DIGITS]
+
+    @property
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """What every tracker, and run.json, keep of the run in whole sections."""
+        names = ("dvc", "env", "size", "params", "architecture")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def title(self) -> str:

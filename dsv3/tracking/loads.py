@@ -28,10 +28,10 @@ class ExpertLoads:
     def events(self, row: Row) -> Iterator[Event]:
         """Yield what is to be shown after a row: of the router's table, or of the validation's."""
         step, context = int(row.cells["step"]), {"subset": TABLES["router"].subset}
-        if "loads" in row.cells:
+        if "load_shares" in row.cells:
             layer = int(row.cells["layer"])
-            self._by_layer[layer] = [float(share) for share in str(row.cells["loads"]).split()]
-            yield Distribution("load", self._by_layer[layer], step, {**context, "layer": layer})
+            self._by_layer[layer] = [float(share) for share in str(row.cells["load_shares"]).split()]
+            yield Distribution("load_share", self._by_layer[layer], step, {**context, "layer": layer})
         elif row.table == "validation" and self._by_layer:
             loads = [self._by_layer[layer] for layer in sorted(self._by_layer)]
             yield Heatmap("load_map", loads, CAPTION.format(step=step), step, context)

@@ -8,7 +8,9 @@ number of the training split from one of the validation split is not its name bu
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TypeVar
+
+T = TypeVar("T")
 
 Cell = int | float | str
 """What stands in a table: numbers, and in index columns names."""
@@ -36,7 +38,7 @@ METRICS = MappingProxyType(
     {
         # Where in the run
         "step": Metric("", "optimizer steps done"),
-        "layer": Metric("", "decoder layer, counted from 0; MTP layers follow the main ones"),
+        "layer": Metric("", "decoder layer, counted from 0; MTP modules follow the main ones"),
         "module": Metric("", "module with FP8 products; `model` is all of them together", is_text=True),
         "operand": Metric(
             "", "input, gradient (by the output), weight; of routed experts gate_up and down", is_text=True
@@ -62,9 +64,9 @@ METRICS = MappingProxyType(
         "position": Metric("tokens", "place of a token in its window, counted from 0"),
         # Multi-token prediction as a means to write faster
         "mtp_acceptance": Metric(
-            "", "share of held-out tokens where an MTP layer, and all before it, say what the model itself says"
+            "", "share of held-out tokens where an MTP module, and all before it, say what the model itself says"
         ),
-        "draft_acceptance": Metric("", "share of the MTP layers' drafts that were kept in writing"),
+        "draft_acceptance": Metric("", "share of the MTP modules' drafts that were kept in writing"),
         "tokens_per_pass": Metric("tokens", "tokens written per forward pass of the main model; 1 without drafts"),
         # Schedules
         "learning_rate": Metric("", "learning rate of the step"),
@@ -80,8 +82,8 @@ METRICS = MappingProxyType(
         "dead_experts": Metric("", "experts that received no token"),
         "bias_min": Metric("", "smallest routing bias"),
         "bias_max": Metric("", "largest routing bias"),
-        "load": Metric("", "share of a layer's routed tokens that went to an expert; 1 / experts when balanced"),
-        "loads": Metric("", "the layer's loads since the last row, in the order of its experts", is_text=True),
+        "load_share": Metric("", "share of a layer's routed tokens that went to an expert; 1 / experts when balanced"),
+        "load_shares": Metric("", "the same since the last row, of each of the layer's experts in order", is_text=True),
         "expert": Metric("", "routed expert, counted from 0"),
         # FP8 (one operand of one module, on one micro-batch)
         "underflow_share": Metric("", "share of the numbers that become zero in FP8"),
@@ -99,6 +101,9 @@ METRICS = MappingProxyType(
         "train_s": Metric("s", "wall-clock time of the training, resumed parts included"),
     }
 )
+
+OLDER_NAMES = MappingProxyType({"load": "load_share", "loads": "load_shares"})
+"""Names of columns in results and checkpoints of before 2026-11-27, and what they are called now."""
 
 WHOLE_MODEL = "model"
 """Module under which the sums over all modules with FP8 products are recorded; every module's name begins with it."""
@@ -138,38 +143,6 @@ HEADLINE: Mapping[str, Headline] = MappingProxyType(
 """What the stages' headline.json hold, DVC's metrics: MaxVio of the worst layer, tokens/s the median, the validation
 loss the last one. The names are short, for the table of `dvc exp show`; all other numbers are in metrics.json."""
 
-SCORES = ("nats_per_token", "perplexity", "nats_per_char", "bits_per_byte")
-"""What `evaluate` says of every split."""
-
-CHARTS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = MappingProxyType(
-    {
-        "train": {},  # its curves are its tables
-        "evaluate": {
-            "validation": ("val", SCORES),
-            "test": ("test", SCORES),
-            "heldout": ("heldout", SCORES),
-            "mtp.depth_1": ("heldout", ("mtp_acceptance",)),
-        },
-        "sample": {"": ("sample", ("draft_acceptance", "tokens_per_pass"))},
-    }
-)
-"""The stages whose metrics.json trackers show, and what of it they draw: by section, the subset and the names.
-
-The validation during training scores separate blocks, evaluate a sliding window: they must not share a curve, so
-trackers put the stage beside the subset.
-"""
-
-
-def charted(stage: str, metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:
-    """Return (subset, name, value) of what is drawn of a stage's metrics; what they lack is left out."""
-    found: list[tuple[str, str, float]] = []
-    for section, (subset, names) in CHARTS.get(stage, {}).items():
-        values: Mapping[str, Any] = metrics
-        for key in filter(None, section.split(".")):
-            values = values.get(key, {})
-        found += [(subset, name, float(values[name])) for name in names if name in values]
-    return found
-
 
 def place(table: str, row: Mapping[str, Cell]) -> dict[str, int | str]:
     """Return what tells the row's curves from others of the same name: its index without the step."""
@@ -187,6 +160,11 @@ def curve_names(table: str, row: Mapping[str, Cell]) -> dict[str, float]:
 def numbers(table: str, row: Mapping[str, Cell]) -> list[str]:
     """Return the names of the row's cells that are points of curves."""
     return [name for name in row if name not in TABLES[table].index and not METRICS[name].is_text]
+
+
+def renamed(row: Mapping[str, T]) -> dict[str, T]:
+    """Return a row of older results under the names of today."""
+    return {OLDER_NAMES.get(name, name): cell for name, cell in row.items()}
 
 
 def unknown_names(row: Mapping[str, Cell]) -> list[str]:

@@ -18,16 +18,17 @@ from dsv3.params.read import Params, read_params
 from dsv3.params.runtime import TrackerName
 from dsv3.tracking.events import Event, Row
 from dsv3.tracking.recorder import later_run, read_record
-from dsv3.tracking.results import evaluate_events, sample_events, train_events
 from dsv3.tracking.revision import applied_experiment
+from dsv3.tracking.stages import SHOWN, training_record
 from dsv3.tracking.tracker import Tracker, load_tracker, remedy
 
 
 def all_events(results: Path, samples: Path, step: int) -> Iterator[Event]:
     """Yield all that the stages left in `results` and the page `samples`; stages that are not there are left out."""
-    yield from train_events(results / "train", step)
-    yield from evaluate_events(results / "evaluate" / "metrics.json", step)
-    yield from sample_events(samples, step)
+    pages = {"sample": samples}
+    for stage, shown in SHOWN.items():
+        if shown.events is not None:
+            yield from shown.events(pages.get(stage, results / stage / shown.output), step)
 
 
 def rebuild(results: Path, samples: Path, params: Params, tracker: Tracker) -> str | None:
@@ -35,7 +36,7 @@ def rebuild(results: Path, samples: Path, params: Params, tracker: Tracker) -> s
 
     Raises `UserError` without results/train/run.json.
     """
-    record = read_record(results / "train" / "run.json")
+    record = read_record(training_record(results))
     identity, known_hash = later_run(record, params, os.environ.get("DVC_EXP_NAME") or applied_experiment())
     run_hash = tracker.open(identity, known_hash, "rebuild")
     for event in all_events(results, samples, record["step"]):

@@ -1,10 +1,10 @@
 """The one place through which a run's numbers leave the program.
 
-The truth is a folder of tab-separated files, which DVC versions and plots; Aim, TensorBoard and W&B are views, shown
-the same rows, whose failure costs nothing. A row is on the disk when `log` returns, so a killed run keeps its
-history; a resumed run gets its rows from the checkpoint, and rewrites the files up to that step (DVC deletes a
-stage's outputs before it runs). The alternative, a tracker as the truth, would tie every number to a database that a
-clone of the repository does not have.
+The truth is a folder of tab-separated files, which DVC versions and plots; the trackers (Aim, TensorBoard, W&B,
+trackio) are views, shown the same rows, whose failure costs nothing. A row is on the disk when `log` returns, so a
+killed run keeps its history; a resumed run gets its rows from the checkpoint, and rewrites the files up to that step
+(DVC deletes a stage's outputs before it runs). The alternative, a tracker as the truth, would tie every number to a
+database that a clone of the repository does not have.
 """
 
 import os
@@ -20,14 +20,12 @@ from dsv3.params.read import Params
 from dsv3.params.runtime import RuntimeParams
 from dsv3.tracking.events import Event, Row
 from dsv3.tracking.identity import RunIdentity, later_identity, native
-from dsv3.tracking.metrics import METRICS, TABLES, Cell, unknown_names
-from dsv3.tracking.results import in_order, train_events, valid_events
-from dsv3.tracking.tracker import Views, open_views
+from dsv3.tracking.metrics import METRICS, TABLES, Cell, renamed, unknown_names
+from dsv3.tracking.results import in_order, train_events
+from dsv3.tracking.stages import valid_events
+from dsv3.tracking.tracker import OpenTrackers, open_trackers
 
 Cells = dict[str, Cell]
-
-RUN_HASH_LENGTH = 24
-"""Of Aim's hashes, in hexadecimal digits."""
 
 
 class Record(BaseModel):
@@ -50,21 +48,21 @@ class Record(BaseModel):
 
 
 class Recorder:
-    """Writes the tables of one training into `directory` and shows every row in `views`."""
+    """Writes the tables of one training into `directory` and shows every row in `trackers`."""
 
-    def __init__(self, directory: Path, identity: RunIdentity, views: Views, aim_repo: str = ".aim") -> None:
+    def __init__(self, directory: Path, identity: RunIdentity, trackers: OpenTrackers, aim_repo: str = ".aim") -> None:
         self._directory = directory
         self._identity = identity
         self._rows: dict[str, list[Cells]] = {table: [] for table in TABLES}
         self._columns: dict[str, list[str]] = {table: [] for table in TABLES}
-        self._views = views
+        self._trackers = trackers
         self._aim_repo = aim_repo
         self.write_tables()
 
     @property
     def run_hash(self) -> str | None:
         """Hash of the Aim run; None without Aim. Keep it in checkpoints."""
-        return self._views.run_hash
+        return self._trackers.run_hash
 
     def log(self, table: str, row: Mapping[str, Cell]) -> None:
         """Append `row` to `<table>.tsv` and show it in the trackers. Numbers of any kind are stored as Python's."""
@@ -77,8 +75,8 @@ class Recorder:
         self.show(Row(table, cells))
 
     def show(self, event: Event) -> None:
-        """Show an event in the views."""
-        self._views.write(event)
+        """Show an event in the trackers."""
+        self._trackers.write(event)
 
     def state(self) -> dict[str, list[Cells]]:
         """Return all rows so far, for a checkpoint."""
@@ -86,9 +84,9 @@ class Recorder:
 
     def restore(self, state: Mapping[str, Sequence[Mapping[str, Cell]]]) -> None:
         """Replace all rows by a checkpoint's and rewrite the files; a tracker that lacks them is shown them again."""
-        self._rows = {table: [dict(row) for row in state.get(table, [])] for table in TABLES}
+        self._rows = {table: [renamed(row) for row in state.get(table, [])] for table in TABLES}
         self.write_tables()
-        self._views.write_missing(in_order(Row(table, row) for table, rows in self._rows.items() for row in rows))
+        self._trackers.write_missing(in_order(Row(table, row) for table, rows in self._rows.items() for row in rows))
 
     def run_record(self) -> dict[str, Any]:
         """Return what run.json holds: where Aim has the run, and what is needed to build it again from results/."""
@@ -96,7 +94,7 @@ class Recorder:
 
     def close(self, status: str) -> None:
         """End the recording; `status` is finished, interrupted or failed."""
-        self._views.close(status)
+        self._trackers.close(status)
 
     def _last_step(self) -> int:
         """Return the last step of any table; where evaluations of the finished model stand in charts."""
@@ -136,11 +134,11 @@ def open_recorder(
     directory: Path, runtime: RuntimeParams, identity: RunIdentity, run_hash: str | None = None
 ) -> Recorder:
     """Return the recorder of a training, for its main process only; `run_hash` comes from the checkpoint, if any."""
-    views = open_views(runtime, identity, run_hash, "train")
+    trackers = open_trackers(runtime, identity, run_hash, "train")
     try:
-        return Recorder(directory, identity, views, shown_repo(runtime))
+        return Recorder(directory, identity, trackers, shown_repo(runtime))
     except BaseException:
-        views.close("failed")
+        trackers.close("failed")
         raise
 
 
@@ -152,19 +150,19 @@ def add_to_run(run: Path, params: Params, events: Iterable[Event]) -> None:
     """
     record = read_record(run)
     identity, run_hash = later_run(record, params, os.environ.get("DVC_EXP_NAME"))
-    views = open_views(params.runtime, identity, run_hash, "add")
-    views.write_missing(train_events(run.parent, record["step"]))
-    views.write_missing(valid_events(Path("dvc.lock"), identity.params, record["step"]))
+    trackers = open_trackers(params.runtime, identity, run_hash, "add")
+    trackers.write_missing(train_events(run, record["step"]))
+    trackers.write_missing(valid_events(Path("dvc.lock"), identity.params, record["step"]))
     for event in events:
-        views.write(event)
-    views.close("finished")
+        trackers.write(event)
+    trackers.close("finished")
 
 
 def later_run(record: Mapping[str, Any], params: Params, experiment: str | None) -> tuple[RunIdentity, str | None]:
     """Return identity and hash of the run that a later stage adds to, from the training's run.json."""
     training = identity_of(record)
     identity = later_identity(training, params, experiment)
-    return identity, record["aim_run_hash"] if identity is training else identity.key[:RUN_HASH_LENGTH]
+    return identity, record["aim_run_hash"] if identity is training else identity.own_hash
 
 
 def record_of(identity: RunIdentity, run_hash: str | None, aim_repo: str, step: int) -> dict[str, Any]:
@@ -177,11 +175,7 @@ def record_of(identity: RunIdentity, run_hash: str | None, aim_repo: str, step: 
         "tags": list(identity.tags),
         "fingerprint": identity.dvc.get("fingerprint"),
         "step": step,
-        "dvc": identity.dvc,
-        "env": identity.env,
-        "size": identity.size,
-        "params": identity.params,
-        "architecture": identity.architecture,
+        **identity.facts,
         "changes": identity.changes,
     }
 

@@ -2,16 +2,13 @@
 
 import csv
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 from dsv3.artifacts import read_json
 from dsv3.errors import UserError
-from dsv3.params.read import read_yaml
 from dsv3.tracking.events import Distribution, Event, Figure, Result, Row, Text
-from dsv3.tracking.metrics import METRICS, TABLES, Cell
+from dsv3.tracking.metrics import METRICS, TABLES, Cell, renamed
 
 HELDOUT = "heldout"
 SAMPLE = re.compile(
@@ -28,8 +25,9 @@ SPECULATION = re.compile(
 """The counts of drafts in the page's table, with speculative decoding."""
 
 
-def train_events(folder: Path, step: int) -> Iterator[Event]:
-    """Yield the rows and the result of the training in `folder`, which ended at `step`."""
+def train_events(run: Path, step: int) -> Iterator[Event]:
+    """Yield the rows and the result of the training whose run.json that is, which ended at `step`."""
+    folder = run.parent
     rows = [Row(table, cells) for table in TABLES for cells in read_table(folder / f"{table}.tsv")]
     yield from in_order(rows)
     yield from _result("train", folder, step)
@@ -43,9 +41,9 @@ def evaluate_events(metrics: Path, step: int) -> Iterator[Event]:
         yield Figure(figure.stem, figure, step, {"subset": HELDOUT})
     loads: dict[int, list[float]] = {}
     for row in read_table(folder / "expert_load.tsv"):
-        loads.setdefault(int(row["layer"]), []).append(float(row["load"]))
+        loads.setdefault(int(row["layer"]), []).append(float(row["load_share"]))
     for layer, heights in loads.items():
-        yield Distribution("load", heights, step, {"subset": HELDOUT, "layer": layer})
+        yield Distribution("load_share", heights, step, {"subset": HELDOUT, "layer": layer})
 
 
 def sample_events(page: Path, step: int) -> Iterator[Event]:
@@ -61,36 +59,6 @@ def sample_events(page: Path, step: int) -> Iterator[Event]:
             yield Text("sample", match["text"], step, {"prompt": match["prompt"], **number})
 
 
-def valid_events(lock_file: Path, params: Mapping[str, Any], step: int) -> Iterator[Event]:
-    """Yield what `evaluate` and `sample` left, where dvc.lock says that it was made from this model and `params`.
-
-    A dvc.lock that can't be read, such as one amid a merge, says nothing; it is DVC's to judge.
-    """
-    if not lock_file.is_file():
-        return
-    try:
-        found = list(_valid_places(read_yaml(lock_file)["stages"], params))
-    except (UserError, LookupError, TypeError, AttributeError):
-        return
-    for place, events in found:
-        yield from events(place, step)
-
-
-def _valid_places(
-    stages: Mapping[str, Any], params: Mapping[str, Any]
-) -> Iterator[tuple[Path, Callable[[Path, int], Iterator[Event]]]]:
-    """Yield what the later stages have made from the model and `params`, and what reads it."""
-    model = {out["path"]: out.get("md5") for out in stages.get("train", {}).get("outs", [])}
-    for stage, (name, events) in LATER_STAGES.items():
-        entry = stages.get(stage, {})
-        made_with = entry.get("params", {}).get("params.yaml", {})
-        sources = {dep["path"]: dep.get("md5") for dep in entry.get("deps", []) if dep["path"] in model}
-        places = [Path(out["path"]) for out in entry.get("outs", []) if Path(out["path"]).name == name]
-        is_valid = all(params.get(section) == value for section, value in made_with.items())
-        if is_valid and sources and sources.items() <= model.items():
-            yield from ((place, events) for place in places)
-
-
 def read_table(path: Path) -> list[dict[str, Cell]]:
     """Return the rows of a table that the recorder wrote, without their empty cells; none where there is no file."""
     if not path.is_file():
@@ -99,7 +67,7 @@ def read_table(path: Path) -> list[dict[str, Cell]]:
         rows = csv.DictReader(file, delimiter="\t")
         try:
             return [
-                {name: cell if METRICS[name].is_text else float(cell) for name, cell in row.items() if cell}
+                {name: cell if METRICS[name].is_text else float(cell) for name, cell in renamed(row).items() if cell}
                 for row in rows
             ]
         except (ValueError, KeyError, TypeError, csv.Error) as error:
@@ -115,9 +83,3 @@ def in_order(rows: Iterable[Row]) -> list[Row]:
 def _result(stage: str, folder: Path, step: int) -> Iterator[Event]:
     if (folder / "metrics.json").is_file():
         yield Result(stage, read_json(folder / "metrics.json"), step)
-
-
-LATER_STAGES = MappingProxyType(
-    {"evaluate": ("metrics.json", evaluate_events), "sample": ("samples.md", sample_events)}
-)
-"""Stages that add to a training's run: the name of the output to start from, and what reads it."""

@@ -10,9 +10,11 @@ from torch.utils.tensorboard import SummaryWriter
 from dsv3.markdown import escaped, table
 from dsv3.params.runtime import RuntimeParams
 from dsv3.tracking.events import Distribution, Event, Figure, Heatmap, Result, Row, Text, path_name
-from dsv3.tracking.identity import RunIdentity, project_root
+from dsv3.tracking.identity import RunIdentity
 from dsv3.tracking.loads import picture
-from dsv3.tracking.metrics import charted, curve_names
+from dsv3.tracking.metrics import curve_names
+from dsv3.tracking.places import tensorboard_folder
+from dsv3.tracking.stages import charted
 from dsv3.tracking.tracker import Mode
 
 
@@ -28,7 +30,7 @@ class TensorBoardTracker:
 
     def open(self, identity: RunIdentity, run_hash: str | None, mode: Mode) -> str | None:
         """Open the run's folder; TensorBoard gives no hashes."""
-        folder = project_root() / "runs" / f"{identity.name}-{identity.key[:8]}"
+        folder = tensorboard_folder(identity)
         if mode != "add":
             # event files can't be rewritten: points after the checkpoint would be drawn twice
             shutil.rmtree(folder, ignore_errors=True)

@@ -201,7 +201,7 @@ class IsolatedTracker:
         )
 
 
-class Views:
+class OpenTrackers:
     """The trackers of one run, opened; each is isolated from the failures of the others."""
 
     def __init__(
@@ -231,8 +231,8 @@ class Views:
             tracker.close(status)
 
 
-def open_views(runtime: RuntimeParams, identity: RunIdentity, run_hash: str | None, mode: Mode) -> Views:
+def open_trackers(runtime: RuntimeParams, identity: RunIdentity, run_hash: str | None, mode: Mode) -> OpenTrackers:
     """Open the trackers named in runtime.trackers, Aim first, for its hash names the run in the others."""
     names: tuple[TrackerName, ...] = get_args(TrackerName)
     named = [IsolatedTracker(name, partial(load_tracker, name, runtime)) for name in names if name in runtime.trackers]
-    return Views(named, identity, run_hash, mode)
+    return OpenTrackers(named, identity, run_hash, mode)

@@ -16,15 +16,16 @@ import numpy as np
 
 from dsv3.params.runtime import RuntimeParams
 from dsv3.tracking.events import Distribution, Event, Figure, Heatmap, Result, Row, Text, path_name
-from dsv3.tracking.identity import RunIdentity, project_root
+from dsv3.tracking.identity import RunIdentity
 from dsv3.tracking.loads import picture
-from dsv3.tracking.metrics import charted, curve_names
+from dsv3.tracking.metrics import curve_names
+from dsv3.tracking.places import PROJECT, trackio_folder
+from dsv3.tracking.stages import charted
 from dsv3.tracking.tracker import Mode
 
-PROJECT = "dsv3-lab"
 OPTIONS = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
 
-os.environ.setdefault("TRACKIO_DIR", str(project_root() / ".trackio"))  # read when it is imported
+os.environ["TRACKIO_DIR"] = str(trackio_folder())  # read when it is imported
 trackio: Any = importlib.import_module("trackio")  # an extra, which type checkers need not find
 
 
@@ -40,20 +41,12 @@ class TrackioTracker:
 
     def open(self, identity: RunIdentity, run_hash: str | None, mode: Mode) -> str | None:
         """Open the run; the name is ours, so no hash is returned."""
-        name = f"{identity.name}-{identity.key[:8]}"
+        name = identity.unique_name
         is_known = name in trackio.SQLiteStorage.get_runs(PROJECT)
         if is_known and mode != "add":
             trackio.SQLiteStorage.delete_run(PROJECT, name)  # rows can't be written twice: points would be drawn twice
         self.has_rows = is_known and mode == "add"
-        config = {
-            "title": identity.title,
-            "changes": identity.change_tags,
-            "params": identity.params,
-            "architecture": identity.architecture,
-            "dvc": identity.dvc,
-            "env": identity.env,
-            "size": identity.size,
-        }
+        config = {"title": identity.title, "changes": identity.change_tags, **identity.facts}
         begin = partial(trackio.init, PROJECT, name, identity.experiment, config=config, resume="allow", **OPTIONS)
         with contextlib.redirect_stdout(io.StringIO()):  # it introduces itself
             # In a context of its own: what trackio takes for the current run, it closes once more as the process ends.

@@ -1,9 +1,9 @@
 """Aim's interface with the comparisons that this project is for: `python -m dsv3.tracking.views`.
 
-A view is a bookmark of Aim: an explorer with a query, a grouping and a table. Bookmarks lie in the repository's
+A comparison is a bookmark of Aim: an explorer with a query, a grouping and a table. Bookmarks lie in the repository's
 database, which Aim creates when its interface starts; they are written through its own models before that. Each has a
-fixed id, so that writing twice makes no doubles and links stay. A view that a user has changed or deleted is left as it
-is. The text explorer has no bookmarks: its view is a link that holds the whole state.
+fixed id, so that writing twice makes no doubles and links stay. A bookmark that a user has changed or deleted is left
+as it is. The text explorer has no bookmarks: its comparison is a link that holds the whole state.
 """
 
 import base64
@@ -39,11 +39,11 @@ EVALUATED = f"run.{HELDOUT} > 0"
 
 
 @dataclass(frozen=True)
-class View:
-    """One bookmark."""
+class Bookmark:
+    """A comparison that Aim's interface keeps: an explorer and its state."""
 
     key: str
-    """What its id is made from; never change it, or a repository gets the view twice."""
+    """What its id is made from; never change it, or a repository gets the bookmark twice."""
 
     name: str
     description: str
@@ -52,12 +52,12 @@ class View:
 
     @property
     def id(self) -> str:
-        """The id of the explorer's state, and the end of the view's address."""
+        """The id of the explorer's state, and the end of the bookmark's address."""
         return str(uuid.uuid5(uuid.NAMESPACE_URL, f"dsv3-lab/views/{self.key}"))
 
     @property
-    def bookmark_id(self) -> str:
-        """The id of the bookmark that names it."""
+    def dashboard_id(self) -> str:
+        """The id of Aim's dashboard, which names it."""
         return str(uuid.uuid5(uuid.NAMESPACE_URL, f"dsv3-lab/views/{self.key}/dashboard"))
 
     @property
@@ -86,8 +86,8 @@ def table(*columns: str, charts: float = 0.6) -> dict[str, Any]:
     return {"hiddenColumns": sorted(hidden - set(columns)), "columnsOrder": order, "height": str(charts)}
 
 
-VIEWS = (
-    View(
+BOOKMARKS = (
+    Bookmark(
         key="loss",
         name="Loss by precision",
         description="Training and validation loss, in nats/token: a color per precision, a stroke per run",
@@ -98,7 +98,7 @@ VIEWS = (
             "table": table("context", HELDOUT, VALIDATION, SPEED),
         },
     ),
-    View(
+    Bookmark(
         key="cost",
         name="Held-out loss against cost",
         description="A point per evaluated run: nats/char of the held-out text over the seconds of the training",
@@ -109,7 +109,7 @@ VIEWS = (
             "table": table(HELDOUT, SECONDS, SPEED),
         },
     ),
-    View(
+    Bookmark(
         key="runs",
         name="Runs and their headline numbers",
         description="What each evaluated run changed, and what it reached",
@@ -122,7 +122,7 @@ VIEWS = (
             "table": table("description", HELDOUT, VALIDATION, SPEED, SECONDS, MAX_VIO, DEAD, "date", charts=0.4),
         },
     ),
-    View(
+    Bookmark(
         key="balance",
         name="Expert balance by layer",
         description="MaxVio: load of the busiest expert over the mean load, minus one; 0 is perfect balance",
@@ -133,7 +133,7 @@ VIEWS = (
             "table": table(MAX_VIO, DEAD),
         },
     ),
-    View(
+    Bookmark(
         key="loads",
         name="Expert load over time",
         description="A map per validation, of layers and experts. White: mean load, blue: none, orange: twice the mean",
@@ -145,7 +145,7 @@ VIEWS = (
             "table": {**table(), "resizeMode": "hide"},
         },
     ),
-    View(
+    Bookmark(
         key="figures",
         name="Expert load and loss by position",
         description="Figures of the held-out text, a row per run",
@@ -180,8 +180,8 @@ def encoded(state: Mapping[str, Any]) -> str:
     return "O-" + base64.urlsafe_b64encode(text.encode("ascii")).decode("ascii").rstrip("=")
 
 
-def write_views(repository: Path) -> None:
-    """Write the views into the Aim repository, a folder `.aim`; those that a user changed or deleted stay so."""
+def write_bookmarks(repository: Path) -> None:
+    """Write the bookmarks into the Aim repository, a folder `.aim`; those that a user changed or deleted stay so."""
     from aim.cli.utils import build_db_upgrade_command, exec_cmd
     from aim.web.configs import AIM_UI_MOUNTED_REPO_PATH
 
@@ -192,10 +192,10 @@ def write_views(repository: Path) -> None:
     from aim.web.api.db import get_contexted_session
 
     with get_contexted_session() as session:
-        for view in VIEWS:
-            write_row(session, Dashboard(view.name, view.description), {"uuid": view.bookmark_id})
-            state = {"uuid": view.id, "type": view.explorer, "state": json.dumps(view.state)}
-            write_row(session, ExploreState(), {**state, "dashboard_id": view.bookmark_id})
+        for bookmark in BOOKMARKS:
+            write_row(session, Dashboard(bookmark.name, bookmark.description), {"uuid": bookmark.dashboard_id})
+            state = {"uuid": bookmark.id, "type": bookmark.explorer, "state": json.dumps(bookmark.state)}
+            write_row(session, ExploreState(), {**state, "dashboard_id": bookmark.dashboard_id})
         session.commit()
 
 
@@ -241,8 +241,8 @@ def check_port(port: int) -> None:
 
 
 def address_lines(address: str) -> list[str]:
-    """Return where the views are, a line each."""
-    pages = {view.name: view.path for view in VIEWS} | {"Samples side by side": samples_path()}
+    """Return where the bookmarks are, a line each."""
+    pages = {bookmark.name: bookmark.path for bookmark in BOOKMARKS} | {"Samples side by side": samples_path()}
     return [f"All views: {address}/bookmarks", *(f"  {name}: {address}{path}" for name, path in pages.items())]
 
 
@@ -257,7 +257,7 @@ def main(
     if serve:
         check_port(port)
     try:
-        write_views(repository)
+        write_bookmarks(repository)
     except ImportError as error:
         raise UserError(f"Aim can't be imported ({error}); {remedy('aim')}") from None
     for line in address_lines(f"http://{HOST}:{port}"):

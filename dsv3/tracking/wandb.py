@@ -12,9 +12,14 @@ from dsv3.tracking.events import Distribution, Event, Figure, Heatmap, Result, R
 from dsv3.tracking.identity import RunIdentity, project_root
 from dsv3.tracking.loads import picture
 from dsv3.tracking.metrics import curve_names
+from dsv3.tracking.places import PROJECT, wandb_folders, wandb_id
 from dsv3.tracking.tracker import Mode
 
 wandb: Any = importlib.import_module("wandb")  # an extra, which type checkers need not find
+
+
+OFFLINE = ("offline", "dryrun")
+"""Modes in which W&B asks no server, so that it knows no run as resumed."""
 
 
 def tracker(runtime: RuntimeParams) -> "WandbTracker":
@@ -30,24 +35,19 @@ class WandbTracker:
 
     def open(self, identity: RunIdentity, run_hash: str | None, mode: Mode) -> str | None:
         """Create the run or go on with the one of the same id; the ids are ours, so no hash is returned."""
+        is_here = bool(wandb_folders(identity, run_hash))
         self._run = wandb.init(
-            project="dsv3-lab",
+            project=PROJECT,
             dir=str(project_root()),
-            id=run_hash or identity.key[:24],
+            id=wandb_id(identity, run_hash),
             name=identity.title,
             notes=", ".join(map(escaped, identity.change_tags)),  # Markdown
             group=identity.experiment,
             tags=list(identity.tags),
             resume="allow",
-            config={
-                "params": identity.params,
-                "architecture": identity.architecture,
-                "dvc": identity.dvc,
-                "env": identity.env,
-                "size": identity.size,
-            },
+            config=identity.facts,
         )
-        self.has_rows = bool(self._run.resumed)
+        self.has_rows = bool(self._run.resumed) or (is_here and self._run.settings.mode in OFFLINE)
         # our own x axis: W&B's counter refuses rows of an earlier step, which a resumed run has
         self._run.define_metric("*", step_metric="step")
 

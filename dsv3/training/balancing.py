@@ -77,7 +77,7 @@ def router_rows(
             "step": step,
             "layer": layer,
             **{name: column[index].item() for name, column in columns.items()},
-            "loads": " ".join(f"{share:.4f}" for share in share_LE[index]),
+            "load_shares": " ".join(f"{share:.4f}" for share in share_LE[index]),
         }
         for index, (layer, _) in enumerate(routers)
     ]

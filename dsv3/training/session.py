@@ -247,7 +247,7 @@ def start_recorder(
     data = {**plan.meta, "corpus": {**plan.meta.get("corpus", {}), **outputs.manifest}}
     architecture = read_json(Path(plan.params.model.config))
     identity = run_identity(plan.params, fingerprint.digest, architecture, data, plan.size, asdict(chosen))
-    identity = replace(identity, plan=plan.summary())
+    identity = replace(identity, plan_summary=plan.summary())
     return open_recorder(outputs.results, plan.params.runtime, identity, run_hash)
 
 

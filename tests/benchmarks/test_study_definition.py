@@ -71,10 +71,11 @@ def test_a_run_is_named_and_flagged_by_study_variant_and_seed():
     assert len(names) == len(study.variants) * len(study.seeds)
     assert list(names)[: len(study.variants)] == [f"ablations-{variant}-1337" for variant in study.variants]
     flags = run_flags("ablations", study, "kv-rank-32", 1338)
-    assert flags[::2] == ["-S"] * 5
+    assert flags[::2] == ["-S"] * 6
     assert flags[1::2] == [
         "seed=1338",
         "runtime.experiment=ablations",
+        "train.weight_decay=0.1",
         "train.num_train_epochs=1.0",
         "sample.max_new_tokens=8",
         "mini_model/config_nano.json:kv_lora_rank=32",

@@ -8,7 +8,7 @@ from benchmarks.studies.results import checked_with_dvc, read_results
 from dsv3.errors import UserError
 from dsv3.tracking.events import Result, Row
 from dsv3.tracking.identity import RunIdentity
-from dsv3.tracking.tracker import IsolatedTracker, Views
+from dsv3.tracking.tracker import IsolatedTracker, OpenTrackers
 from tests.benchmarks.studies_made_up import RESULT
 
 NAMES = {"study-base-1": ("base", 1), "study-other-1": ("other", 1)}
@@ -30,18 +30,20 @@ def record(root, name: str, experiment: str = "study", score: float = 1.5, statu
         size={"parameters_total": 9, "parameters_active": 5},
         key="f" * 64,
     )
-    views = Views([IsolatedTracker("aim", lambda: AimTracker(str(root)))], identity, None, "train")
+    trackers = OpenTrackers([IsolatedTracker("aim", lambda: AimTracker(str(root)))], identity, None, "train")
     for step, loss in ((10, 5.0), (20, 4.5)):
-        views.write(Row("history", {"step": step, "loss": loss}))
-        views.write(Row("router", {"step": step, "layer": 1, "max_vio": 4.0 / step}))
-        views.write(Row("router", {"step": step, "layer": 2, "max_vio": 6.0 / step}))
-    views.write(Row("validation", {"step": 20, "loss": 4.25}))
+        trackers.write(Row("history", {"step": step, "loss": loss}))
+        trackers.write(Row("router", {"step": step, "layer": 1, "max_vio": 4.0 / step}))
+        trackers.write(Row("router", {"step": step, "layer": 2, "max_vio": 6.0 / step}))
+    trackers.write(Row("validation", {"step": 20, "loss": 4.25}))
     chosen = {"precision": "fp32", "experts": "cpu", "device": "cpu"}
     train = {"step": 20, "tokens_seen": 40, "tokens_per_s": 7.0, "validation": {"loss": 4.25}, **chosen}
-    views.write(Result("train", train, 20))
+    trackers.write(Result("train", train, 20))
     heldout = dict.fromkeys(("nats_per_token", "perplexity", "bits_per_byte"), 2.0) | {"nats_per_char": score}
-    views.write(Result("evaluate", {"heldout": heldout, "router": {"max_vio_global_max": 0.75, "dead_experts": 1}}, 20))
-    views.close(status)
+    trackers.write(
+        Result("evaluate", {"heldout": heldout, "router": {"max_vio_global_max": 0.75, "dead_experts": 1}}, 20)
+    )
+    trackers.close(status)
 
 
 def test_the_finished_runs_of_the_study_are_read_and_the_latest_of_a_name_counts(tmp_path):

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from dsv3.tracking.views import HOST, VIEWS, samples_path
+from dsv3.tracking.views import BOOKMARKS, HOST, samples_path
 from tests.browser.pages import CHROMIUM, DRIVER, Pages, browser, interface
 from tests.pipeline.laboratory import Laboratory
 
 pytestmark = pytest.mark.browser
 
-PATHS = {view.key: view.path for view in VIEWS} | {"samples": samples_path()}
+PATHS = {view.key: view.path for view in BOOKMARKS} | {"samples": samples_path()}
 MARKS = {
     "loss": ".LineChart path.Line",
     "cost": ".ScatterPlot circle.Circle",
@@ -91,11 +91,11 @@ def test_the_table_of_runs_names_them_and_says_what_differs(pages: Pages, names:
 
 @pytest.mark.parametrize(
     ("path", "titles", "count"),
-    [("/bookmarks", "h3", len(VIEWS)), ("/", ".DashboardBookmarks__list__ListItem__Text", 5)],
+    [("/bookmarks", "h3", len(BOOKMARKS)), ("/", ".DashboardBookmarks__list__ListItem__Text", 5)],
 )
 def test_the_prepared_views_are_there_when_aim_opens(pages: Pages, path: str, titles: str, count: int):
     pages.open(path)
-    expected = [view.name for view in VIEWS[:count]]
+    expected = [view.name for view in BOOKMARKS[:count]]
     pages.wait(lambda: set(expected) <= set(pages.texts(titles)), "bookmarks")
     assert [text for text in pages.texts(titles) if text in expected] == expected
 

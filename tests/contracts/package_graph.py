@@ -1,6 +1,6 @@
-"""The picture of the packages in docs/architecture.md, drawn from the imports of the code.
+"""The picture of the packages in docs/architecture.md, and what it leaves out, from the imports of the code.
 
-`python -m tests.contracts.package_graph` draws it again; a test compares.
+`python -m tests.contracts.package_graph` writes both again; a test compares.
 """
 
 import re
@@ -12,6 +12,7 @@ from tests.contracts.import_closure import ROOT
 
 PAGE = ROOT / "docs/architecture.md"
 BLOCK = re.compile(r"(?<=```mermaid\n)flowchart TD\n.*?(?=```)", flags=re.DOTALL)
+LEFT_OUT = re.compile(r"(?<=left out, and so are\n).*?(?=, which everyone may import)", flags=re.DOTALL)
 EVERYWHERE = {"dsv3.errors", "dsv3.artifacts", "dsv3.cli", "dsv3.markdown", "dsv3.progress", "dsv3.dependencies"}
 """Imported by nearly every package: their arrows would hide the others."""
 
@@ -48,5 +49,16 @@ def picture() -> str:
     return "\n".join(["flowchart TD", *lines, ""]).replace("dsv3.", "")
 
 
+def names_left_out() -> str:
+    """Return the modules that the picture leaves out as the page lists them."""
+    *names, last = (f"`{name.removeprefix('dsv3.')}`" for name in sorted(EVERYWHERE))
+    return f"{', '.join(names)} and {last}"
+
+
+def refreshed(page: str) -> str:
+    """Return the page with the picture, and the list of what it leaves out, as they are now."""
+    return LEFT_OUT.sub(names_left_out(), BLOCK.sub(picture(), page, count=1), count=1)
+
+
 if __name__ == "__main__":
-    PAGE.write_text(BLOCK.sub(picture(), PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(refreshed(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -15,7 +15,7 @@ from dsv3.params.read import read_params
 from tests.committed import PROJECT
 from tests.contracts import tour
 from tests.contracts.import_closure import ROOT
-from tests.contracts.package_graph import picture
+from tests.contracts.package_graph import names_left_out, picture
 from tests.contracts.test_tree import TEXTS
 
 PAGES = sorted(name for name in TEXTS if name.endswith(".md"))
@@ -168,6 +168,11 @@ def test_the_readme_starts_with_two_commands():
 
 def test_the_picture_of_the_packages_is_that_of_their_imports():
     assert picture() in TEXTS["docs/architecture.md"], "python -m tests.contracts.package_graph draws it again"
+
+
+def test_the_modules_that_the_picture_leaves_out_are_named_beside_it():
+    sentence = f"left out, and so are\n{names_left_out()}, which everyone may import."
+    assert sentence in TEXTS["docs/architecture.md"], "python -m tests.contracts.package_graph lists them again"
 
 
 def test_the_tour_shows_what_the_commands_print_of_the_runs_that_it_recorded():

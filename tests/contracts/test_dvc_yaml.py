@@ -14,6 +14,7 @@ from dsv3.dependencies import ROOT, dependencies
 from dsv3.fp8.recipe import Recipe
 from dsv3.params.read import Params
 from dsv3.tracking.metrics import HEADLINE
+from dsv3.tracking.stages import SHOWN
 from tests.committed import PROJECT, committed_text
 
 PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
@@ -115,11 +116,23 @@ def test_every_stage_says_what_it_does(name: str):
 
 def test_dvcs_metrics_are_the_headline_numbers_and_every_stage_keeps_all_of_its_numbers_beside_them():
     metrics = {name: paths_of(stage["metrics"]) for name, stage in STAGES.items() if "metrics" in stage}
-    assert metrics == {name: {f"results/{name}/headline.json"} for name in ("estimate_size", "train", "evaluate")}
+    assert metrics == {name: {f"results/{name}/headline.json"} for name in metrics}
     assert all(f"results/{name}/metrics.json" in STAGES[name]["outs"] for name in metrics)
     numbers = [json.loads(committed_text(path)) for paths in metrics.values() for path in paths]
     assert sorted(key for each in numbers for key in each) == sorted(HEADLINE)
     assert len(HEADLINE) <= 8 and max(map(len, HEADLINE)) <= 12  # the table of `dvc exp show` fits a terminal
+
+
+def test_what_is_shown_is_of_stages_and_read_from_their_outputs():
+    assert set(SHOWN) <= set(NAMES), "dsv3/tracking/stages.py has a row for what is no stage"
+    for name, shown in SHOWN.items():
+        outputs = [path for path in paths_of(STAGES[name]["outs"]) if path.rpartition("/")[2] == shown.output]
+        assert len(outputs) == 1, f"{name}: {shown.output}"
+    assert [
+        name
+        for name, shown in SHOWN.items()
+        if shown.lines and f"results/{name}/metrics.json" not in outputs_of(STAGES[name])
+    ] == []
 
 
 def test_only_metrics_and_plots_stay_out_of_the_cache():

@@ -17,7 +17,7 @@ import typer
 
 from dsv3.comparison import Run, comparison, read_runs
 from dsv3.report import results_rows, stage_outputs, table
-from dsv3.tracking.views import HOST, VIEWS, address_lines
+from dsv3.tracking.views import BOOKMARKS, HOST, address_lines
 from tests.browser.pages import browser, interface
 from tests.contracts.import_closure import ROOT
 
@@ -130,7 +130,7 @@ def take_picture(clone: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with interface(clone, environment, PORT) as address, browser(address, PICTURE.parent) as pages:
         pages.wait_until_indexed(2)
-        pages.open(VIEWS[0].path)
+        pages.open(BOOKMARKS[0].path)
         pages.wait(lambda: len(pages.attributes(".LineChart path.Line", "1")) == 4, "curves")
         pages.save(PICTURE.stem)
 

@@ -20,7 +20,7 @@ TABLES = {
     "results/train/router.tsv": "step\tlayer\tmax_vio_batch\n10\t1\t0.5\n10\t2\t0.7\n20\t1\t0.3\n20\t2\t0.4\n",
     "results/train/fp8.tsv": "step\tmodule\toperand\trelative_error\n10\ta\tinput\t0.02\n10\ta\tgradient\t0.03\n",
     "results/evaluate/loss_by_position.tsv": "position\tloss\n0\t4\n1\t3\n",
-    "results/evaluate/expert_load.tsv": "layer\texpert\tload\n1\t0\t0.6\n1\t1\t0.4\n2\t0\t0.5\n2\t1\t0.5\n",
+    "results/evaluate/expert_load.tsv": "layer\texpert\tload_share\n1\t0\t0.6\n1\t1\t0.4\n2\t0\t0.5\n2\t1\t0.5\n",
 }
 NUM_PLOTS = len(TABLES) + 2  # and the two of several tables
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -7,7 +7,7 @@ import pytest
 
 from dsv3.errors import UserError
 from dsv3.tracking.events import Result
-from dsv3.tracking.tracker import Views
+from dsv3.tracking.tracker import OpenTrackers
 from stages import sample
 from tests.exported_model import edit_json, run_without_home, set_params, write_exported
 
@@ -91,7 +91,7 @@ def test_speculation_changes_the_greedy_page_by_one_line_and_says_how_the_drafts
     prepared, tmp_path, capsys, monkeypatch
 ):
     shown = []
-    monkeypatch.setattr(Views, "write", lambda self, event: shown.append(event))
+    monkeypatch.setattr(OpenTrackers, "write", lambda self, event: shown.append(event))
     shutil.copytree(prepared, tmp_path / "copy")
     pages = []
     for is_speculative in (False, True):

@@ -173,7 +173,7 @@ def test_later_stages_add_their_results_to_the_same_run(trained, project, runtim
         Result("evaluate", {"test": SCORES, "heldout": {**SCORES, "nats_per_char": 1.6}}, 30),
         Text("sample", "To be\nor not", 30, {"prompt": "To be"}),
         Figure("expert_load", tmp_path / "load.png", 30),
-        Distribution("load", [3, 1, 2], 30, {"layer": 1}),
+        Distribution("load_share", [3, 1, 2], 30, {"layer": 1}),
     ]
     add_to_run(trained, params.model_copy(update={"runtime": runtime}), events)
     (run,) = indexed(project).iter_runs()
@@ -186,7 +186,7 @@ def test_later_stages_add_their_results_to_the_same_run(trained, project, runtim
     assert text.values.sparse_list()[1][0].data == "To be\nor not"
     image = run.get_image_sequence("expert_load", Context({}))
     assert image.values.sparse_list()[1][0].size == (4, 3)
-    load = run.get_distribution_sequence("load", Context({"layer": 1})).values.sparse_list()[1][0]
+    load = run.get_distribution_sequence("load_share", Context({"layer": 1})).values.sparse_list()[1][0]
     assert load.weights.tolist() == [3, 1, 2]
     assert list(load.range) == [0, 3]
 
@@ -229,7 +229,7 @@ def test_the_log_begins_with_the_plan_and_ends_with_why_the_training_stopped(
     project, identity, runtime, indexed, monkeypatch
 ):
     monkeypatch.setenv("DVC_STAGE", "train")
-    planned = replace(identity, plan="model  <b>.json\nsteps  30")
+    planned = replace(identity, plan_summary="model  <b>.json\nsteps  30")
     first = open_recorder(project / "results", runtime, planned)
     print("step 10: validation 2.7")
     first.show(LastLine("stopped after step 12 of 30, saved"))

@@ -11,14 +11,14 @@ from dsv3.tracking.tracker import load_tracker
 
 
 def router_row(step, layer, loads):
-    return Row("router", {"step": step, "layer": layer, "max_vio": 0.5, "loads": loads})
+    return Row("router", {"step": step, "layer": layer, "max_vio": 0.5, "load_shares": loads})
 
 
 def test_each_layers_load_is_a_distribution_and_a_validation_shows_the_last_ones_of_all_layers():
     loads = ExpertLoads()
     assert list(loads.events(Row("validation", {"step": 5, "loss": 4.0}))) == []
     (first,) = loads.events(router_row(10, 2, "0.1000 0.9000"))
-    assert first == Distribution("load", [0.1, 0.9], 10, {"subset": "train", "layer": 2})
+    assert first == Distribution("load_share", [0.1, 0.9], 10, {"subset": "train", "layer": 2})
     list(loads.events(router_row(10, 1, "0.5000 0.5000")))
     (shown,) = loads.events(Row("validation", {"step": 12, "loss": 4.0}))
     assert isinstance(shown, Heatmap)
@@ -49,7 +49,7 @@ def test_a_rebuild_shows_the_loads_that_the_training_showed(project, identity, p
     def shown():
         (run,) = indexed(project).iter_runs()
         maps = run.get_image_sequence("load_map", aim_context({"subset": "train"}))
-        loads = run.get_distribution_sequence("load", aim_context({"subset": "train", "layer": 1}))
+        loads = run.get_distribution_sequence("load_share", aim_context({"subset": "train", "layer": 1}))
         return [sequence.values.sparse_list()[0] for sequence in (maps, loads)], loads.values.sparse_list()[1][
             0
         ].weights
@@ -64,6 +64,6 @@ def test_a_rebuild_shows_the_loads_that_the_training_showed(project, identity, p
 
 def test_tables_are_shown_again_in_the_order_in_which_they_were_written(tmp_path):
     (tmp_path / "validation.tsv").write_text("step\tloss\n10\t4\n20\t3\n")
-    (tmp_path / "router.tsv").write_text("step\tlayer\tloads\n10\t1\t0.5 0.5\n20\t1\t0.2 0.8\n")
-    written = [(row.table, row.cells["step"]) for row in train_events(tmp_path, 20)]
+    (tmp_path / "router.tsv").write_text("step\tlayer\tload_shares\n10\t1\t0.5 0.5\n20\t1\t0.2 0.8\n")
+    written = [(row.table, row.cells["step"]) for row in train_events(tmp_path / "run.json", 20)]
     assert written == [("router", 10), ("validation", 10), ("router", 20), ("validation", 20)]

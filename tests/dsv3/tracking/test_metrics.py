@@ -1,6 +1,7 @@
 import pytest
 
-from dsv3.tracking.metrics import CHARTS, METRICS, TABLES, charted, curve_names, place, unknown_names
+from dsv3.tracking.metrics import METRICS, TABLES, curve_names, place, unknown_names
+from dsv3.tracking.stages import SHOWN, charted
 
 
 def test_every_metric_says_what_it_is_and_names_carry_their_units():
@@ -25,7 +26,7 @@ def test_index_columns_are_metrics_and_come_first_in_a_table():
 
 
 def test_a_name_stands_in_index_columns_only():
-    texts = {name for name, metric in METRICS.items() if metric.is_text} - {"loads"}  # several numbers
+    texts = {name for name, metric in METRICS.items() if metric.is_text} - {"load_shares"}  # several numbers
     assert texts == {"module", "operand"} == set(TABLES["fp8"].index[1:])
 
 
@@ -42,11 +43,11 @@ def test_a_rows_place_is_its_index_without_the_step_and_is_part_of_its_curves_na
 def test_no_two_tables_of_curves_share_subset_and_index():
     keys = [(table.subset, table.index) for table in TABLES.values()]
     assert len(set(keys)) == len(keys)
-    assert TABLES["validation"].subset == CHARTS["evaluate"]["validation"][0]
+    assert TABLES["validation"].subset == SHOWN["evaluate"].charts["validation"][0]
 
 
 def test_only_metrics_are_charted_and_what_a_stage_lacks_is_left_out():
-    names = {name for sections in CHARTS.values() for _, names in sections.values() for name in names}
+    names = {name for shown in SHOWN.values() for _, names in shown.charts.values() for name in names}
     assert names <= set(METRICS)
     row = {"mtp_acceptance": 0.6, "nats_per_token": 2.0, "tokens": 10}
     assert charted("evaluate", {"mtp": {"depth_1": row}}) == [("heldout", "mtp_acceptance", 0.6)]

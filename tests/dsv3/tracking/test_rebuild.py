@@ -41,7 +41,7 @@ def results(project, identity, params):
     write_json(folder / "train" / "metrics.json", {"loss": 3.5})
     recorder.close("finished")
     write_json(folder / "evaluate" / "metrics.json", {"heldout": SCORES})
-    (folder / "evaluate" / "expert_load.tsv").write_text("layer\texpert\tload\n1\t0\t0.25\n1\t1\t0.75\n")
+    (folder / "evaluate" / "expert_load.tsv").write_text("layer\texpert\tload_share\n1\t0\t0.25\n1\t1\t0.75\n")
     (project / "samples.md").write_text(PAGE)
     return folder
 
@@ -63,7 +63,7 @@ def test_a_lost_run_is_built_again_from_its_results(project, results, params, in
     operand = Context({"subset": "train", "module": "model", "operand": "weight"})
     assert run.get_metric("nonzero_grad_share", operand) is not None
     assert run.get_metric("nats_per_char", Context({"subset": "heldout", "stage": "evaluate"})) is not None
-    load = run.get_distribution_sequence("load", Context({"subset": "heldout", "layer": 1}))
+    load = run.get_distribution_sequence("load_share", Context({"subset": "heldout", "layer": 1}))
     assert load.values.sparse_list()[1][0].weights.tolist() == [0.25, 0.75]
     text = run.get_text_sequence("sample", Context({"prompt": "To be"}))
     assert text.values.sparse_list()[1][0].data == "To be or"

@@ -17,7 +17,7 @@ import pytest
 from dsv3.params.runtime import TrackerName
 from dsv3.tracking.events import Row, Text
 from dsv3.tracking.recorder import Recorder, identity_of, open_recorder
-from dsv3.tracking.tracker import IsolatedTracker, Views, remedy
+from dsv3.tracking.tracker import IsolatedTracker, OpenTrackers, remedy
 
 ROOT = Path(__file__).parents[3]
 
@@ -47,14 +47,14 @@ class Memory:
         return [call[1] for call in self.calls if call[0] == "write" and isinstance(call[1], Row)]
 
 
-def views_of(identity, *trackers) -> Views:
-    return Views(
+def trackers_of(identity, *trackers) -> OpenTrackers:
+    return OpenTrackers(
         [IsolatedTracker("aim", lambda tracker=tracker: tracker) for tracker in trackers], identity, None, "train"
     )
 
 
 def recorder_of(directory: Path, identity, *trackers) -> Recorder:
-    return Recorder(directory, identity, views_of(identity, *trackers))
+    return Recorder(directory, identity, trackers_of(identity, *trackers))
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -228,14 +228,22 @@ def test_a_tracker_is_freed_in_its_own_thread(tmp_path, identity):
     threads: list[threading.Thread] = []
     made = [Freed()]
     made[0].itself = made[0]  # a cycle, as Aim's objects are
-    views = Views([IsolatedTracker("aim", made.pop)], identity, None, "train")
-    views.close("finished")
+    trackers = OpenTrackers([IsolatedTracker("aim", made.pop)], identity, None, "train")
+    trackers.close("finished")
     assert len(threads) == 1 and threads[0] is not threading.main_thread()
+
+
+def test_an_older_checkpoints_rows_are_kept_under_the_names_of_today(tmp_path, identity):
+    tracker = Memory()
+    recorder = recorder_of(tmp_path, identity, tracker)
+    recorder.restore({"router": [{"step": 10, "layer": 1, "loads": "0.5 0.5"}]})
+    assert table(tmp_path / "router.tsv") == [{"step": "10", "layer": "1", "load_shares": "0.5 0.5"}]
+    assert [row.cells for row in tracker.rows()] == [{"step": 10, "layer": 1, "load_shares": "0.5 0.5"}]
 
 
 def test_trackers_are_closed_where_the_tables_cannot_be_written(tmp_path, identity, params, monkeypatch):
     tracker = Memory()
-    monkeypatch.setattr("dsv3.tracking.recorder.open_views", lambda *_: views_of(identity, tracker))
+    monkeypatch.setattr("dsv3.tracking.recorder.open_trackers", lambda *_: trackers_of(identity, tracker))
     monkeypatch.setattr(Recorder, "write_tables", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         open_recorder(tmp_path, params.runtime, identity)

@@ -3,8 +3,9 @@ import pytest
 from dsv3.artifacts import write_json
 from dsv3.generation.sampling import Sample, markdown
 from dsv3.generation.speculative import DraftCounts
-from dsv3.tracking.events import Event, Result, Text
-from dsv3.tracking.results import evaluate_events, sample_events, train_events, valid_events
+from dsv3.tracking.events import Distribution, Event, Result, Row, Text
+from dsv3.tracking.results import evaluate_events, sample_events, train_events
+from dsv3.tracking.stages import valid_events
 
 RECORD = {"name": "run", "experiment": "nano", "dvc": {}}
 
@@ -32,10 +33,20 @@ def test_a_page_says_how_many_drafts_were_accepted_and_a_text_does_not(tmp_path,
 
 def test_stages_that_did_not_run_have_no_events(tmp_path):
     assert not [
-        *train_events(tmp_path, 1),
+        *train_events(tmp_path / "run.json", 1),
         *evaluate_events(tmp_path / "metrics.json", 1),
         *sample_events(tmp_path / "page.md", 1),
     ]
+
+
+def test_columns_of_older_results_are_shown_under_the_names_of_today(tmp_path):
+    (tmp_path / "router.tsv").write_text("step\tlayer\tloads\n10\t1\t0.5 0.5\n")
+    (tmp_path / "expert_load.tsv").write_text("layer\texpert\tload\n1\t0\t0.25\n1\t1\t0.75\n")
+    assert list(train_events(tmp_path / "run.json", 10)) == [
+        Row("router", {"step": 10, "layer": 1, "load_shares": "0.5 0.5"})
+    ]
+    (shown,) = evaluate_events(tmp_path / "metrics.json", 10)
+    assert shown == Distribution("load_share", [0.25, 0.75], 10, {"subset": "heldout", "layer": 1})
 
 
 def test_what_another_stage_left_counts_only_if_made_from_this_model_with_these_parameters(tmp_path):

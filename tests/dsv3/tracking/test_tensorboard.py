@@ -79,14 +79,14 @@ def test_later_stages_add_to_the_same_folder(bare_project, identity, runtime, pa
         Result("evaluate", {"test": SCORES}, 10),
         Text("sample", "To be", 10, {"prompt": "To"}),
         Figure("expert_load", tmp_path / "load.png", 10),
-        Distribution("load", [3, 1], 10, {"layer": 1}),
+        Distribution("load_share", [3, 1], 10, {"layer": 1}),
     ]
     add_to_run(bare_project / "results" / "run.json", params.model_copy(update={"runtime": runtime}), shown)
     found = events(bare_project)
     assert [event.value for event in found.Scalars("evaluate/test/nats_per_char")] == [1.5]
     assert [event.value for event in found.Scalars("train/loss")] == [4.0]
     assert found.Images("expert_load")[0].width == 4
-    assert list(found.Histograms("load/1")[0].histogram_value.bucket) == [3.0, 1.0]
+    assert list(found.Histograms("load_share/1")[0].histogram_value.bucket) == [3.0, 1.0]
 
 
 def test_an_evaluation_with_other_parameters_has_a_folder_of_its_own_with_the_trainings_curves(

@@ -82,7 +82,7 @@ def test_a_training_that_goes_on_begins_the_run_anew_and_later_stages_find_it_ag
     events = [
         Result("evaluate", {"test": {"nats_per_char": 1.5}}, 10),
         Text("sample", "To be\nor", 10, {"prompt": "To"}),
-        Distribution("load", [0.25, 0.75], 10, {"layer": 1}),
+        Distribution("load_share", [0.25, 0.75], 10, {"layer": 1}),
     ]
     add_to_run(bare_project / "results" / "run.json", params.model_copy(update={"runtime": runtime}), events)
     ((_, later),) = trackio.runs.values()
@@ -90,7 +90,7 @@ def test_a_training_that_goes_on_begins_the_run_anew_and_later_stages_find_it_ag
     assert [row for _, row in later.rows[:3]] == [
         {"evaluate/test/nats_per_char": 1.5},
         {"sample/To": ("text", "    To be\n    or")},
-        {"load/1": ("histogram", [0.25, 0.75], [0, 1, 2])},
+        {"load_share/1": ("histogram", [0.25, 0.75], [0, 1, 2])},
     ]
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from dsv3.errors import UserError
-from dsv3.tracking.views import HOST, VIEWS, check_port, main, samples_path, tracked_runs
+from dsv3.tracking.views import BOOKMARKS, HOST, check_port, main, samples_path, tracked_runs
 from tests.committed import ROOT
 
-BOOKMARKS = "SELECT name, state, type FROM dashboards JOIN explore_states ON dashboards.uuid = dashboard_id"
-VISIBLE = f"{BOOKMARKS} WHERE NOT dashboards.is_archived ORDER BY dashboards.updated_at"
+STORED = "SELECT name, state, type FROM dashboards JOIN explore_states ON dashboards.uuid = dashboard_id"
+VISIBLE = f"{STORED} WHERE NOT dashboards.is_archived ORDER BY dashboards.updated_at"
 
 
 def write(project: Path) -> list[str]:
@@ -34,19 +34,22 @@ def database(project: Path, statement: str, *values: str) -> list[tuple[str, ...
 
 def test_the_views_are_bookmarks_of_aim_and_writing_them_twice_makes_no_doubles(project):
     lines = write(project)
-    assert [line.partition(": ")[0].strip() for line in lines[1:]] == [*(v.name for v in VIEWS), "Samples side by side"]
-    assert lines[1].endswith(f"http://{HOST}:43800{VIEWS[0].path}")
+    assert [line.partition(": ")[0].strip() for line in lines[1:]] == [
+        *(v.name for v in BOOKMARKS),
+        "Samples side by side",
+    ]
+    assert lines[1].endswith(f"http://{HOST}:43800{BOOKMARKS[0].path}")
     assert write(project) == lines
-    expected = [(view.name, json.dumps(view.state), view.explorer) for view in VIEWS]
+    expected = [(view.name, json.dumps(view.state), view.explorer) for view in BOOKMARKS]
     assert database(project, VISIBLE) == expected
 
 
 def test_a_view_that_a_user_changed_or_deleted_stays_so_and_so_does_his_own(project):
     write(project)
-    changed, deleted, older, *_ = VIEWS
+    changed, deleted, older, *_ = BOOKMARKS
     now = "updated_at = '2030-01-01 00:00:00.000000'"
     database(project, f"UPDATE explore_states SET state = '{{}}', {now} WHERE uuid = ?", changed.id)
-    database(project, f"UPDATE dashboards SET is_archived = 1, {now} WHERE uuid = ?", deleted.bookmark_id)
+    database(project, f"UPDATE dashboards SET is_archived = 1, {now} WHERE uuid = ?", deleted.dashboard_id)
     database(project, "UPDATE explore_states SET state = '{}' WHERE uuid = ?", older.id)
     database(
         project, "INSERT INTO dashboards SELECT 'own', 'Own', '', created_at, updated_at, 0 FROM dashboards LIMIT 1"

@@ -68,7 +68,7 @@ def test_a_row_per_layer_says_what_its_experts_got():
         "dead_experts": 2,
         "bias_min": -0.5,
         "bias_max": 0.25,
-        "loads": "0.7500 0.2500 0.0000 0.0000",
+        "load_shares": "0.7500 0.2500 0.0000 0.0000",
     }
     assert second["dead_experts"] == 0
     assert second["layer"] == 2

@@ -1,0 +1,164 @@
+"""What each stage shows, of which trackers and the report make what they show: one row of `SHOWN` per stage.
+
+A stage that shows nothing has no row. That the rows are stages of dvc.yaml, a contract checks.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from dsv3.errors import UserError
+from dsv3.params.read import read_yaml
+from dsv3.tracking.events import Event
+from dsv3.tracking.results import evaluate_events, sample_events, train_events
+
+Lines = list[tuple[str, str]]
+"""What it is about, and the value as text."""
+
+TRAINING = "train"
+"""The stage that begins a run; the others add to it."""
+
+SCORES = ("nats_per_token", "perplexity", "nats_per_char", "bits_per_byte")
+"""What `evaluate` says of every split."""
+
+
+def model_lines(size: Mapping[str, Any], record: Mapping[str, Any]) -> Lines:
+    """Return which model it is, and how large."""
+    lines = []
+    if record:
+        lines.append(("configuration", record["params"]["model"]["config"]))
+    if size:
+        total, active = size["parameters_total"], size["parameters_active"]
+        lines.append(("parameters", f"{total:,} ({active:,} active per token)"))
+    return lines
+
+
+def training_lines(train: Mapping[str, Any], record: Mapping[str, Any]) -> Lines:
+    """Return which run it is, how much was trained, on what, and how fast."""
+    lines = []
+    if record:
+        dvc = record["dvc"]
+        dirty = " with uncommitted changes" if dvc.get("git_dirty") else ""
+        lines.append(("text", f"{dvc.get('data_source') or 'unknown'}"))
+        lines.append(("run", f"{record['name']} (Aim {record['aim_run_hash'] or 'off'})"))
+        lines.append(("commit", f"{(dvc.get('git_sha') or 'none')[:12]}{dirty}"))
+    if train:
+        steps = f"{train['tokens_seen']:,} in {train['step']:,} steps, {train['epoch']:.2f} epochs"
+        lines.append(("tokens seen", steps))
+        lines.append(("trained on", f"{train['device']} x {train['num_processes']}, {train['precision']}"))
+        lines.append(("speed", f"{train['tokens_per_s']:,.0f} tokens/s; {_duration(train['train_s'])} in all"))
+    return lines
+
+
+def score_lines(evaluate: Mapping[str, Any], record: Mapping[str, Any]) -> Lines:
+    """Return how well the model predicts, how its experts are balanced, and how many drafts would be accepted."""
+    if not evaluate:
+        return []
+    heldout, router = evaluate["heldout"], evaluate["router"]
+    lines = [
+        ("held-out loss", f"{heldout['nats_per_char']:.4f} nats/char, {heldout['bits_per_byte']:.4f} bits/byte"),
+        ("", f"{heldout['nats_per_token']:.4f} nats/token, perplexity {heldout['perplexity']:.2f}"),
+    ]
+    if router:
+        worst, dead = router["max_vio_global_max"], router["dead_experts"]
+        lines.append(("expert balance", f"MaxVio {worst:.3f} in the worst layer, {dead} dead experts"))
+    if module := evaluate.get("mtp", {}).get("depth_1"):
+        lines.append(("first MTP module", f"{module['mtp_acceptance']:.1%} of its drafts would be accepted"))
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is shown of one stage."""
+
+    output: str
+    """Name of the output that the events are read from, with what lies beside it."""
+
+    events: Callable[[Path, int], Iterator[Event]] | None = None
+    """Function of that output, and of the training's last step, that yields what trackers are shown."""
+
+    charts: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+    """What trackers draw of the stage's metrics.json: by section, the subset and the names."""
+
+    lines: Callable[[Mapping[str, Any], Mapping[str, Any]], Lines] | None = None
+    """Function of the stage's metrics.json and the training's run.json, each empty where it is not there, that returns
+    what the report says of it."""
+
+
+# The validation during training scores separate blocks, evaluate a sliding window: they must not share a curve, so
+# trackers put the stage beside the subset.
+SHOWN: Mapping[str, Shown] = MappingProxyType(
+    {
+        "estimate_size": Shown("metrics.json", lines=model_lines),
+        TRAINING: Shown("run.json", train_events, lines=training_lines),  # its curves are its tables
+        "evaluate": Shown(
+            "metrics.json",
+            evaluate_events,
+            charts={
+                "validation": ("val", SCORES),
+                "test": ("test", SCORES),
+                "heldout": ("heldout", SCORES),
+                "mtp.depth_1": ("heldout", ("mtp_acceptance",)),
+            },
+            lines=score_lines,
+        ),
+        "sample": Shown("samples.md", sample_events, charts={"": ("sample", ("draft_acceptance", "tokens_per_pass"))}),
+    }
+)
+"""By stage, in the order in which they are shown."""
+
+
+def charted(stage: str, metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """Return (subset, name, value) of what is drawn of a stage's metrics; what they lack is left out."""
+    found: list[tuple[str, str, float]] = []
+    for section, (subset, names) in SHOWN[stage].charts.items() if stage in SHOWN else ():
+        values: Mapping[str, Any] = metrics
+        for key in filter(None, section.split(".")):
+            values = values.get(key, {})
+        found += [(subset, name, float(values[name])) for name in names if name in values]
+    return found
+
+
+def training_record(results: Path) -> Path:
+    """Return the run.json of the training below the stages' results."""
+    return results / TRAINING / SHOWN[TRAINING].output
+
+
+def valid_events(lock_file: Path, params: Mapping[str, Any], step: int) -> Iterator[Event]:
+    """Yield what later stages left, where dvc.lock says that it was made from this model and `params`.
+
+    A dvc.lock that can't be read, such as one amid a merge, says nothing; it is DVC's to judge.
+    """
+    if not lock_file.is_file():
+        return
+    try:
+        found = list(_valid_places(read_yaml(lock_file)["stages"], params))
+    except (UserError, LookupError, TypeError, AttributeError):
+        return
+    for place, events in found:
+        yield from events(place, step)
+
+
+def _valid_places(
+    stages: Mapping[str, Any], params: Mapping[str, Any]
+) -> Iterator[tuple[Path, Callable[[Path, int], Iterator[Event]]]]:
+    """Yield what the later stages have made from the model and `params`, and what reads it."""
+    model = {out["path"]: out.get("md5") for out in stages.get(TRAINING, {}).get("outs", [])}
+    for stage, shown in SHOWN.items():
+        if shown.events is None or stage == TRAINING:
+            continue
+        entry = stages.get(stage, {})
+        made_with = entry.get("params", {}).get("params.yaml", {})
+        sources = {dep["path"]: dep.get("md5") for dep in entry.get("deps", []) if dep["path"] in model}
+        places = [Path(out["path"]) for out in entry.get("outs", []) if Path(out["path"]).name == shown.output]
+        is_valid = all(params.get(section) == value for section, value in made_with.items())
+        if is_valid and sources and sources.items() <= model.items():
+            yield from ((place, shown.events) for place in places)
