@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from dsv3.artifacts import read_json, write_json
+from dsv3.artifacts import read_json, sweep, write_json
 from dsv3.errors import Interrupted, UserError, one_line
 from dsv3.export.huggingface import export_huggingface
 from dsv3.export.model_card import INITIAL_WEIGHTS, model_card
@@ -155,6 +155,8 @@ def hold_checkpoints(plan: TrainingPlan, fingerprint: Fingerprint, is_main_proce
         yield directory
         return
     with hold_lock(directory):
+        if line := sweep([*directory.parent.iterdir()]):
+            tqdm.write(line)
         write_facts(directory, fingerprint, experiment_name(plan.params))
         try:
             yield directory

@@ -1,6 +1,8 @@
 import json
 import math
+import os
 import shutil
+import subprocess
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from dsv3.artifacts import file_content
+from dsv3.artifacts import file_content, temporary_name
 from dsv3.errors import DiskFull, Interrupted, UserError
 from dsv3.tracking.metrics import TABLES
 from dsv3.training import hooks, session
@@ -388,6 +390,19 @@ def test_the_home_folder_may_stand_in_the_name_of_a_checkpoint(tmp_path, monkeyp
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "other"))
     trained(tmp_path / "other", train={"resume_from_checkpoint": f"~/{name}"})
     assert started_at == [7]
+
+
+def test_a_training_begins_by_removing_what_killed_ones_have_left_of_their_checkpoints(tmp_path, capsys):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    other = tmp_path / ".checkpoints" / ("0" * 16)
+    left, kept = (temporary_name(other / "step_3", process) for process in (ended.pid, os.getpid()))
+    for folder in (left, kept):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+    trained(tmp_path, train={"max_steps": 2})
+    assert (left.exists(), kept.exists()) == (False, True)
+    assert f"removed what killed processes have left: {left} (" in capsys.readouterr().out
 
 
 def test_no_more_checkpoints_are_kept_than_asked_for(tmp_path, monkeypatch):
