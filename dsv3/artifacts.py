@@ -11,8 +11,8 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dsv3.errors import DiskFull, UserError, is_disk_full
+from dsv3.errors import DiskFull, UserError, is_disk_full, one_line
 
 CHUNK_BYTES = 1 << 20
 BEGINNING_BYTES = 1 << 10
@@ -39,24 +39,48 @@ class FileContent(BaseModel):
 Content = TypeVar("Content", bound=BaseModel)
 
 
-def temporary_name(path: Path) -> Path:
-    """Return the path beside `path` under which this process writes it; one that is killed leaves it there.
+def temporary_name(path: Path, process: int | None = None) -> Path:
+    """Return the path beside `path` under which a process (None: this one) writes it; a killed one leaves it there.
 
     Only processes of this host can be asked whether they live, so the name has the host in it.
     """
-    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{_host()}.{process or os.getpid()}.tmp")
 
 
 def remove_abandoned(path: Path) -> None:
     """Remove what killed processes of this host have left of `path` under its temporary names."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{_host()}.*.tmp"):
+    for left in abandoned(path.parent, glob.escape(path.name)):
+        _remove(left)
+
+
+def abandoned(folder: Path, name: str = "*") -> Iterator[Path]:
+    """Yield what killed processes of this host have left in `folder` under temporary names; `name` may be a pattern."""
+    for left in folder.glob(f".{name}.{_host()}.*.tmp"):
         number = left.name.split(".")[-2]
-        if not number.isdecimal() or psutil.pid_exists(int(number)):
-            continue
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
+            yield left
+
+
+def sweep(paths: Collection[Path]) -> str:
+    """Remove what killed processes of this host have left of `paths` and in them; return a line on it, or none."""
+    places = ((path.parent, glob.escape(path.name)) for path in paths)
+    inside = ((path, "*") for path in paths)
+    found = dict.fromkeys(left for place in (*places, *inside) for left in abandoned(*place))
+    sizes = {left: allocated_bytes(left) for left in found}
+    for left in sizes:
+        with suppress(OSError):  # another user's
+            _remove(left)
+    removed = {str(left): size for left, size in sizes.items() if not left.exists()}
+    if not removed:
+        return ""
+    return one_line(f"removed what killed processes have left: {', '.join(removed)} ({sum(removed.values()):,} bytes)")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _host() -> str:

@@ -76,12 +76,28 @@ def command(main: Callable[..., None]) -> None:
 def stage(main: Callable[..., None]) -> None:
     """Run `main` as a stage's command line; required options that are not given have the values of dvc.yaml.
 
-    Where dvc.yaml does not lie in the working directory, they have to be given.
+    Where dvc.yaml does not lie in the working directory, they have to be given. Unless it is a dry run, what killed
+    processes have left under temporary names of the options' paths is removed first, with a line.
     """
     spec = main.__globals__["__spec__"]  # None for `python stages/train.py`
     if spec is not None and "--help" not in sys.argv:
         sys.argv += missing_options(main, sys.argv[1:], spec.name, Path("dvc.yaml"))
-    command(main)
+    command(after_sweep(main))
+
+
+def after_sweep(main: Callable[..., None]) -> Callable[..., None]:
+    """Return `main` as it runs when temporary files of its paths, left by killed processes, are removed."""
+
+    @wraps(main)
+    def run(*arguments: Any, **options: Any) -> None:
+        from dsv3.artifacts import sweep  # imports pydantic, which --help does without
+
+        paths = [value for value in options.values() if isinstance(value, Path)]
+        if not options.get("dry_run") and (line := sweep(paths)):
+            print(line)
+        main(*arguments, **options)
+
+    return run
 
 
 def missing_options(main: Callable[..., None], given: Sequence[str], module: str, pipeline: Path) -> list[str]:

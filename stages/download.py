@@ -18,8 +18,8 @@ def main(
     from dsv3.params.read import read_params
 
     parameters = read_params(params).data
+    print(f"{'would write' if dry_run else 'writes'} {source_summary(parameters)} into {output}", flush=True)
     if dry_run:
-        print(f"would write {source_summary(parameters)} into {output}")
         return
     measure, origin = write_corpus(parameters, output, note=print)
     print(f"{output / measure.file}: {origin.source}, {measure.characters:,} characters, {measure.bytes:,} bytes,")

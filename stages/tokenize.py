@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dsv3.cli import DryRunOption, ParamsOption, stage
+from dsv3.progress import ProgressMode, ProgressOption, QuietOption
 
 
 def main(
@@ -14,6 +15,8 @@ def main(
     metrics: Annotated[Path, typer.Option(help="JSON file for the numbers that describe them.")],
     params: ParamsOption = Path("params.yaml"),
     dry_run: DryRunOption = False,
+    progress: ProgressOption = ProgressMode.auto,
+    quiet: QuietOption = False,
 ) -> None:
     """Split the corpus into train, validation and test, and write each as shards of token ids."""
     from dsv3.artifacts import check_replaceable_file, write_json
@@ -27,7 +30,8 @@ def main(
         print(f"would write {tokens_summary(corpus, parameters.tokenize)} into {output}")
         return
     vocabulary_limit = read_architecture(Path(parameters.model.config)).vocab_size
-    values = write_tokens(corpus, output, parameters.tokenize, vocabulary_limit)
+    mode = ProgressMode.none if quiet else progress
+    values = write_tokens(corpus, output, parameters.tokenize, vocabulary_limit, mode)
     write_json(metrics, values)
 
     used = values["vocabulary_used"]

@@ -46,10 +46,10 @@ class SpecialTokens:
     eos_token_id: int
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, shows_bar: bool = False) -> Tokenizer:
     """Return a byte-level BPE of at most `vocab_size` tokens trained on `texts`; deterministic.
 
-    A terminal is shown the trainer's progress.
+    With `shows_bar`, a terminal is shown the trainer's progress.
     """
     tokenizer, byte_level = Tokenizer(BPE()), ByteLevel(add_prefix_space=False)
     trainer = BpeTrainer(
@@ -57,7 +57,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         min_frequency=MIN_FREQUENCY,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
+        show_progress=shows_bar and sys.stderr.isatty(),
     )
     tokenizer.pre_tokenizer = WhitespaceSplit()  # words are counted already, and hold no white space in this alphabet
     tokenizer.train_from_iterator(repeated(word_counts(texts, byte_level)), trainer)

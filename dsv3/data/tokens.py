@@ -3,14 +3,14 @@
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from dsv3.artifacts import replacing_directory, sha256_file, sha256_lines, write_json
 from dsv3.data.corpus import Chunk, Measure, check_data_file, read_chunks, read_measure
@@ -19,6 +19,7 @@ from dsv3.data.shards import token_dtype, write_shards
 from dsv3.data.splits import Selector, split_selectors
 from dsv3.data.tokenizer import (
     TOKENIZER_FILE,
+    SpecialTokens,
     copy_pretrained,
     num_ids,
     read_tokenizer,
@@ -28,6 +29,7 @@ from dsv3.data.tokenizer import (
 )
 from dsv3.errors import UserError
 from dsv3.params.tokenize import TokenizeParams
+from dsv3.progress import ProgressMode, shown_progress
 
 TRAINED = "byte_level_bpe"
 METRICS_BEGINNING = re.compile(rb'\{\s*"vocab_size": \d+,\s*"vocabulary_used": ')
@@ -38,7 +40,11 @@ TOKEN_FILES = ("tokenizer", "meta.json", "train_*.bin", "validation_*.bin", "tes
 
 ONE_PROCESS_CHARACTERS = 64_000_000
 """Up to here one process with threads is faster than starting others."""
-PROGRESS_DELAY_S = 1.0
+UPDATES_OF_A_PASS = 100
+"""Most states that one pass over the corpus shows, however many documents it has."""
+
+Count = Callable[[int, str], None]
+"""Takes characters that were read, and what for."""
 
 
 @dataclass
@@ -78,8 +84,10 @@ def tokens_summary(corpus: Path, params: TokenizeParams) -> str:
     return f"{measure.characters:,} characters of {source}, split by {params.split_by}, encoded by {name}"
 
 
-def write_tokens(corpus: Path, output: Path, params: TokenizeParams, vocabulary_limit: int) -> dict[str, Any]:
-    """Write the token folder `output` whole and return its metrics.
+def write_tokens(
+    corpus: Path, output: Path, params: TokenizeParams, vocabulary_limit: int, mode: ProgressMode = ProgressMode.none
+) -> dict[str, Any]:
+    """Write the token folder `output` whole and return its metrics; show the progress as `mode` says.
 
     `vocabulary_limit` is the model's vocabulary size. Raises `UserError`, and leaves nothing, for a tokenizer that
     can't be read or is larger, and for a corpus that is damaged or gives an empty split.
@@ -87,9 +95,14 @@ def write_tokens(corpus: Path, output: Path, params: TokenizeParams, vocabulary_
     source, measure = read_measure(corpus)
     check_data_file(corpus, measure)
     selectors = split_selectors(measure, params)
-    with replacing_directory(output, TOKEN_FILES) as directory:
+    passes = len(selectors) + (params.tokenizer == TRAINED)
+    with (
+        replacing_directory(output, TOKEN_FILES) as directory,
+        counted_characters(mode, passes * measure.characters) as count,
+    ):
         folder = directory / "tokenizer"
-        _write_tokenizer(folder, params, _chunks(corpus, measure, selectors["train"], "training the tokenizer"))
+        chunks = _chunks(corpus, measure, selectors["train"], count, "training the tokenizer")
+        _write_tokenizer(folder, params, chunks, shows_bar=mode in (ProgressMode.auto, ProgressMode.bar))
         tokenizer = read_tokenizer(folder)
         vocab_size, special = num_ids(tokenizer), special_tokens(tokenizer, folder)
         if vocab_size > vocabulary_limit:
@@ -101,46 +114,77 @@ def write_tokens(corpus: Path, output: Path, params: TokenizeParams, vocabulary_
         shards: dict[str, dict[str, str]] = {}
         for split, selector in selectors.items():
             statistics[split] = SplitStatistics(vocab_size, measure.characters)
-            chunks = _chunks(corpus, measure, selector, f"encoding {split}")
+            chunks = _chunks(corpus, measure, selector, count, f"encoding {split}")
             paths = _write_split(directory, split, chunks, statistics[split], params.shard_tokens)
             shards[split] = {path.name: sha256_file(path) for path in paths}
             if not statistics[split].tokens:
                 raise UserError(f"the {split} split is empty: {measure.num_documents} documents are too few to split")
-        meta = {
-            "vocab_size": vocab_size,
-            "bos_token_id": special.bos_token_id,
-            "eos_token_id": special.eos_token_id,
-            "dtype": token_dtype(vocab_size).name,
-            "tokenizer_sha256": sha256_file(folder / TOKENIZER_FILE),
-            "sha256": sha256_lines({name: digest for digests in shards.values() for name, digest in digests.items()}),
-            "corpus": {"source": source, "sha256": measure.sha256},
-            "splits": {split: {**_sizes(counted), "shards": shards[split]} for split, counted in statistics.items()},
-        }
-        write_json(directory / "meta.json", meta)
+        write_json(directory / "meta.json", _meta(folder, (source, measure.sha256), special, statistics, shards))
     return _metrics(statistics, vocab_size)
 
 
-def _write_tokenizer(folder: Path, params: TokenizeParams, chunks: Iterable[Chunk]) -> None:
+@contextmanager
+def counted_characters(mode: ProgressMode, total: int) -> Iterator[Count]:
+    """Yield a function of further characters, and what they are read for, that shows how many of `total` there are."""
+    done = 0
+    with shown_progress(mode, "tokenize", total, "character") as progress:
+
+        def count(characters: int, purpose: str) -> None:
+            nonlocal done
+            done += characters
+            progress.update(done, {"now": purpose})
+
+        yield count
+
+
+def _meta(
+    folder: Path,
+    corpus: tuple[str, str],
+    special: SpecialTokens,
+    statistics: Mapping[str, SplitStatistics],
+    shards: Mapping[str, Mapping[str, str]],
+) -> dict[str, Any]:
+    """Return the content of meta.json; `folder` is the tokenizer's, `corpus` its source and SHA-256."""
+    vocab_size = statistics["train"].vocab_size
+    return {
+        "vocab_size": vocab_size,
+        "bos_token_id": special.bos_token_id,
+        "eos_token_id": special.eos_token_id,
+        "dtype": token_dtype(vocab_size).name,
+        "tokenizer_sha256": sha256_file(folder / TOKENIZER_FILE),
+        "sha256": sha256_lines({name: digest for digests in shards.values() for name, digest in digests.items()}),
+        "corpus": {"source": corpus[0], "sha256": corpus[1]},
+        "splits": {split: {**_sizes(counted), "shards": shards[split]} for split, counted in statistics.items()},
+    }
+
+
+def _write_tokenizer(folder: Path, params: TokenizeParams, chunks: Iterable[Chunk], shows_bar: bool) -> None:
     """Train a tokenizer on the training split or copy a pretrained one."""
     if params.tokenizer == TRAINED:
         # In the pieces that are encoded later, so the trainer sees the same words.
-        save_trained(train_tokenizer((piece.text for piece in pieces(chunks)), params.vocab_size), folder)
+        texts = (piece.text for piece in pieces(chunks))
+        save_trained(train_tokenizer(texts, params.vocab_size, shows_bar), folder)
     else:
         copy_pretrained(params.tokenizer, folder)
 
 
-def _chunks(corpus: Path, measure: Measure, selector: Selector, description: str) -> Iterator[Chunk]:
-    """Yield the chunks of one split, with a progress bar over the characters of the corpus."""
-    with tqdm(
-        total=measure.characters, desc=description, unit="char", unit_scale=True, delay=PROGRESS_DELAY_S, leave=False
-    ) as bar:
+def _chunks(corpus: Path, measure: Measure, selector: Selector, count: Count, purpose: str) -> Iterator[Chunk]:
+    """Yield the chunks of one split, and count the characters of the corpus as they are read for the `purpose`."""
+    told = read = 0
+    at_once = max(1, measure.characters // UPDATES_OF_A_PASS)
 
-        def watched() -> Iterator[Chunk]:
-            for chunk in read_chunks(corpus, measure):
-                yield chunk
-                bar.update(len(chunk.text))
+    def watched() -> Iterator[Chunk]:
+        nonlocal told, read
+        for chunk in read_chunks(corpus, measure):
+            yield chunk
+            read += len(chunk.text)
+            if read - told >= at_once:
+                count(read - told, purpose)
+                told = read
 
-        yield from selector(watched())
+    yield from selector(watched())
+    if told < measure.characters:
+        count(measure.characters - told, purpose)
 
 
 def _write_split(

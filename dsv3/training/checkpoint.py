@@ -53,7 +53,6 @@ from torch.distributed.checkpoint.state_dict import (
 
 from dsv3.artifacts import FileContent, difference_from, file_content, read_json, read_model, replacing_directory
 from dsv3.errors import UserError, one_line
-from dsv3.export.weights import non_finite_weight
 from dsv3.training.background import Background
 from dsv3.training.sharding import is_sharded
 
@@ -190,9 +189,16 @@ def write_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 def write_shards(folder: Path, shards: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
     """Write what `named_tensors` gave, or a copy of it, into `folder`, together with the other processes."""
-    try:
+    with raising_first_failure():
         dcp.save(shards, checkpoint_id=folder, process_group=group)
-    except dcp.api.CheckpointException as error:  # on every process what happened on some; a BaseException
+
+
+@contextmanager
+def raising_first_failure() -> Iterator[None]:
+    """Raise the error of one process for torch's collection of all of them, which is a BaseException."""
+    try:
+        yield
+    except dcp.api.CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from None
 
 
@@ -200,7 +206,7 @@ def read_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
     """Load what `write_tensors` wrote into the model and the optimizer in place, however either is cut."""
     if (folder / SHARD_INDEX).is_file():
         tensors = named_tensors(model, optimizer)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), raising_first_failure():
             warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
             dcp.load(tensors, checkpoint_id=folder, no_dist=not is_sharded(model))
         set_model_state_dict(model, tensors["model"])
@@ -328,9 +334,6 @@ def check_checkpoint(folder: Path, config: Mapping[str, Any], total_steps: int) 
     step = read_state(folder).step
     if step >= total_steps:
         raise UserError(f"{where}; must be before step {total_steps}, the last; raise train.num_train_epochs")
-    name = non_finite_weight(folder / WEIGHTS)
-    if name:
-        raise UserError(f"{where}; {name} holds a number that is not finite; name an earlier checkpoint")
 
 
 def save_best(directory: Path, model: nn.Module, step: int) -> None:

@@ -140,15 +140,23 @@ def validation_row(run: Run, nats: float, loss: float) -> Row:
 
 def check_weights_are_finite(run: Run) -> None:
     """Raise `UserError` where a weight is not a finite number; gradients can be finite and their update not."""
-    names, weights = zip(*run.model.named_parameters(), strict=True)
-    # A shard's process knows its own numbers only; all must raise, or none.
-    is_bad = torch.stack([~local(weight).isfinite().all() for weight in weights]).float()
-    bad = [name for name, count in zip(names, run.all_reduce(is_bad).tolist(), strict=True) if count]
-    if bad:
+    if name := non_finite_tensor(run):
         raise UserError(
-            f"step {run.state.step}: {bad[0]} holds a number that is not finite; nothing is saved or exported; "
+            f"step {run.state.step}: {name} holds a number that is not finite; nothing is saved or exported; "
             f"{NON_FINITE_REMEDY}"
         )
+
+
+def non_finite_tensor(run: Run) -> str:
+    """Return the name of a weight or buffer with a number that is not finite, or an empty text; a collective.
+
+    A shard's process knows its own numbers only; all must come to the same end.
+    """
+    names, tensors = zip(*run.model.named_parameters(), *run.model.named_buffers(), strict=True)
+    device = run.accelerator.device
+    is_bad = torch.stack([~local(tensor).isfinite().all().to(device) for tensor in tensors]).float()
+    bad = (name for name, count in zip(names, run.all_reduce(is_bad).tolist(), strict=True) if count)
+    return next(bad, "")
 
 
 def save_or_go_on(run: Run, recorder: Recorder | None, directory: Path, background: Background | None) -> None:

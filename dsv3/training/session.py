@@ -1,5 +1,6 @@
 """One training from beginning to end: resumed or started, trained, recorded, exported; its last checkpoint stays."""
 
+import os
 import shutil
 import statistics
 import time
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from dsv3.artifacts import read_json, write_json
+from dsv3.artifacts import read_json, sweep, write_json
 from dsv3.errors import Interrupted, UserError, one_line
 from dsv3.export.huggingface import export_huggingface
 from dsv3.export.model_card import INITIAL_WEIGHTS, model_card
@@ -154,6 +155,8 @@ def hold_checkpoints(plan: TrainingPlan, fingerprint: Fingerprint, is_main_proce
         yield directory
         return
     with hold_lock(directory):
+        if line := sweep([*directory.parent.iterdir()]):
+            tqdm.write(line)
         write_facts(directory, fingerprint, experiment_name(plan.params))
         try:
             yield directory
@@ -200,9 +203,13 @@ def remove_leftovers_unless_finished(run: Run, directory: Path) -> None:
     if run.state.step == run.plan.total_steps:
         tqdm.write("finished already: exported again from its last checkpoint; runtime.resume: never trains it anew")
         return
-    name = params.train.resume_from_checkpoint
-    named = None if name is None else project_root() / name
-    remove_leftovers(directory, params.runtime.keep_abandoned_days, named, tqdm.write)
+    remove_leftovers(directory, params.runtime.keep_abandoned_days, named_checkpoint(run), tqdm.write)
+
+
+def named_checkpoint(run: Run) -> Path | None:
+    """Return the folder that `train.resume_from_checkpoint` names, from the project's root or from `~`; else None."""
+    name = run.plan.params.train.resume_from_checkpoint
+    return None if name is None else project_root() / os.path.expanduser(name)  # noqa: PTH111 -- as data.path
 
 
 def agree_on_checkpoint(run: Run, directory: Path) -> Path | None:
@@ -218,23 +225,39 @@ def agree_on_checkpoint(run: Run, directory: Path) -> Path | None:
     return directory / name if name else None
 
 
+def share_refusal(run: Run, check: Callable[[], None]) -> None:
+    """Make a check on the main process, which reads every file for it; raise its `UserError` on all of them.
+
+    The others would wait for the main one until torch tells them that it has gone.
+    """
+    refusals = [""]
+    if run.accelerator.is_main_process:
+        try:
+            check()
+        except UserError as error:
+            refusals[0] = str(error)
+    (refusal,) = broadcast_object_list(refusals)
+    if refusal:
+        raise UserError(refusal)
+
+
 def start_from_named_checkpoint(run: Run) -> dict[str, Any]:
     """Bring `run` to the checkpoint that `train.resume_from_checkpoint` names, if any; return what else it held.
 
     Checkpoints hold master weights under DeepSeek's names and know no precision, so that a training in FP8 may go on in
     bf16 and back. The new training has a run of its own in the trackers, with the other's curves up to here.
     """
-    name = run.plan.params.train.resume_from_checkpoint
-    if name is None:
+    folder = named_checkpoint(run)
+    if folder is None:
         return {}
-    folder = project_root() / name
-    if run.accelerator.is_main_process:  # it reads every file
-        check_checkpoint(folder, run.model.config.to_dict(), run.plan.total_steps)
-    run.accelerator.wait_for_everyone()
+    where = f"train.resume_from_checkpoint is {folder}"
+    share_refusal(run, lambda: check_checkpoint(folder, run.model.config.to_dict(), run.plan.total_steps))
     try:
         saved = load_checkpoint(folder, run.model, run.optimizer)
     except ValueError as error:  # parameter groups of another optimizer
-        raise UserError(f"train.resume_from_checkpoint is {name}; {error}; keep train.optim as it was") from None
+        raise UserError(f"{where}; {error}; keep train.optim as it was") from None
+    if tensor := hooks.non_finite_tensor(run):
+        raise UserError(f"{where}; {tensor} holds a number that is not finite; name an earlier checkpoint")
     # The other training's best weights lie in its own folder, and may go: the best ones are looked for from here on.
     run.state = replace(TrainState.from_json(saved), best_loss=None, best_step=0)
     return {**saved, "aim_run_hash": None}

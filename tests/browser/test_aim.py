@@ -4,6 +4,7 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,13 +36,45 @@ run.close()"""
 """A run that was never evaluated."""
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
-    """A baseline in fp32, an experiment in FP8, and a run that stopped before it had any number."""
+HOSTILE = '<img src="x" onerror="window.hostile = true">'
+NAMED_SO = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from dsv3.params.read import read_params
+from dsv3.tracking.aim import AimTracker
+from dsv3.tracking.events import Row, Text
+from dsv3.tracking.identity import run_identity
+text = sys.argv[1]
+identity = run_identity(read_params(Path("params.yaml")), "f" * 64, {}, {}, {}, {"precision": "fp32"})
+params = identity.params | {"data": identity.params["data"] | {"path": text}}
+tracker = AimTracker(None)
+print(tracker.open(replace(identity, name=text, params=params, changes={"data.path": text}), None, "rebuild"))
+tracker.write(Row("history", {"step": 1, "loss": 4.0}))
+tracker.write(Text("sample", text, 1, {"prompt": text}))
+tracker.close("finished")"""
+"""A run with a text of somebody's as its name, description, parameter, prompt and sample; prints its hash."""
+
+
+def free_port() -> int:
+    """Return a port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def need_a_browser() -> None:
+    """Skip the test where something is missing that it needs."""
     if CHROMIUM is None or DRIVER is None:
         pytest.skip("no Chromium with its driver; Debian: apt-get install chromium chromium-driver")
     pytest.importorskip("selenium", reason="a group of its own: make test-ui")
     pytest.importorskip("aim", reason="Aim has no wheels for this Python")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
+    """A baseline in fp32, an experiment in FP8, and a run that stopped before it had any number."""
+    need_a_browser()
     lab = Laboratory.at(tmp_path_factory.mktemp("laboratory"))
     lab.set_params({"train": {"max_steps": 60, "eval_steps": 6}, "sample": {"max_new_tokens": 50}})
     lab.commit("My baseline's parameters")
@@ -55,10 +88,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
 @pytest.fixture(scope="module")
 def address(lab: Laboratory) -> Iterator[str]:
     """Where Aim's interface answers, started as `make ui` does."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port = probe.getsockname()[1]
-    with interface(lab.root, lab.environment(), port) as address:
+    with interface(lab.root, lab.environment(), free_port()) as address:
         yield address
 
 
@@ -145,3 +175,41 @@ def test_figures_and_samples_stand_side_by_side_under_the_runs_names(pages: Page
     assert all(text.startswith("ROMEO:\n") and len(text) > 30 for text in pages.texts(MARKS["samples"]))
     titles = " ".join(pages.texts(".BoxVirtualizer__container__horizontalRuler"))
     assert all(name in titles for name in names)
+
+
+@pytest.fixture(scope="module")
+def hostile_pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pages, str]]:
+    """A browser beside the interface of a project whose one run is `NAMED_SO`, and the run's hash."""
+    need_a_browser()
+    lab = Laboratory.at(tmp_path_factory.mktemp("hostile"))
+    run_hash = lab.run(sys.executable, "-c", NAMED_SO, HOSTILE).stdout.split()[-1]
+    with (
+        interface(lab.root, lab.environment(), free_port()) as address,
+        browser(address, tmp_path_factory.mktemp("screenshots")) as pages,
+    ):
+        pages.wait_until_indexed(1)
+        yield pages, run_hash
+
+
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        ("/runs", ".RunNameColumn__runName"),
+        ("/runs", ".AttachedTagsList__tags"),
+        (PATHS["loss"], "body"),
+        (PATHS["samples"], MARKS["samples"]),
+        ("/runs/{}/overview", "body"),
+        ("/runs/{}/parameters", "body"),
+        ("/runs/{}/texts", "body"),
+    ],
+    ids=["name", "tag", "loss", "sample", "run", "parameters", "texts"],
+)
+def test_a_name_a_prompt_and_a_parameter_that_are_html_are_shown_as_text(
+    hostile_pages: tuple[Pages, str], path: str, place: str
+):
+    pages, run_hash = hostile_pages
+    pages.open(path.format(run_hash))
+    pages.wait(lambda: any(HOSTILE in text for text in pages.texts(place)), "the text")
+    time.sleep(1)  # for what is drawn last
+    assert pages.attributes('img[src="x"], [onerror]', "element.outerHTML") == []
+    assert pages.attributes("body", "window.hostile === undefined") == [True]

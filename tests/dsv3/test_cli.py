@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 from safetensors import SafetensorError
 
+from dsv3.artifacts import temporary_name
 from dsv3.cli import DryRunOption, command, missing_options, skip_shutdown
 from dsv3.errors import LOST_PROCESS_STATUS, Interrupted, UserError
 from tests.committed import PROJECT
 from tests.training_inputs import ROOT
+
+PIPELINE = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
 def status(main, monkeypatch, *arguments):
@@ -254,3 +258,29 @@ def test_every_stage_runs_without_its_paths(tmp_path, name, told):
     (folder / "dvc.yaml").unlink()
     done = subprocess.run(command_line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert "Missing option" in done.stderr
+
+
+@pytest.mark.parametrize("name", PIPELINE)
+@pytest.mark.parametrize("options", [(), ("--dry-run",)], ids=str)
+def test_a_stage_begins_by_removing_what_killed_ones_have_left_of_its_outputs_and_says_so(tmp_path, name, options):
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    stated = [entry for kind in ("outs", "metrics", "plots") for entry in PIPELINE[name].get(kind, [])]
+    outputs = [tmp_path / (entry if isinstance(entry, str) else next(iter(entry))) for entry in stated]
+    left = [temporary_name(path, ended.pid) for path in outputs]
+    kept = [temporary_name(path, os.getpid()) for path in outputs]
+    for path in (*left, *kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command_line = [sys.executable, "-m", f"stages.{name}", "--params", "none.yaml", *options]
+    done = subprocess.run(command_line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert "none.yaml" in done.stderr
+    assert all(path.exists() for path in kept)
+    if options:
+        assert all(path.exists() for path in left) and not done.stdout
+    else:
+        (line,) = done.stdout.splitlines()
+        assert all(str(path.relative_to(tmp_path)) in line for path in left) and "bytes)" in line
+        assert not any(path.exists() for path in left)

@@ -8,16 +8,33 @@ import torch
 
 from dsv3.evaluation.sliding_window import PositionLoss, score_split
 from dsv3.export.loading import load_model, load_tokenizer
-from tests.committed import DEFAULTS
+from tests.committed import DEFAULTS, ROOT
 from tests.exported_model import write_exported
 from tests.training_inputs import WORDS
 
 huggingface = pytest.importorskip(
     "lm_eval.models.huggingface", reason="not among the dependencies: pip install lm-eval"
 )
+lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's own
 
 BLOCK = 16
+
+
+def test_the_task_of_ones_own_texts_is_what_lm_eval_reads_of_its_file(tmp_path, monkeypatch):
+    """Each file is one document, scored as a whole, in bits per byte."""
+    texts = {"one.txt": "To be, or not to be.\n\nThat is the question.\n", "two.txt": "Who's there?\n"}
+    (tmp_path / "my_texts").mkdir()
+    for name, text in texts.items():
+        (tmp_path / "my_texts" / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    manager = lm_eval_tasks.TaskManager(include_path=str(ROOT / "configs/lm_eval"), include_defaults=False)
+    task = manager.load_task_or_group("local_text")["local_text"]
+    documents = list(task.test_docs())
+    assert [task.doc_to_target(document) for document in documents] == list(texts.values())
+    assert {task.doc_to_text(document) for document in documents} == {""}
+    assert task.config.output_type == "loglikelihood_rolling"
+    assert set(task.aggregation()) == {"bits_per_byte", "byte_perplexity"}
 
 
 def test_in_windows_that_do_not_overlap_lm_evals_rolling_loglikelihood_is_ours(tmp_path):

@@ -60,6 +60,11 @@ STAND_INS = {
     "flags tiny -S train.max_steps=100": (f"flags tiny {SMALL}", "a preset sets its own sizes"),
     "flags tiny ": (f"flags tiny {SMALL} ", "a preset sets its own sizes"),
     "flags tiny_minimal": (f"flags tiny_minimal {SMALL}", "a preset sets its own sizes"),
+    "dvc exp run -S train.max_steps=100": (f"dvc exp run {SMALL}", "a preset sets its own sizes"),
+    "flags h100_80gb": (
+        f"flags h100_80gb {SMALL} -S train.per_device_train_batch_size=2 -S runtime.device=cpu",
+        "a GPU's; here its values on a CPU, with sizes of its own",
+    ),
     "runtime.num_processes=4 -S train.gradient_accumulation_steps=4": (
         "runtime.num_processes=2 -S train.gradient_accumulation_steps=2",
         "two processes show what four do",

@@ -41,6 +41,7 @@ def test_it_writes_the_text_and_says_what_it_is(project):
     assert result.returncode == 0, result.stderr
     assert (project / "data/corpus/text.txt").read_text() == TEXT
     manifest = json.loads((project / "data/corpus/manifest.json").read_text())
+    assert result.stdout.startswith(f"writes 1 file(s), {len(TEXT)} bytes, from my.txt into data/corpus\n")
     assert manifest["sha256"] in result.stdout
     assert f"{len(TEXT)} characters" in result.stdout
 

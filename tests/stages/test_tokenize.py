@@ -49,6 +49,22 @@ def test_it_writes_tokens_and_metrics_and_sums_them_up(project):
     assert "decoded again exactly" in result.stdout
 
 
+def test_a_log_gets_a_line_of_progress_and_a_program_objects(project):
+    total = 4 * len(TEXT)  # read for the tokenizer and for each split
+    plain, quiet, program = (run(project, *options) for options in ((), ("--quiet",), ("--progress", "json")))
+    assert plain.stderr == f"tokenize: character {total:,} of {total:,}, 00:00 left, now encoding test\n"
+    assert (quiet.stderr, program.stderr) == ("", "")
+    assert quiet.stdout == plain.stdout
+    objects = program.stdout.removesuffix(plain.stdout).splitlines()
+    states = [json.loads(line) for line in objects]
+    assert [state["done"] for state in states] == [len(TEXT) * passes for passes in range(1, 5)]
+    assert {state["total"] for state in states} == {total}
+    assert [state["now"] for state in states] == [
+        "training the tokenizer",
+        *(f"encoding {split}" for split in ("train", "validation", "test")),
+    ]
+
+
 def test_a_dry_run_writes_nothing(project):
     result = run(project, "--dry-run")
     assert result.returncode == 0, result.stderr

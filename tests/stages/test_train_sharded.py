@@ -1,14 +1,19 @@
 """The train stage over shards: stopped, killed, gone on with other processes."""
 
+import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from dsv3.errors import LOST_PROCESS_STATUS
 from tests.stages.test_train import interrupt_once_saved, start_until_saved
@@ -20,7 +25,7 @@ MODEL = "final_model/model.safetensors"
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_folder(tmp_path_factory.mktemp("sharded"), runtime=SHARDED)
+    return trained_folder(tmp_path_factory.mktemp("sharded"), runtime=SHARDED | {"keep_last_checkpoint": True})
 
 
 @pytest.mark.parametrize("async_save", [False, True])
@@ -66,6 +71,43 @@ def test_shards_of_one_processs_checkpoint_are_exported_as_its_files(tmp_path):
     assert done.returncode == 0, done.stderr
     again = {path.name: path.read_bytes() for path in (tmp_path / "final_model").iterdir()}
     assert [name for name in exported if again[name] != exported[name]] == []
+
+
+def going_on_from(checkpoint: Path, folder: Path, num_processes: int, **train: Any) -> subprocess.CompletedProcess[str]:
+    """Run a longer training from a named checkpoint, whose one step hardly moves the weights, to its end."""
+    still = {"max_steps": 13, "learning_rate": 1e-10, "bias_update_rate": 0.0}
+    sharding = {"num_processes": num_processes, "sharding": "full" if num_processes > 1 else "none"}
+    write_inputs(folder, train={**still, "resume_from_checkpoint": str(checkpoint), **train}, runtime=sharding)
+    return run_stage(folder)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_longer_training_goes_on_from_a_named_checkpoint_of_shards(tmp_path, uninterrupted, num_processes):
+    (last,) = uninterrupted.glob(".checkpoints/*/step_12")
+    done = going_on_from(last, tmp_path, num_processes)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "results" / "metrics.json").read_text())["step"] == 13
+    before, after = load_file(uninterrupted / MODEL), load_file(tmp_path / MODEL)
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=0, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("train", "reason"),
+    [
+        ({"max_steps": 12}, "must be before step 12, the last"),
+        ({"optim": "adamw"}, "does not fit this training (Missing"),
+    ],
+    ids=str,
+)
+def test_processes_that_may_not_go_on_from_a_named_checkpoint_end_together_in_one_line(
+    tmp_path, uninterrupted, train, reason
+):
+    (last,) = uninterrupted.glob(".checkpoints/*/step_12")
+    done = going_on_from(last, tmp_path, 2, **train)
+    assert done.returncode == 2, done.stderr
+    (line,) = set(done.stderr.splitlines()) - {""}  # each process says it
+    assert reason in line and str(last) in line
 
 
 def stop_one(folder: Path, rank: str) -> tuple[int, str, float]:

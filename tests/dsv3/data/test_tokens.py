@@ -1,16 +1,18 @@
 import json
+import sys
 
 import numpy as np
 import pytest
 
 from dsv3.artifacts import sha256_file
-from dsv3.data import encoding, tokens
+from dsv3.data import encoding, tokenizer, tokens
 from dsv3.data.corpus import Origin, write_documents, write_manifest, write_single_text
 from dsv3.data.meta import open_stream, read_meta
 from dsv3.data.tokenizer import read_tokenizer
-from dsv3.data.tokens import tokens_summary, write_tokens
+from dsv3.data.tokens import UPDATES_OF_A_PASS, tokens_summary, write_tokens
 from dsv3.errors import UserError
 from dsv3.params.tokenize import TokenizeParams
+from dsv3.progress import ProgressMode
 
 TEXT = "".join(f"Citizen {number % 17}:\nSpeak, naïve friend, speak {number}!\n\n" for number in range(120))
 
@@ -46,13 +48,13 @@ def documents_corpus(tmp_path):
 
 def texts(output):
     """The texts that the shards of each split spell, one per document."""
-    tokenizer = read_tokenizer(output / "tokenizer")
+    reader = read_tokenizer(output / "tokenizer")
     result = {}
     for split in ("train", "validation", "test"):
         ids = open_stream(output, read_meta(output), split)[:]
         assert ids[0] == 0
         documents = np.split(ids, np.flatnonzero(ids == 0))[1:]
-        result[split] = [tokenizer.decode(document[1:].tolist()) for document in documents]
+        result[split] = [reader.decode(document[1:].tolist()) for document in documents]
     return result
 
 
@@ -160,3 +162,30 @@ def test_the_summary_says_what_would_be_written_or_what_is_missing(text_corpus, 
     )
     with pytest.raises(UserError, match="run the download stage"):
         tokens_summary(tmp_path / "nowhere", params())
+
+
+def test_many_documents_are_no_more_states_than_a_screen_can_show(tmp_path, capsys):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    measure = write_documents(corpus, [f"document {number} of many" for number in range(2000)], "made up")
+    write_manifest(corpus, "file", Origin("file", {}), measure)
+    write_tokens(corpus, tmp_path / "tokens", params(split_by="documents"), 280, ProgressMode.json)
+    states = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert 4 * 50 < len(states) <= 4 * (UPDATES_OF_A_PASS + 1)
+    assert states[-1]["done"] == states[-1]["total"] == 4 * measure.characters
+
+
+@pytest.mark.parametrize("mode", ProgressMode)
+def test_the_trainers_own_bar_is_for_a_terminal_that_is_to_have_a_bar(text_corpus, tmp_path, monkeypatch, mode):
+    shown: list[bool] = []
+    trainer = tokenizer.BpeTrainer
+
+    def watched(show_progress: bool, **options: object) -> object:
+        shown.append(show_progress)
+        return trainer(show_progress=False, **options)
+
+    monkeypatch.setattr(tokenizer, "BpeTrainer", watched)
+    for is_terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal, raising=False)
+        write_tokens(text_corpus, tmp_path / "tokens", params(), 280, mode)
+    assert shown == [mode in (ProgressMode.auto, ProgressMode.bar), False]

@@ -1,6 +1,8 @@
 import json
 import math
+import os
 import shutil
+import subprocess
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +12,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from dsv3.artifacts import file_content, temporary_name
 from dsv3.errors import DiskFull, Interrupted, UserError
+from dsv3.tracking.metrics import TABLES
 from dsv3.training import hooks, session
+from dsv3.training.checkpoint import damage_of
 from dsv3.training.loop import Run
 from dsv3.training.session import Outputs, run_training
 from dsv3.training.setup import prepare_model, run_fingerprint, start_accelerator
@@ -363,6 +368,43 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(tmp_path, monkeyp
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("tensor", ["lm_head.weight", "model.layers.1.mlp.gate.e_score_correction_bias"])
+def test_a_named_checkpoint_with_a_number_that_is_not_finite_is_no_start(tmp_path, monkeypatch, tensor):
+    name = interrupted_at_seven(tmp_path, monkeypatch)
+    weights, complete = (tmp_path / name / file for file in ("model.safetensors", "complete"))
+    tensors = load_file(weights)
+    tensors[tensor].view(-1)[0] = math.nan
+    save_file(tensors, weights)
+    stated = json.loads(complete.read_text())
+    stated["files"]["model.safetensors"] = file_content(weights).model_dump()
+    complete.write_text(json.dumps(stated))
+    match = f"train.resume_from_checkpoint is .*step_7; {tensor} holds a number that is not finite; name an earlier"
+    with pytest.raises(UserError, match=match):
+        trained(tmp_path / "other", train={"resume_from_checkpoint": name})
+
+
+def test_the_home_folder_may_stand_in_the_name_of_a_checkpoint(tmp_path, monkeypatch, started_at):
+    name = interrupted_at_seven(tmp_path, monkeypatch)
+    started_at.clear()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "other"))
+    trained(tmp_path / "other", train={"resume_from_checkpoint": f"~/{name}"})
+    assert started_at == [7]
+
+
+def test_a_training_begins_by_removing_what_killed_ones_have_left_of_their_checkpoints(tmp_path, capsys):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    other = tmp_path / ".checkpoints" / ("0" * 16)
+    left, kept = (temporary_name(other / "step_3", process) for process in (ended.pid, os.getpid()))
+    for folder in (left, kept):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+    trained(tmp_path, train={"max_steps": 2})
+    assert (left.exists(), kept.exists()) == (False, True)
+    assert f"removed what killed processes have left: {left} (" in capsys.readouterr().out
+
+
 def test_no_more_checkpoints_are_kept_than_asked_for(tmp_path, monkeypatch):
     interrupted_after(monkeypatch, step=6)
     with pytest.raises(Interrupted):
@@ -413,6 +455,22 @@ def test_a_diverged_training_saves_what_reproduces_it(tmp_path, monkeypatch):
 def test_weights_that_are_not_finite_are_neither_saved_nor_exported(tmp_path, monkeypatch):
     names = poisoned(tmp_path, monkeypatch, math.inf, "step 4: lm_head.weight holds a number that is not finite")
     assert names == ["facts.json", "step_2"]
+
+
+def test_a_validation_that_alone_is_not_finite_ends_the_training_and_the_last_checkpoint_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(hooks, "summed_loss", lambda *_: math.inf)
+    with pytest.raises(
+        UserError, match="step 5: validation loss is inf; must be finite; the last checkpoint stays"
+    ) as told:
+        trained(tmp_path, runtime={"save_steps": 2})
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "final_model").exists()
+    assert {path.name for path in (tmp_path / "results").iterdir()} <= {f"{table}.tsv" for table in TABLES}
+    (last,) = (tmp_path / ".checkpoints").glob("[!l]*/step_4")
+    assert damage_of(last) == ""
+    monkeypatch.undo()
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    assert trained(tmp_path, runtime={"resume": "must"})["step"] == 12
 
 
 @pytest.mark.parametrize(
