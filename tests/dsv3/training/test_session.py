@@ -108,7 +108,7 @@ def test_trackers_are_shown_the_plan(tmp_path, monkeypatch):
     identities, open_recorder = [], session.open_recorder
     monkeypatch.setattr(session, "open_recorder", lambda *args: identities.append(args[2]) or open_recorder(*args))
     trained(tmp_path, train={"max_steps": 2})
-    assert identities[0].plan == plan_of(tmp_path, train={"max_steps": 2}).summary()
+    assert identities[0].plan_summary == plan_of(tmp_path, train={"max_steps": 2}).summary()
 
 
 def test_what_ran_is_recorded(tmp_path):
