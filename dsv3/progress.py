@@ -18,6 +18,9 @@ from tqdm import tqdm
 LINE_S = 15.0
 """Shortest time between two plain lines."""
 
+BAR_DELAY_S = 1.0
+"""What is done sooner has no bar, which would stand amid what a library shows meanwhile (the tokenizer's trainer)."""
+
 Values = Mapping[str, float | str]
 """What stands beside the count: name -> number, or a word."""
 
@@ -77,7 +80,9 @@ class Bar:
 
     def __init__(self, name: str, total: int, unit: str, done: int) -> None:
         layout = "{desc} {percentage:3.0f}% {n_fmt}/{total_fmt}, {remaining} left{postfix}"
-        self._bar = tqdm(desc=name, total=total, initial=done, unit=unit, bar_format=layout, dynamic_ncols=True)
+        self._bar = tqdm(
+            desc=name, total=total, initial=done, unit=unit, bar_format=layout, dynamic_ncols=True, delay=BAR_DELAY_S
+        )
 
     def update(self, done: int, values: Values) -> None:
         """Rewrite the line."""

@@ -66,11 +66,19 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_lines(monkeypatch, is_terminal, k
 
 def test_the_bars_line_fits_eighty_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(progress, "BAR_DELAY_S", 0.0)
     with shown_progress(ProgressMode.bar, "train", 1030, "step", done=237) as shown:
         shown.update(238, {"loss": 3.91234, "val": 4.0211, "lr": 7.6e-3, "tok/s": 6842.0})
     last = capsys.readouterr().err.split("\r")[-1].rstrip()
     assert last.endswith("loss 3.912, val 4.021, lr 0.0076, tok/s 6,842")
     assert len(last) < 80
+
+
+def test_what_is_done_at_once_has_no_bar(capsys):
+    with shown_progress(ProgressMode.bar, "tokenize", 2, "character") as shown:
+        shown.update(1, {})
+        shown.update(2, {})
+    assert capsys.readouterr().err == ""
 
 
 def test_units_are_added_up(capsys):
