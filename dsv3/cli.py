@@ -174,6 +174,12 @@ def users_line(error: Exception) -> str | None:
         what = ". ".join(one_line(error).split(". ")[:2])  # torch goes on for ten lines
         remedy = "use a machine with more, smaller batches, less data at a time, or train.gradient_checkpointing"
         return f"out of memory{f' ({what})' if what else ''}; {remedy}"
+    if "does not have a deterministic implementation" in str(error):  # torch's text; runtime.full_determinism asked
+        operation = one_line(error).split(" ")[0]
+        return (
+            f"params.yaml: runtime.full_determinism is true; torch has no deterministic {operation} on this device; "
+            "set it to false"
+        )
     if isinstance(error, OSError) and (error.filename is not None or error.errno in MACHINE_ERRORS):
         return one_line(f"{error.filename or Path.cwd()}: {error.strerror}")
     if is_lost_process(error):

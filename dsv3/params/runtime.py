@@ -42,6 +42,10 @@ class RuntimeParams(Section):
     the GPU one parameter at a time; parameters (with sharding): the shards of weights, gradients and moments, updated
     on the CPU."""
 
+    full_determinism: bool
+    """Only algorithms that give the same bits every time, so that a training on a GPU, too, is resumed bit for bit;
+    slower there. A CPU's always do."""
+
     ddp_timeout: int = Field(ge=1, le=MAX_TIMEOUT_S)
     """Seconds that a process waits for others that are alive and at work (torch's process group): they may be writing,
     exporting or compiling. One that is stopped or cut off is noticed within half a minute, whatever this is."""

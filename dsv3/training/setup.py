@@ -26,6 +26,7 @@ from dsv3.devices import device_name, torch_device
 from dsv3.errors import UserError
 from dsv3.kernels.convert import Conversion, convert, emulate_bf16
 from dsv3.sizing.chunked_loss import is_loss_chunked
+from dsv3.training.attention import attention_kernel
 from dsv3.training.checkpoint import FORMAT_VERSION
 from dsv3.training.fingerprint import Fingerprint
 from dsv3.training.interruption import Interruption
@@ -55,6 +56,9 @@ class Choices:
     """How linear layers multiply: fp32, bf16, fp8, or an emulation of one, labelled so."""
 
     experts: str
+    attention: str
+    """torch's kernel."""
+
     cross_entropy: str
     sharding: str
     """Of weights, gradients and optimizer state over the processes."""
@@ -66,7 +70,8 @@ class Choices:
         """Return a line for the terminal."""
         kept = ", ".join(name.removeprefix("model.") for name in self.high_precision_linears)
         beside = f"; in high precision: {kept}" if kept else ""
-        return f"runs     on {self.device}, linear layers in {self.precision}, experts by {self.experts}{beside}"
+        by = f"experts by {self.experts}, attention by {self.attention}"
+        return f"runs     on {self.device}, linear layers in {self.precision}, {by}{beside}"
 
     def metrics(self) -> dict[str, str | int]:
         """Return what stands among a training's metrics, where DVC takes no lists."""
@@ -77,6 +82,8 @@ def start_accelerator(plan: TrainingPlan) -> Accelerator:
     """Return Accelerate's view of devices and processes; raise `UserError` where they do not fit the plan."""
     train = plan.params.train
     check_environment(plan.params.runtime)
+    if plan.params.runtime.full_determinism:
+        choose_deterministic_algorithms()
     device = torch_device(plan.params.runtime)
     on_cpu = device.type == "cpu"
     local_processes, num_devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
@@ -122,6 +129,16 @@ def start_accelerator(plan: TrainingPlan) -> Accelerator:
     return accelerator
 
 
+def choose_deterministic_algorithms() -> None:
+    """Let torch take only algorithms that give the same bits every time, and raise where it has none.
+
+    cuBLAS reads its variable when it multiplies for the first time. Memory that is not written yet is not filled.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def check_agreement(plan: TrainingPlan) -> None:
     """Raise `UserError` where `runtime.sharding: auto` chose otherwise on the main process, whose machine differs."""
     own = plan.params.runtime.sharding
@@ -162,6 +179,7 @@ def prepare_model(plan: TrainingPlan, device: torch.device) -> tuple[DeepseekV3F
         num_processes=int(os.environ.get("WORLD_SIZE", "1")),
         precision=conversion.precision,
         experts=experts,
+        attention=attention_kernel(plan.architecture, train, device),
         cross_entropy="chunked" if is_chunked else "plain",
         sharding=sharding,
         high_precision_linears=tuple(conversion.high_precision),

@@ -134,6 +134,17 @@ def test_another_processs_end_is_one_line_and_a_status_of_its_own(monkeypatch, c
     assert line.count("\n") == 1 and line.startswith("another process of this training has ended")
 
 
+def test_an_operation_that_torch_has_no_deterministic_algorithm_for_is_one_line(monkeypatch, capsys):
+    def main() -> None:
+        torch.use_deterministic_algorithms(True)
+        torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
+
+    assert status(main, monkeypatch) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("params.yaml: runtime.full_determinism is true; torch has no deterministic put_ on")
+    assert line.count("\n") == 1
+
+
 def test_another_runtime_error_keeps_its_traceback(monkeypatch):
     def main() -> None:
         raise RuntimeError("a fault of the program")

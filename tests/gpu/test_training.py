@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+import time
 from functools import partial
 
 import pytest
@@ -156,3 +157,35 @@ def test_the_train_stage_runs_in_fp8_on_the_device_and_says_so(fp8_device, is_sm
         assert metrics["device"] == torch.cuda.get_device_name()
         assert metrics["precision"] == "fp8"
         assert metrics["experts"] == f"dsv3_triton_fp8_{'bf16' if precision == 'auto' else 'fp32'}"
+
+
+@pytest.mark.parametrize("train", [{}, {"use_fp8": True}, {"precision": "fp32"}], ids=str)
+def test_a_training_killed_and_resumed_with_full_determinism_has_the_bits_of_one_that_was_not(
+    fp8_device, tmp_path, train
+):
+    weights = []
+    for name, is_killed in (("whole", False), ("killed", True)):
+        folder = tmp_path / name
+        runtime = {"device": fp8_device.type, "full_determinism": True, "save_steps": NUM_STEPS // 3}
+        write_inputs(folder, architecture=NANO_SIZES, train={**train, "max_steps": NUM_STEPS}, runtime=runtime)
+        if is_killed:
+            kill_at_first_checkpoint(folder)
+        done = subprocess.run(
+            stage_command(folder), cwd=ROOT, env=environment(folder), capture_output=True, timeout=500, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert (b"resuming" in done.stdout + done.stderr) == is_killed
+        weights.append((folder / "final_model" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def kill_at_first_checkpoint(folder):
+    """Start the train stage, and kill it when its first checkpoint is complete."""
+    with subprocess.Popen(
+        stage_command(folder), cwd=ROOT, env=environment(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 500
+        while not list((folder / ".checkpoints").glob("*/step_*/complete")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()

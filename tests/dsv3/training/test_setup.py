@@ -1,9 +1,11 @@
+import os
+
 import pytest
 import torch
 
 from dsv3.fp8.recipe import Recipe
 from dsv3.training.precision import fp8_recipe
-from dsv3.training.setup import prepare_model
+from dsv3.training.setup import prepare_model, start_accelerator
 from tests.training_inputs import WIDE, plan_of
 
 CPU = torch.device("cpu")
@@ -51,3 +53,18 @@ def test_a_deviation_changes_the_gradients_of_linear_layers_and_of_experts(tmp_p
         gradients.append({name: weight.grad for name, weight in model.named_parameters()})
     for name in ("self_attn.o_proj.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"):
         assert not torch.equal(*(found[f"model.layers.1.{name}"] for found in gradients)), name
+
+
+def test_full_determinism_is_torchs_and_cublas_own_and_off_by_default(tmp_path, monkeypatch):
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    start_accelerator(plan_of(tmp_path))
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # undone after the test
+    start_accelerator(plan_of(tmp_path, runtime={"full_determinism": True}))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.utils.deterministic.fill_uninitialized_memory
