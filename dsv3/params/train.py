@@ -52,6 +52,13 @@ class TrainParams(Section):
     """Decoupled weight decay of matrices; norms, biases and embeddings are not decayed. A step shrinks weights by
     learning_rate times this, which must be less than 1."""
 
+    hidden_dropout: float = Field(ge=0, lt=1)
+    """Probability with which a number of what attention and feed-forward networks add to the residual stream is zero in
+    training. (Of attention weights: attention_dropout in the architecture's file.)"""
+
+    token_replacement: float = Field(ge=0, lt=1)
+    """Share of the input tokens that are random ones of the vocabulary in training; targets stay as they are."""
+
     adam_beta1: float = Field(ge=0, lt=1)
     """Decay of AdamW's first moment."""
 

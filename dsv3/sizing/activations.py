@@ -45,6 +45,8 @@ class Workload:
     """With an FP8 backend: the input of its SwiGLU is kept in e4m3, with an fp32 scale per 128 numbers."""
     mx_blocks: bool = False
     """MXFP8: forward and dgrad see different numbers of a weight."""
+    drops_hidden: bool = False
+    """What each half of a layer adds passes dropout."""
 
     @property
     def num_tokens(self) -> int:
@@ -73,6 +75,17 @@ class Workload:
     def norm(self, width: int) -> int:
         """Return the bytes per token that an RMSNorm keeps: input, 1 / rms and, where it is not fused, input / rms."""
         return FP32 * ((1 if self.device == "cuda" else 2) * width + 1)
+
+
+def dropout_bytes(a: Architecture, w: Workload, layer: int) -> int:
+    """Return the bytes per token of a layer's two dropout masks: of booleans on CUDA, of factors on a CPU.
+
+    Routed experts are added up in fp32.
+    """
+    if not w.drops_hidden:
+        return 0
+    routed = FP32 if a.is_moe(layer) else w.compute_bytes
+    return a.hidden_size * (2 if w.device == "cuda" else w.compute_bytes + routed)
 
 
 def query_bytes(a: Architecture, w: Workload) -> int:
@@ -170,7 +183,7 @@ def layer_bytes(a: Architecture, w: Workload, layer: int) -> int:
     w = of_layer(a, w, layer)
     half = moe_bytes(a, w) if a.is_moe(layer) else dense_bytes(a, w)
     mtp = mtp_bytes(a, w) if layer >= a.num_hidden_layers else 0
-    return w.num_tokens * (attention_bytes(a, w) + half + mtp)
+    return w.num_tokens * (attention_bytes(a, w) + half + mtp + dropout_bytes(a, w, layer))
 
 
 def of_layer(a: Architecture, w: Workload, layer: int) -> Workload:

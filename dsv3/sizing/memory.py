@@ -107,6 +107,7 @@ def workload(train: TrainParams, device: Device) -> Workload:
         swiglu_cache=train.use_fp8 and train.fp8_swiglu_cache,
         mx_blocks=train.use_fp8 and train.fp8_mx_blocks,
         gradient_checkpointing=train.gradient_checkpointing,
+        drops_hidden=train.hidden_dropout > 0,
     )
 
 

@@ -24,6 +24,7 @@ from dsv3.training.balancing import pop_expert_load, update_router_bias
 from dsv3.training.interruption import Interruption
 from dsv3.training.optimizer import Optimizer
 from dsv3.training.plan import TrainingPlan
+from dsv3.training.regularization import TokenReplacement
 from dsv3.training.schedule import bias_update_rate, learning_rate, mtp_loss_weight
 from dsv3.training.state import LOSS_PARTS, Measured, TrainState
 from mini_model.modeling_deepseek import DeepseekV3CausalLMOutput, DeepseekV3ForCausalLM
@@ -51,6 +52,12 @@ class Run:
         runtime, steps = self.plan.params.runtime, range(self.state.step, self.plan.total_steps)
         workers, pin_memory = runtime.dataloader_num_workers, runtime.dataloader_pin_memory
         return micro_batches(self.plan.batches, self.layout, steps, workers, pin_memory)
+
+    def input_ids(self, number: int, tokens_BS: Tensor) -> Tensor:
+        """Return what the model reads of the run's micro-batch of that number: some tokens are random, where asked."""
+        share, meta = self.plan.params.train.token_replacement, self.plan.meta
+        replacement = TokenReplacement(share, meta["vocab_size"], meta["bos_token_id"], self.plan.params.seed)
+        return replacement.of_micro_batch(number, tokens_BS)
 
     def position_ids(self, tokens_BS: Tensor) -> Tensor | None:
         """Return positions that restart with each document, where documents are not to see one another; else None."""
@@ -127,26 +134,33 @@ def accumulate_gradients(run: Run, batches: Iterator[Tensor], mtp_weight: float)
     Replicas exchange gradients once, in the last backward pass. Shards are exchanged in each: a process would else hold
     the whole model's gradients between them.
     """
-    count = run.layout.accumulation(run.state.step) // run.layout.world_size
+    numbers = list(run.layout.micro_batches(range(run.state.step, run.state.step + 1)))
     sums = torch.zeros(len(LOSS_PARTS), dtype=torch.float64, device=run.accelerator.device)
-    for micro in range(count):
+    for number in numbers:
         tokens = next(batches).to(run.accelerator.device, non_blocking=True)
-        is_last = micro == count - 1
-        with nullcontext() if is_last else run.accelerator.no_sync(run.forward):
-            output = micro_batch_output(run, run.forward, tokens, mtp_weight)
+        input_ids = run.input_ids(number, tokens[:, :-1])
+        with nullcontext() if number == numbers[-1] else run.accelerator.no_sync(run.forward):
+            output = micro_batch_output(run, run.forward, tokens, mtp_weight, input_ids)
             assert output.loss is not None, "targets were given"
-            run.accelerator.backward(output.loss / count)
+            run.accelerator.backward(output.loss / len(numbers))
         parts = [getattr(output, field) for field in LOSS_PARTS.values()]
         sums += torch.stack([sums.new_zeros(()) if part is None else part.detach().double() for part in parts])
     return sums
 
 
 def micro_batch_output(
-    run: Run, forward: Callable[..., DeepseekV3CausalLMOutput], tokens: Tensor, mtp_weight: float
+    run: Run,
+    forward: Callable[..., DeepseekV3CausalLMOutput],
+    tokens: Tensor,
+    mtp_weight: float,
+    input_ids: Tensor | None = None,
 ) -> DeepseekV3CausalLMOutput:
-    """Return the losses that `forward`, the model in one of its forms, gives for a micro-batch (B, S + 1)."""
+    """Return the losses that `forward`, the model in one of its forms, gives for a micro-batch (B, S + 1).
+
+    It reads `input_ids` (B, S), or the micro-batch's own tokens; targets are the micro-batch's.
+    """
     return forward(
-        input_ids=tokens[:, :-1],
+        input_ids=tokens[:, :-1] if input_ids is None else input_ids,
         position_ids=run.position_ids(tokens[:, :-1]),
         shift_labels=tokens[:, 1:],
         mtp_loss_weight=mtp_weight,

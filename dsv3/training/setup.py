@@ -37,6 +37,7 @@ from dsv3.training.model import CPU, META, build_model
 from dsv3.training.optimizer import Optimizer, parameter_groups
 from dsv3.training.plan import TrainingPlan
 from dsv3.training.precision import autocast_dtype, fp8_recipe, register_training_experts, resolved_precision
+from dsv3.training.regularization import drop_hidden
 from dsv3.training.sharding import Sharding, shard_model
 from dsv3.training.state import TrainState
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
@@ -132,11 +133,10 @@ def start_accelerator(plan: TrainingPlan) -> Accelerator:
 def choose_deterministic_algorithms() -> None:
     """Let torch take only algorithms that give the same bits every time, and raise where it has none.
 
-    cuBLAS reads its variable when it multiplies for the first time. Memory that is not written yet is not filled.
+    cuBLAS reads its variable when it multiplies for the first time.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def check_agreement(plan: TrainingPlan) -> None:
@@ -170,6 +170,8 @@ def prepare_model(plan: TrainingPlan, device: torch.device) -> tuple[DeepseekV3F
     is_chunked = is_loss_chunked(train.per_device_train_batch_size * train.block_size, plan.architecture.vocab_size)
     if is_chunked:
         model.cross_entropy = chunked_cross_entropy
+    if train.hidden_dropout:
+        drop_hidden(model, train.hidden_dropout)
     if train.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if train.torch_compile:

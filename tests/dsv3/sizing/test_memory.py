@@ -28,6 +28,7 @@ from dsv3.sizing.memory import (
     workload,
 )
 from dsv3.training.optimizer import Optimizer, parameter_groups
+from dsv3.training.regularization import drop_hidden
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM, DeepseekV3MoE
 from tests.committed import DEFAULTS, PROJECT
@@ -111,6 +112,19 @@ def test_the_estimate_is_what_autograd_keeps_of_the_real_model_to_half_a_percent
     a, w = Architecture(**sizes), Workload(3, 40, "cpu", precision, experts)
     estimate = activation_bytes(a, w) + weight_cast_bytes(a, w) + kept_by_heads(a, w)
     assert estimate == pytest.approx(measured, rel=0.005)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_dropout_keeps_two_masks_per_layer(precision):
+    model = model_of(ODD, precision, "cpu")
+    drop_hidden(model, 0.1)
+    tokens = torch.randint(0, ODD["vocab_size"], (3, 40))
+    measured = saved_bytes(lambda: passed(model, tokens, precision), everything(model))
+    a, w = Architecture(**ODD), Workload(3, 40, "cpu", precision, "cpu", drops_hidden=True)
+    estimate = activation_bytes(a, w) + weight_cast_bytes(a, w) + kept_by_heads(a, w)
+    assert estimate == pytest.approx(measured, rel=0.005)
+    assert workload(TRAIN.model_copy(update={"hidden_dropout": 0.1}), "cpu").drops_hidden
+    assert not workload(TRAIN, "cpu").drops_hidden
 
 
 CASES = [

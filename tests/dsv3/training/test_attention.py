@@ -24,9 +24,7 @@ def operators_of_a_forward_pass(plan) -> set[str]:
 @pytest.mark.parametrize(("value_width", "kernel"), [(8, "math"), (16, "flash")])
 def test_the_kernel_that_is_recorded_is_the_one_that_torch_calls(tmp_path, value_width, kernel, sees_all):
     """Latent attention's values are narrower than its queries, which torch's fast kernel on a CPU does not take."""
-    plan = plan_of(
-        tmp_path, architecture={"v_head_dim": value_width}, train={"cross_document_attention": sees_all}
-    )
+    plan = plan_of(tmp_path, architecture={"v_head_dim": value_width}, train={"cross_document_attention": sees_all})
     assert attention_kernel(plan.architecture, plan.params.train, CPU) == kernel
     called = operators_of_a_forward_pass(plan)
     assert {name for name, operator in OPERATORS.items() if operator in called} == {kernel}

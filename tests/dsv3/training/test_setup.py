@@ -58,7 +58,6 @@ def test_a_deviation_changes_the_gradients_of_linear_layers_and_of_experts(tmp_p
 def test_full_determinism_is_torchs_and_cublas_own_and_off_by_default(tmp_path, monkeypatch):
     torch.use_deterministic_algorithms(False)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     start_accelerator(plan_of(tmp_path))
     assert not torch.are_deterministic_algorithms_enabled()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
@@ -67,4 +66,3 @@ def test_full_determinism_is_torchs_and_cublas_own_and_off_by_default(tmp_path, 
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    assert not torch.utils.deterministic.fill_uninitialized_memory
