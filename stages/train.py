@@ -44,7 +44,7 @@ def main(
     )
 
     check_environment(parameters.runtime)
-    check_not_replaced(parameters.train.init_from, model)
+    check_not_replaced(parameters.train, model)
     plan = read_training_plan(parameters, tokens)
     check_output(sizes, "estimate_size")
     manifest = read_manifest(corpus)

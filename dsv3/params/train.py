@@ -142,6 +142,13 @@ class TrainParams(Section):
     of the same architecture and tokenizer. A change of them is another training to checkpoints; DVC does not see it
     (dvc repro -f train). null: new weights."""
 
+    teachers: list[str]
+    """Exported models, folders or Hub ids, from whose mean prediction the training learns too (distillation): of the
+    same vocabulary and tokenizer, of any size. As with init_from, DVC does not see that their files change."""
+
+    distillation_weight: float = Field(ge=0, le=1)
+    """With teachers: their share of the loss, the text's own being the rest."""
+
     resume_from_checkpoint: str | None
     """A checkpoint's folder (step_N) to go on from, of the same architecture, whatever its precision; null: none.
     Schedules are those of the new training from there on: where it is longer, the learning rate is that of its own step
@@ -167,6 +174,8 @@ class TrainParams(Section):
             raise ValueError(
                 "init_from must be null beside resume_from_checkpoint, whose weights would replace its own"
             )
+        if self.teachers and self.torch_compile:
+            raise ValueError("torch_compile is true; must be false with teachers, which speak between two graphs")
         if self.warmup_ratio + self.bias_freeze_ratio > 1:
             raise ValueError("warmup_ratio + bias_freeze_ratio exceeds 1; together they are shares of the same steps")
         if self.gradient_accumulation_steps % self.batch_ramp_levels:

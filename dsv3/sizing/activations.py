@@ -47,6 +47,8 @@ class Workload:
     """MXFP8: forward and dgrad see different numbers of a weight."""
     drops_hidden: bool = False
     """What each half of a layer adds passes dropout."""
+    has_teachers: bool = False
+    """Other models' probabilities of every token are there, and logits are never chunked."""
 
     @property
     def num_tokens(self) -> int:
@@ -294,11 +296,14 @@ def logits_bytes(a: Architecture, w: Workload) -> int:
 
     Every head (the main one and one per MTP module) keeps its input and its log-softmax in fp32; the one whose backward
     pass begins holds the gradients of the log-softmax and of the logits as well. Large logits are never whole: a chunk
-    of them exists at a time, and the gradients of the hidden states and of the head are kept instead.
+    of them exists at a time, and the gradients of the hidden states and of the head are kept instead. With teachers
+    there are their probabilities too, once as they are and once as the heads of MTP modules keep them.
     """
     num_heads = 1 + a.num_nextn_predict_layers
     logits = w.num_tokens * a.vocab_size
     hidden = w.num_tokens * a.hidden_size * w.compute_bytes
+    if w.has_teachers:
+        return num_heads * (hidden + 2 * FP32 * logits) + 2 * FP32 * logits
     if is_loss_chunked(w.num_tokens, a.vocab_size):
         chunk = 2 * min(CHUNK_BYTES[w.device] // FP32, logits) * (FP32 + w.compute_bytes)
         return num_heads * (hidden + FP32 * a.vocab_size * a.hidden_size) + chunk

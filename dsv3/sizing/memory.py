@@ -68,6 +68,8 @@ class TrainingMemory:
     optimizer_workspace_bytes: int
     holds_gradients: bool
     """Whether gradients of earlier passes exist during a pass (accumulation)."""
+    teachers_bytes: int = 0
+    """Weights of other models that it learns from, each counted as large as the model itself."""
     gathered_bytes: int = 0
     """On several processes: what a pass holds of the others' weights and gradients (`dsv3.sizing.sharded`)."""
 
@@ -84,7 +86,7 @@ class TrainingMemory:
         """The larger of a pass with derived copies of weights and an optimizer step, on top of weights and moments."""
         in_pass = self.pass_bytes + self.derived_weights_bytes
         in_step = self.gradients_bytes + self.optimizer_workspace_bytes
-        return self.weights_bytes + self.optimizer_states_bytes + max(in_pass, in_step)
+        return self.weights_bytes + self.teachers_bytes + self.optimizer_states_bytes + max(in_pass, in_step)
 
 
 def workload(train: TrainParams, device: Device) -> Workload:
@@ -108,6 +110,7 @@ def workload(train: TrainParams, device: Device) -> Workload:
         mx_blocks=train.use_fp8 and train.fp8_mx_blocks,
         gradient_checkpointing=train.gradient_checkpointing,
         drops_hidden=train.hidden_dropout > 0,
+        has_teachers=bool(train.teachers),
     )
 
 
@@ -129,6 +132,7 @@ def training_memory(a: Architecture, train: TrainParams, device: Device) -> Trai
         logits_bytes=logits_bytes(a, w),
         optimizer_workspace_bytes=optimizer_workspace_bytes(a, train, w.compute_bytes),
         holds_gradients=train.gradient_accumulation_steps > 1,
+        teachers_bytes=len(train.teachers) * FP32 * total,
     )
 
 

@@ -250,6 +250,7 @@ def sharded_memory(a: Architecture, train: TrainParams, device: Device, sharing:
         logits_bytes=whole.logits_bytes,
         optimizer_workspace_bytes=optimizer_workspace_bytes(a, train, w.compute_bytes, sharing.num_shards),
         holds_gradients=holds_gradients,
+        teachers_bytes=whole.teachers_bytes,
         gathered_bytes=of_pass.gathered(),
         largest_point_bytes=max(of_pass.held_at_each_point()),
     )

@@ -62,6 +62,8 @@ def difference(place: tuple[str, ...], there: Any, here: Any) -> str:
         return "the token data is other data"
     if place[0] == "initial_weights":
         return "the weights of train.init_from are others"
+    if place[0] == "teachers":
+        return "the weights of train.teachers are others"
     return f"{'.'.join(place)} is {json.dumps(there)} there and {json.dumps(here)} here"
 
 

@@ -20,6 +20,7 @@ from dsv3.errors import UserError
 from dsv3.export.loading import load_model
 from dsv3.export.source import check_source
 from dsv3.export.weights import FIELDS, INDEX, read_model_config, short_line, weight_files
+from dsv3.params.train import TrainParams
 from dsv3.training.model import read_config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 
@@ -69,8 +70,12 @@ def read_initial_weights(name: str, config: Path, tokens: Path) -> InitialWeight
         check_same_tokenizer(folder, tokens)
     except UserError as error:
         raise UserError(f"train.init_from is {name:.200}; {error}") from None
-    digests = {file.name: sha256_file(file) for file in weight_files(folder)}
-    return InitialWeights(name, folder, sha256_lines(digests))
+    return InitialWeights(name, folder, weights_sha256(folder))
+
+
+def weights_sha256(folder: Path) -> str:
+    """Return one SHA-256 of all files of weights in a model's folder."""
+    return sha256_lines({file.name: sha256_file(file) for file in weight_files(folder)})
 
 
 def fetch_model_folder(name: str) -> Path:
@@ -115,10 +120,12 @@ def id_parts(file: Path) -> list[Any]:
         raise UserError(f"{file}: is no tokenizer") from None
 
 
-def check_not_replaced(name: str | None, model: Path) -> None:
-    """Raise `UserError` where `train.init_from` names the folder that the training replaces by its own `model`."""
-    if name is not None and local_path(name).resolve() == model.resolve():
-        raise UserError(
-            f"train.init_from is {name}; is this training's own output, which DVC removes before it starts: dvc "
-            "checkout brings it back; copy it to another folder, and name that"
-        )
+def check_not_replaced(train: TrainParams, model: Path) -> None:
+    """Raise `UserError` where a model that the training reads lies where it writes its own `model`."""
+    named = {"init_from is": train.init_from, **{f"teachers[{n}] is": name for n, name in enumerate(train.teachers)}}
+    for where, name in named.items():
+        if name is not None and local_path(name).resolve() == model.resolve():
+            raise UserError(
+                f"train.{where} {name}; is this training's own output, which DVC removes before it starts: dvc "
+                "checkout brings it back; copy it to another folder, and name that"
+            )

@@ -9,7 +9,7 @@ Letters: B sequences, S positions, L layers, E n_routed_experts.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from dsv3.data.batches import StepLayout, document_positions, micro_batches
 from dsv3.errors import Interrupted, UserError
 from dsv3.kernels.weight_cache import cached_weights
 from dsv3.training.balancing import pop_expert_load, update_router_bias
+from dsv3.training.distillation import Distillation
 from dsv3.training.interruption import Interruption
 from dsv3.training.optimizer import Optimizer
 from dsv3.training.plan import TrainingPlan
@@ -46,6 +47,8 @@ class Run:
     optimizer: Optimizer
     state: TrainState
     interruption: Interruption
+    distillation: Distillation | None = None
+    """The teachers, where there are any."""
 
     def micro_batches(self) -> Iterator[Tensor]:
         """Return this process's batches from the next step on."""
@@ -58,6 +61,14 @@ class Run:
         share, meta = self.plan.params.train.token_replacement, self.plan.meta
         replacement = TokenReplacement(share, meta["vocab_size"], meta["bos_token_id"], self.plan.params.seed)
         return replacement.of_micro_batch(number, tokens_BS)
+
+    def teaching(self, tokens_BS: Tensor) -> AbstractContextManager[None]:
+        """Return the block in which losses are those of a micro-batch that reads these tokens, by the teachers too."""
+        if self.distillation is None:
+            return nullcontext()
+        with self.accelerator.autocast():
+            probabilities = self.distillation.mean_probabilities(tokens_BS, self.position_ids(tokens_BS))
+        return self.distillation.teaching(probabilities)
 
     def position_ids(self, tokens_BS: Tensor) -> Tensor | None:
         """Return positions that restart with each document, where documents are not to see one another; else None."""
@@ -140,12 +151,20 @@ def accumulate_gradients(run: Run, batches: Iterator[Tensor], mtp_weight: float)
         tokens = next(batches).to(run.accelerator.device, non_blocking=True)
         input_ids = run.input_ids(number, tokens[:, :-1])
         with nullcontext() if number == numbers[-1] else run.accelerator.no_sync(run.forward):
-            output = micro_batch_output(run, run.forward, tokens, mtp_weight, input_ids)
+            with run.teaching(tokens[:, :-1]):
+                output = micro_batch_output(run, run.forward, tokens, mtp_weight, input_ids)
             assert output.loss is not None, "targets were given"
             run.accelerator.backward(output.loss / len(numbers))
-        parts = [getattr(output, field) for field in LOSS_PARTS.values()]
-        sums += torch.stack([sums.new_zeros(()) if part is None else part.detach().double() for part in parts])
+        sums += torch.stack([sums.new_zeros(()) if part is None else part.double() for part in loss_parts(run, output)])
     return sums
+
+
+def loss_parts(run: Run, output: DeepseekV3CausalLMOutput) -> list[Tensor | None]:
+    """Return the values of `LOSS_PARTS` of a micro-batch; the loss of the text is that alone, whoever teaches."""
+    values = {name: getattr(output, field) for name, field in LOSS_PARTS.items()}
+    if run.distillation is not None:
+        values["loss"] = run.distillation.text_loss
+    return [None if value is None else value.detach() for value in values.values()]
 
 
 def micro_batch_output(

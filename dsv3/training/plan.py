@@ -1,7 +1,7 @@
 """What a training is going to do, worked out before anything is built: steps, tokens, arithmetic, memory."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from dsv3.sizing.sharded import StateSharing, chosen_sharding, process_memory
 from dsv3.tracking.identity import project_root
 from dsv3.tracking.metrics import TABLES
 from dsv3.training.budget import Budget, budget_of
+from dsv3.training.distillation import read_teacher
 from dsv3.training.initial_weights import InitialWeights, read_initial_weights
 
 RESULTS = ("run.json", "metrics.json", "headline.json", *(f"{table}.tsv" for table in TABLES))
@@ -47,6 +48,9 @@ class TrainingPlan:
     budget: Budget
     initial_weights: InitialWeights | None
     """The model that the training starts from; None: from new weights."""
+
+    teachers: Sequence[InitialWeights] = ()
+    """The models whose predictions it learns from."""
 
     sharding_note: str = ""
     """What `runtime.sharding: auto` chose, and why."""
@@ -111,6 +115,7 @@ class TrainingPlan:
                 f"cost     {self.flops_per_token:.3g} FLOPs per token, "
                 f"{self.flops_per_token * total_tokens:.3g} in all",
                 *([f"weights  those of {self.initial_weights}"] if self.initial_weights else []),
+                *(f"teacher  {teacher}" for teacher in self.teachers),
                 *self.notes(),
                 f"memory   {size['training_cpu_peak_gib']} GiB estimated on a CPU, "
                 f"{size['training_cuda_peak_gib']} GiB on a GPU",
@@ -222,8 +227,11 @@ def read_training_plan(params: Params, tokens: Path) -> TrainingPlan:
     budget = budget_of(params.train, batches.num_blocks_per_epoch)
     name = params.train.init_from
     initial_weights = read_initial_weights(name, Path(params.model.config), tokens) if name is not None else None
+    teachers = [read_teacher(teacher, vocab_size, tokens) for teacher in params.train.teachers]
     params, note = with_chosen_sharding(params, architecture)
-    plan = TrainingPlan(params, meta.model_dump(), architecture, batches, validation, budget, initial_weights, note)
+    plan = TrainingPlan(
+        params, meta.model_dump(), architecture, batches, validation, budget, initial_weights, teachers, note
+    )
     check_steps(plan)
     return plan
 

@@ -378,6 +378,7 @@ def model_facts(run: Run, recorder: Recorder, chosen: Choices, outputs: Outputs)
         "text SHA-256": outputs.manifest.get("sha256"),
         "tokens SHA-256": plan.meta["sha256"],
         **({INITIAL_WEIGHTS: str(plan.initial_weights)} if plan.initial_weights else {}),
+        **({"teachers": "; ".join(map(str, plan.teachers))} if plan.teachers else {}),
         "optimizer steps": run.state.step,
         "training tokens": plan.tokens_before(run.state.step),
         "linear layers in": chosen.precision,

@@ -28,6 +28,7 @@ from dsv3.kernels.convert import Conversion, convert, emulate_bf16
 from dsv3.sizing.chunked_loss import is_loss_chunked
 from dsv3.training.attention import attention_kernel
 from dsv3.training.checkpoint import FORMAT_VERSION
+from dsv3.training.distillation import Distillation
 from dsv3.training.fingerprint import Fingerprint
 from dsv3.training.interruption import Interruption
 from dsv3.training.launch import check_environment, check_sharding
@@ -182,7 +183,7 @@ def prepare_model(plan: TrainingPlan, device: torch.device) -> tuple[DeepseekV3F
         precision=conversion.precision,
         experts=experts,
         attention=attention_kernel(plan.architecture, train, device),
-        cross_entropy="chunked" if is_chunked else "plain",
+        cross_entropy="distilled" if plan.teachers else "chunked" if is_chunked else "plain",
         sharding=sharding,
         high_precision_linears=tuple(conversion.high_precision),
     )
@@ -195,9 +196,11 @@ def run_fingerprint(plan: TrainingPlan, chosen: Choices) -> Fingerprint:
     may go on elsewhere.
     """
     initial = {} if plan.initial_weights is None else {"initial_weights": plan.initial_weights.sha256}
+    teachers = {"teachers": [teacher.sha256 for teacher in plan.teachers]} if plan.teachers else {}
     return Fingerprint(
         {
             **initial,
+            **teachers,
             "format": FORMAT_VERSION,
             "seed": plan.params.seed,
             "train": plan.params.train.model_dump(),
@@ -225,6 +228,12 @@ def prepare_run(
             offloads=runtime.cpu_offload == "parameters",
         )
         shard_model(model, sharding, accelerator.device)
+    distillation = None
+    if plan.teachers:
+        folders = [teacher.folder for teacher in plan.teachers]
+        plain = model.cross_entropy
+        distillation = Distillation.of(folders, train.distillation_weight, plain, accelerator.device)
+        model.cross_entropy = distillation.cross_entropy
     # Muon's matrix products run in the training's own format: bf16 where the device is fast at it, else fp32.
     dtype = autocast_dtype(train.precision, accelerator.device)
     offloads = plan.params.runtime.cpu_offload == "optimizer"
@@ -247,4 +256,5 @@ def prepare_run(
         optimizer=optimizer,
         state=TrainState(),
         interruption=interruption,
+        distillation=distillation,
     )
