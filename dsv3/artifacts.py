@@ -4,6 +4,7 @@ A stage that dies half-way must not leave a file that looks finished, so everyth
 flushed to the disk, and renamed over it; a rename within one folder is atomic on POSIX and on Windows.
 """
 
+import errno
 import glob
 import hashlib
 import json
@@ -11,11 +12,12 @@ import os
 import re
 import shutil
 import socket
+import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -253,10 +255,28 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to be read; raise `OSError` for what is none: a pipe would wait for its writer, a device never end.
+
+    Every file that another program may have put in its place is opened so.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return os.fdopen(handle, "rb")
+
+
+def read_regular(path: Path, encoding: str = "utf-8") -> str:
+    """Return the text of a file; raise `OSError` for what is no regular one, `ValueError` for another encoding."""
+    with open_regular(path) as file:
+        return file.read().decode(encoding)
+
+
 def read_json(path: Path) -> Any:
     """Return the JSON value in `path`, behind a byte order mark; raise `UserError` where it holds none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(read_regular(path, "utf-8-sig"))
     except (ValueError, RecursionError) as error:  # JSON's and UTF-8's, and brackets without end
         raise UserError(f"{path}: not JSON ({error}); dvc checkout brings an output back, dvc repro makes it") from None
 
@@ -264,7 +284,7 @@ def read_json(path: Path) -> Any:
 def read_model(path: Path, model: type[Content], remedy: str) -> Content:
     """Return the JSON in `path` as `model`; raise `UserError`, with the `remedy`, where it is something else."""
     try:
-        return model.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return model.model_validate(json.loads(read_regular(path)))
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror}); {remedy}") from None
     except ValidationError as error:
@@ -298,7 +318,7 @@ def sha256_bytes(data: bytes) -> str:
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of the file at `path` in hexadecimal, read in chunks."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

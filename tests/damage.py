@@ -1,5 +1,6 @@
 """What can happen to a file, for tests that try all of it."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,10 +24,17 @@ def foreign(path: Path) -> None:
     path.write_bytes(b'{"step": [1, 2]}\n')
 
 
+def pipe(path: Path) -> None:
+    """Put a pipe there, which a reader would wait for."""
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "truncate": truncate,
     "flip": flip,
     "empty": empty,
     "foreign": foreign,
     "missing": Path.unlink,
+    "pipe": pipe,
 }

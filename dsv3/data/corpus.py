@@ -11,12 +11,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dsv3.artifacts import read_model, sha256_file, write_json
+from dsv3.artifacts import open_regular, read_model, sha256_file, write_json
 from dsv3.errors import UserError
 
 TEXT_FILE = "text.txt"
@@ -174,13 +175,13 @@ def read_chunks(directory: Path, measure: Measure) -> Iterator[Chunk]:
 
 def _text_chunks(path: Path) -> Iterator[Chunk]:
     """Yield `text.txt` as it is: line ends are not translated."""
-    with path.open(encoding="utf-8", newline="") as file:
+    with TextIOWrapper(open_regular(path), encoding="utf-8", newline="") as file:
         while text := file.read(CHUNK_CHARACTERS):
             yield Chunk(0, text)
 
 
 def _document_chunks(path: Path) -> Iterator[Chunk]:
     """Yield the documents of `documents.jsonl`."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for number, line in enumerate(file):
             yield Chunk(number, json.loads(line)["text"])

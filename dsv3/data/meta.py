@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dsv3.artifacts import CHUNK_BYTES, read_model, sha256_lines
+from dsv3.artifacts import CHUNK_BYTES, open_regular, read_model, sha256_lines
 from dsv3.data.shards import DTYPES, HEADER, TokenStream
 from dsv3.errors import UserError
 
@@ -116,7 +116,7 @@ def check_shards(tokens: Path, meta: TokenMeta, splits: Iterable[Literal["train"
 def digest_and_largest(path: Path, dtype: np.dtype) -> tuple[str, int, int]:
     """Return SHA-256, largest id (-1 for none) and size of a shard, read in pieces."""
     digest, largest, size = hashlib.sha256(), -1, HEADER.size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         header = file.read(HEADER.size)
         digest.update(header)
         if len(header) == HEADER.size and HEADER.unpack(header)[2] != dtype.itemsize:

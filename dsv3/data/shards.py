@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dsv3.artifacts import replacing
+from dsv3.artifacts import open_regular, replacing
 from dsv3.errors import UserError
 
 MAGIC = b"DSV3TOKS"
@@ -109,7 +109,7 @@ class TokenStream:
 def _map_shard(path: Path) -> Tokens:
     """Return the tokens of one file, memory-mapped and read-only; `UserError` for a file that is not a whole shard."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             header, size = file.read(HEADER.size), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror}); run the tokenize stage") from None

@@ -20,7 +20,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from tokenizers.trainers import BpeTrainer
 
-from dsv3.artifacts import sha256_file, write_json
+from dsv3.artifacts import read_regular, sha256_file, write_json
 from dsv3.data.files import local_path
 from dsv3.data.words import repeated, word_counts
 from dsv3.errors import UserError
@@ -120,7 +120,7 @@ def copy_pretrained(name: str, directory: Path) -> None:
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(read_regular(path, "utf-8-sig"))
     except (ValueError, RecursionError):
         raise UserError(f"{path}: is not JSON; {REMEDY}") from None
     if not isinstance(value, dict):
@@ -134,7 +134,7 @@ def _tokens_of_class(found: dict[str, Path]) -> dict[str, Any]:
 
     with TemporaryDirectory() as folder:
         for file, source in found.items():
-            text = source.read_text(encoding="utf-8-sig")  # transformers reads no byte order mark
+            text = read_regular(source, "utf-8-sig")  # transformers reads no byte order mark
             Path(folder, file).write_text(text, encoding="utf-8")
         try:
             return dict(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).special_tokens_map)

@@ -1,10 +1,9 @@
 """Small text files of the user's, such as params.yaml: read whole, after a look at what they are."""
 
 import errno
-import os
-import stat
 from pathlib import Path
 
+from dsv3.artifacts import open_regular
 from dsv3.errors import UserError
 
 MAX_BYTES = 1 << 18
@@ -18,13 +17,14 @@ def read_small_text(path: Path) -> str:
     device, which could be read without end, other encodings, a NUL, or too many bytes.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
+        with open_regular(path) as file:
+            content = file.read(MAX_BYTES + 1)
     except ValueError:
         raise OSError(errno.EINVAL, "it holds a NUL character") from None
-    with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise UserError(f"{path}: is no regular file; name one")
-        content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise UserError(f"{path}: is no regular file; name one") from None
+        raise
     if len(content) > MAX_BYTES:
         raise UserError(f"{path}: has more than {MAX_BYTES:,} bytes; must be smaller")
     try:

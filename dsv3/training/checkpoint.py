@@ -51,7 +51,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from dsv3.artifacts import FileContent, difference_from, file_content, read_json, read_model, replacing_directory
+from dsv3.artifacts import (
+    FileContent,
+    difference_from,
+    file_content,
+    read_json,
+    read_model,
+    read_regular,
+    replacing_directory,
+)
 from dsv3.errors import UserError, one_line
 from dsv3.training.background import Background
 from dsv3.training.sharding import is_sharded
@@ -258,10 +266,10 @@ def damage_of(folder: Path, fingerprint: str | None = None) -> str:
     Every file is read once, in pieces. With a `fingerprint`, its folder and name must be those of the training too.
     """
     try:
-        completion = Completion.model_validate_json((folder / COMPLETE).read_bytes())
+        completion = Completion.model_validate_json(read_regular(folder / COMPLETE))
     except OSError as error:
         return f"{COMPLETE} can't be read ({error.strerror})"
-    except ValidationError:
+    except (ValidationError, UnicodeDecodeError):
         return f"{COMPLETE} is damaged"
     names = {name for name in completion.files if not SHARD_NAME.fullmatch(name)}
     if names not in (STEP_FILES, BEST_FILES, SHARDED_STEP_FILES, SHARDED_BEST_FILES):

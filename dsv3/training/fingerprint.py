@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dsv3.artifacts import write_json
+from pydantic import BaseModel, ConfigDict
+
+from dsv3.artifacts import read_model, write_json
+from dsv3.errors import UserError
 from dsv3.training.checkpoint import checkpoints
 
 FACTS = "facts.json"
@@ -23,6 +26,16 @@ Ended = Literal["no", "finished", "kept"]
 """Whether a training has ended; kept: its last checkpoint was asked for (runtime.keep_last_checkpoint)."""
 MOST_NAMED = 3
 """Checkpoints, and differences of each, that the one line names."""
+
+
+class Facts(BaseModel):
+    """The content of facts.json."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    ended: Ended = "no"
+    experiment: str = ""
+    facts: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,7 @@ def flattened(facts: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator
 def difference(place: tuple[str, ...], there: Any, here: Any) -> str:
     """Return one difference as the user knows it: a parameter with both values, a file of code, data, weights."""
     if place[0] == "code":
-        return f"{place[1]} is other code"
+        return f"{place[-1]} is other code"
     if place[0] == "tokens":
         return "the token data is other data"
     if place[0] == "initial_weights":
@@ -80,13 +93,13 @@ def other_checkpoints(directory: Path, fingerprint: Fingerprint, experiment: str
     found: list[tuple[float, str]] = []
     for file in directory.parent.glob(f"*/{FACTS}"):
         try:
-            known, saved = json.loads(file.read_text(encoding="utf-8")), checkpoints(file.parent)
-            is_left = saved and file.parent != directory and known.get("ended") != "finished"
-            if is_left and known["experiment"] == experiment:
-                reasons = shortened(fingerprint.differences(known["facts"]), ", ")
+            known, saved = read_model(file, Facts, ""), checkpoints(file.parent)
+            is_left = saved and file.parent != directory and known.ended != "finished"
+            if is_left and known.experiment == experiment:
+                reasons = shortened(fingerprint.differences(known.facts), ", ")
                 folder = saved[-1].relative_to(directory.parent.parent)
                 found.append((saved[-1].stat().st_mtime, f"{folder} ({reasons})"))
-        except (OSError, ValueError):  # its training ends just now, or died while it wrote
+        except (OSError, UserError, RecursionError):  # its training ends just now, or something else wrote there
             continue
     if not found:
         return ""

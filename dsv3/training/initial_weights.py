@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dsv3.artifacts import sha256_file, sha256_lines
+from dsv3.artifacts import read_regular, sha256_file, sha256_lines
 from dsv3.data.files import exists, local_path
 from dsv3.data.tokenizer import TOKENIZER_FILE
 from dsv3.errors import UserError
@@ -114,7 +114,7 @@ def check_same_tokenizer(folder: Path, tokens: Path) -> None:
 def id_parts(file: Path) -> list[Any]:
     """Return what in a tokenizer.json decides the ids."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(file))
         return [content.get(part) for part in TOKENIZER_PARTS]
     except (ValueError, RecursionError, AttributeError):
         raise UserError(f"{file}: is no tokenizer") from None

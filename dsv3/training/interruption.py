@@ -8,7 +8,8 @@ So the decision is made in a thread of its own: the interpreter's C handler writ
 (`signal.set_wakeup_fd`) whatever the main thread does, and the thread reads it there.
 
 One request may arrive twice: a terminal sends Ctrl-C to the launcher and to its workers, and the launcher passes it on.
-So signals within `REPEAT_S` of the first count as the same request.
+So signals within `REPEAT_S` of the first count as the same request. Under `nohup`, which has SIGHUP ignored, it stays
+so: the training outlives its terminal.
 """
 
 import os
@@ -67,7 +68,9 @@ def catching_signals() -> Iterator[Interruption]:
     watcher = threading.Thread(target=interruption.watch, args=(reading,), name="signals", daemon=True)
     watcher.start()
     wakeup_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    before = {number: signal.signal(number, interruption.remember) for number in SIGNALS}
+    is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    heard = [number for number in SIGNALS if not (is_nohup and number == signal.SIGHUP)]
+    before = {number: signal.signal(number, interruption.remember) for number in heard}
     try:
         yield interruption
     finally:

@@ -11,26 +11,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from dsv3.artifacts import read_model, remove_abandoned
 from dsv3.errors import UserError
 from dsv3.training.checkpoint import delete_checkpoints
-from dsv3.training.fingerprint import FACTS, Ended
+from dsv3.training.fingerprint import FACTS, Ended, Facts
 from dsv3.training.lock import hold_lock
 
 OWN_NAME = re.compile(r"[0-9a-f]{16}")
 """Names of the trainings' folders: their fingerprints."""
 
 DAY_S = 24 * 3600
-
-
-class Facts(BaseModel):
-    """What is asked here of facts.json."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    ended: Ended = "no"
 
 
 def remove_leftovers(directory: Path, keep_days: int, named: Path | None, tell: Callable[[str], None]) -> None:

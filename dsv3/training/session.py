@@ -277,13 +277,16 @@ def start_recorder(
 def training_hooks(
     run: Run, recorder: Recorder | None, directory: Path, progress: Progress, background: Background | None = None
 ) -> list[Hook]:
-    """Return what happens between steps. Checkpoints come last, so that they hold what the others recorded."""
+    """Return what happens between steps. Checkpoints come last, so that they hold what the others recorded.
+
+    Validation comes first, so that its loss is shown with its own step; the curves' row ends the sums that are shown.
+    """
     train, runtime = run.plan.params.train, run.plan.params.runtime
     fp8 = [Hook(train.eval_steps, lambda run: fp8_hooks.log_fp8(run, recorder))] if train.use_fp8 else []
     return [
+        Hook(train.eval_steps, lambda run: hooks.validate(run, recorder, directory, progress)),
         Hook(1, lambda run: hooks.show_progress(run, progress)),
         Hook(runtime.logging_steps, lambda run: hooks.log_curves(run, recorder)),
-        Hook(train.eval_steps, lambda run: hooks.validate(run, recorder, directory, progress)),
         *fp8,
         Hook(runtime.save_steps, lambda run: hooks.save_or_go_on(run, recorder, directory, background)),
     ]

@@ -208,6 +208,17 @@ def test_files_are_not_written_over_their_like_beside_others(tmp_path):
     check_not_mixed(tmp_path, CONTENTS)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_only_regular_files_are_read(tmp_path, kind):
+    path = tmp_path / "file.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    path = {"pipe": path, "device": Path("/dev/zero"), "folder": tmp_path}[kind]
+    for read in (sha256_file, read_json):
+        with pytest.raises(OSError, match="it is no regular file"):
+            read(path)
+
+
 PAGE = re.compile(rb"# Page\n")
 
 

@@ -1,11 +1,13 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from dsv3.training.checkpoint import save_checkpoint
 from dsv3.training.fingerprint import Fingerprint, other_checkpoints, write_facts
+from tests.damage import pipe
 
 FACTS = {
     "seed": 1,
@@ -71,10 +73,36 @@ def test_many_others_and_many_differences_stay_one_line(tmp_path):
     assert " and 2 more; train." in line  # checkpoints
 
 
+NESTED = '{"a": ' * 900 + "1" + "}" * 900
+
+
+@pytest.mark.parametrize(
+    ("text", "is_named"),
+    [
+        *((text, False) for text in ("", "{}", "[]", "null", "3", "[" * 100_000, '{"experiment": 3, "facts": {}}')),
+        ('{"experiment": "nano", "facts": []}', False),
+        ('{"experiment": "nano", "facts": ' + NESTED + "}", None),
+        ('{"experiment": "nano"}', True),
+        ('{"experiment": "nano", "facts": {"code": "x", "tokens": {}, "teachers": 3}}', True),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_facts_of_another_form_stop_nobody(tmp_path, text, is_named):
+    root, own = tmp_path / ".checkpoints", Fingerprint(FACTS)
+    write_checkpoint(root / "other", {**FACTS, "seed": 2})
+    assert other_checkpoints(root / own.digest, own, "nano") != ""
+    (root / "other" / "facts.json").write_text(text)
+    line = other_checkpoints(root / own.digest, own, "nano")
+    assert "\n" not in line
+    assert is_named is None or ("step_" in line) == is_named  # how deep Python reads is its own affair
+
+
 def test_facts_that_another_training_removes_or_damages_stop_nobody(tmp_path):
     root, own = tmp_path / ".checkpoints", Fingerprint(FACTS)
     write_checkpoint(root / "cut", {**FACTS, "seed": 2})
     (root / "cut" / "facts.json").write_text(json.dumps({"experiment": "nano"})[:-4])
     (root / "gone").mkdir()
     (root / "gone" / "facts.json").symlink_to(root / "nowhere")
+    write_checkpoint(root / "pipe", {**FACTS, "seed": 2})
+    pipe(root / "pipe" / "facts.json")
     assert other_checkpoints(root / own.digest, own, "nano") == ""

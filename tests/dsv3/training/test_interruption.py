@@ -39,6 +39,19 @@ def test_the_first_of_two_signals_counts_and_a_launchers_repetition_does_not_end
     assert interruption.signal_number == signal.SIGTERM
 
 
+def test_under_nohup_the_terminals_end_is_not_heard_and_other_signals_are():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with catching_signals() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interruption.signal_number == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interruption.signal_number == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_afterwards_signals_do_what_they_did_before():
     before = [signal.getsignal(number) for number in SIGNALS]
     with pytest.raises(RuntimeError), catching_signals():

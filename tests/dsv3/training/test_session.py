@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dsv3.artifacts import file_content, temporary_name
 from dsv3.errors import DiskFull, Interrupted, UserError
+from dsv3.progress import ProgressMode
 from dsv3.tracking.metrics import TABLES
 from dsv3.training import hooks, session
 from dsv3.training.checkpoint import damage_of
@@ -61,7 +62,7 @@ def fingerprint_of(folder: Path, **sections: dict) -> str:
 def test_the_best_weights_are_exported_when_they_are_wanted(tmp_path, monkeypatch):
     def spoil(run: Run, *arguments: Any) -> None:
         log_curves(run, *arguments)
-        if run.state.step == 8:
+        if run.state.step == 6:  # after its validation
             with torch.no_grad():
                 run.model.lm_head.weight.mul_(-20)
 
@@ -541,3 +542,16 @@ def test_every_checkpoint_goes_to_the_background_that_the_parameters_ask_for(tmp
     monkeypatch.setattr(hooks, "save_checkpoint", save)
     steps = trained(tmp_path, runtime={"save_steps": 3, "save_total_limit": 1, "keep_last_checkpoint": True})["step"]
     assert seen == [3, *["begun"] * math.ceil(steps / 3)]
+
+
+def test_the_progress_of_a_step_that_validates_shows_that_validation(tmp_path, capsys):
+    """12 steps, validated every fifth and at the end; a program reads one state a step."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    outputs = Outputs(tmp_path / "tokens", tmp_path / "final_model", tmp_path / "results", {"source": "made up"})
+    run_training(plan_of(tmp_path), outputs, ProgressMode.json)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    states = {line["done"]: line.get("val") for line in lines if "done" in line}
+    validations = {line["step"]: line["loss"] for line in lines if "best_step" in line}
+    assert set(validations) == {5, 10, 12} and set(states) == set(range(1, 13))
+    assert {step: states[step] for step in validations} == validations
+    assert states[4] is None and states[7] == validations[5]
