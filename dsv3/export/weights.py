@@ -6,6 +6,7 @@ anything is loaded, where transformers would fill it with random numbers or leav
 finite, and every file as `SHA256SUMS` says, where the folder has one (`sha256sum --check SHA256SUMS` asks the same).
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, get_origin
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
-from dsv3.artifacts import check_weights, read_json, read_model, sha256_file
+from dsv3.artifacts import check_weights, read_json, read_model, read_regular, sha256_file
 from dsv3.errors import UserError, one_line
 from dsv3.params.section import error_line
 from mini_model.configuration_deepseek import DeepseekV3Config
@@ -57,13 +58,13 @@ def write_sums(folder: Path) -> None:
 def check_sums(folder: Path) -> None:
     """Raise `UserError` where a file is not as `SHA256SUMS` says; a folder without one is not checked."""
     sums = folder / SUMS
-    if not sums.is_file():
+    if not os.path.lexists(sums):
         return
     remedy = f"{REMEDY}; remove {SUMS} if the change is yours"
     try:
-        text = sums.read_text(encoding="utf-8")
+        text = read_regular(sums)
         expected = {name: digest for digest, name in (line.split("  ", 1) for line in text.splitlines())}
-    except ValueError:
+    except (ValueError, OSError):
         raise UserError(f"{sums}: damaged; {remedy}") from None
     if not text.endswith("\n") or any(Path(name).name != name for name in expected):
         raise UserError(f"{sums}: damaged; {remedy}")

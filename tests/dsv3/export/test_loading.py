@@ -59,7 +59,7 @@ def test_any_damage_to_any_file_is_told_in_one_line(model, file, damage):
     assert_refused(model)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "foreign"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "foreign", "pipe"])
 def test_a_damaged_list_of_digests_is_told_in_one_line(model, damage):
     DAMAGES[damage](model / "SHA256SUMS")
     assert_refused(model, "SHA256SUMS")
