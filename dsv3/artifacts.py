@@ -255,15 +255,19 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+class NotRegularFile(OSError):
+    """What was to be read is a pipe, a device or a folder."""
+
+
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file to be read; raise `OSError` for what is none: a pipe would wait for its writer, a device never end.
+    """Open a file to be read; raise `NotRegularFile` for what is none: pipes wait for a writer, devices never end.
 
     Every file that another program may have put in its place is opened so.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise NotRegularFile(errno.EINVAL, "it is no regular file", str(path))
     return os.fdopen(handle, "rb")
 
 

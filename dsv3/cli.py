@@ -6,6 +6,7 @@ Kept free of heavy imports: `python -m stages.<name> --help` must answer at once
 import errno
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -174,10 +175,9 @@ def users_line(error: Exception) -> str | None:
         what = ". ".join(one_line(error).split(". ")[:2])  # torch goes on for ten lines
         remedy = "use a machine with more, smaller batches, less data at a time, or train.gradient_checkpointing"
         return f"out of memory{f' ({what})' if what else ''}; {remedy}"
-    if "does not have a deterministic implementation" in str(error):  # torch's text; runtime.full_determinism asked
-        operation = one_line(error).split(" ")[0]
+    if found := re.search(r"(\S+) does not have a deterministic implementation", str(error)):  # torch's text
         return (
-            f"params.yaml: runtime.full_determinism is true; torch has no deterministic {operation} on this device; "
+            f"params.yaml: runtime.full_determinism is true; torch has no deterministic {found[1]} on this device; "
             "set it to false"
         )
     if isinstance(error, OSError) and (error.filename is not None or error.errno in MACHINE_ERRORS):

@@ -48,11 +48,14 @@ UNKNOWN_TERMS = (
 )
 
 INHERITED_TERMS = (
-    "The code is under the MIT licence. The training began with the weights of another model, whose terms this project "
-    "does not know, so the licence of these weights is unknown: state it above."
+    "The code is under the MIT licence. The training began with the weights of another model, or learned from its "
+    "predictions; this project does not know that one's terms, so the licence of these weights is unknown: state it "
+    "above."
 )
 INITIAL_WEIGHTS = "initial weights"
 """The fact that names the model with which a training began."""
+TEACHERS = "teachers"
+"""The fact that names the models from whose predictions it learned."""
 
 
 def corpus_of(manifest: Mapping[str, Any]) -> Corpus:
@@ -70,7 +73,7 @@ def model_card(facts: Mapping[str, Any], scores: Mapping[str, Any], manifest: Ma
     card depends on the time or the machine's speed, so equal trainings export equal folders.
     """
     corpus = corpus_of(manifest)
-    if INITIAL_WEIGHTS in facts:
+    if INITIAL_WEIGHTS in facts or TEACHERS in facts:
         corpus = replace(corpus, license="unknown", terms=INHERITED_TERMS)
     shown = {f"{label}, validation": scores[name] for name, (label, _) in SCORES.items()}
     return f"""---

@@ -44,7 +44,7 @@ class RuntimeParams(Section):
 
     full_determinism: bool
     """Only algorithms that give the same bits every time, so that a training on a GPU, too, is resumed bit for bit;
-    slower there. A CPU's always do."""
+    slower there, and torch fills all memory that it takes. A CPU's always do."""
 
     ddp_timeout: int = Field(ge=1, le=MAX_TIMEOUT_S)
     """Seconds that a process waits for others that are alive and at work (torch's process group): they may be writing,

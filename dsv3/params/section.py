@@ -30,11 +30,14 @@ class Section(BaseModel):
         """Refuse a whole number that no array can count to, and a text that no system takes for a name."""
         if isinstance(value, int) and value >= 2**63:
             raise PydanticKnownError("less_than", {"lt": 2**63})
-        if isinstance(value, str) and ("\0" in value or len(value) > MAX_NAME):
-            raise PydanticCustomError(
-                "name", "must have at most {most} characters, none of them NUL", {"most": MAX_NAME}
-            )
-        return value
+        return usable_name(value) if isinstance(value, str) else value
+
+
+def usable_name(value: str) -> str:
+    """Return a text; refuse one that no system takes for a name."""
+    if "\0" in value or len(value) > MAX_NAME:
+        raise PydanticCustomError("name", "must have at most {most} characters, none of them NUL", {"most": MAX_NAME})
+    return value
 
 
 MAX_NAME = 4096

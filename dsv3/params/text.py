@@ -3,7 +3,7 @@
 import errno
 from pathlib import Path
 
-from dsv3.artifacts import open_regular
+from dsv3.artifacts import NotRegularFile, open_regular
 from dsv3.errors import UserError
 
 MAX_BYTES = 1 << 18
@@ -21,10 +21,8 @@ def read_small_text(path: Path) -> str:
             content = file.read(MAX_BYTES + 1)
     except ValueError:
         raise OSError(errno.EINVAL, "it holds a NUL character") from None
-    except OSError as error:
-        if error.errno == errno.EINVAL:
-            raise UserError(f"{path}: is no regular file; name one") from None
-        raise
+    except NotRegularFile:
+        raise UserError(f"{path}: is no regular file; name one") from None
     if len(content) > MAX_BYTES:
         raise UserError(f"{path}: has more than {MAX_BYTES:,} bytes; must be smaller")
     try:

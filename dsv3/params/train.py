@@ -2,11 +2,11 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from dsv3.params.expert_backends import BACKENDS
 from dsv3.params.optimizers import OPTIMIZERS
-from dsv3.params.section import OneOf, Section
+from dsv3.params.section import OneOf, Section, usable_name
 from mini_model.validation_deepseek import SMALLEST_NORMAL_FP32
 
 
@@ -142,7 +142,7 @@ class TrainParams(Section):
     of the same architecture and tokenizer. A change of them is another training to checkpoints; DVC does not see it
     (dvc repro -f train). null: new weights."""
 
-    teachers: list[str]
+    teachers: list[Annotated[str, Field(min_length=1), AfterValidator(usable_name)]]
     """Exported models, folders or Hub ids, from whose mean prediction the training learns too (distillation): of the
     same vocabulary and tokenizer, of any size. As with init_from, DVC does not see that their files change."""
 

@@ -20,7 +20,7 @@ Letters: B sequences, S positions, T tokens, D hidden_size, V vocab_size
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,16 +37,20 @@ from mini_model.modeling_deepseek import IGNORED_LABEL, DeepseekV3ForCausalLM
 CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def read_teacher(name: str, vocab_size: int, tokens: Path) -> InitialWeights:
+def read_teacher(name: str, vocab_size: int, block_size: int, tokens: Path) -> InitialWeights:
     """Return the model that `train.teachers` names, for token data `tokens` and an architecture of that vocabulary.
 
-    Raises `UserError` in one line where it is missing, damaged, or of another vocabulary or tokenizer.
+    Raises `UserError` in one line where it is missing, damaged, of another vocabulary or tokenizer, or made for shorter
+    sequences.
     """
     try:
         folder = fetch_model_folder(name)
         check_source(folder)
-        if (found := read_model_config(folder).vocab_size) != vocab_size:
-            raise UserError(f"its vocab_size is {found}; must be {vocab_size}, the model's")
+        config = read_model_config(folder)
+        if config.vocab_size != vocab_size:
+            raise UserError(f"its vocab_size is {config.vocab_size}; must be {vocab_size}, the model's")
+        if (longest := config.max_position_embeddings) < block_size:
+            raise UserError(f"its max_position_embeddings is {longest}; must be >= {block_size}, train.block_size")
         check_same_tokenizer(folder, tokens)
     except UserError as error:
         raise UserError(f"train.teachers names {name:.200}; {error}") from None
@@ -65,18 +69,18 @@ class Distillation:
     """The loss of the text alone, as validation takes it."""
 
     probabilities_BSV: Tensor | None = None
-    text_loss: Tensor | None = None
-    """The text's own loss in the latest micro-batch, by the main head."""
+    text_losses: list[Tensor] = field(default_factory=list)
+    """The text's own losses in the latest micro-batch: of the main head, and of each MTP module's."""
 
     @classmethod
     def of(cls, folders: Sequence[Path], weight: float, plain: CrossEntropy, device: torch.device) -> "Distillation":
         """Load the teachers, fp32, onto `device`."""
-        return cls([load_model(folder, device) for folder in folders], weight, plain)
+        return cls([load_model(folder, device).float().requires_grad_(False) for folder in folders], weight, plain)
 
     @contextmanager
     def teaching(self, probabilities_BSV: Tensor) -> Iterator[None]:
         """Let the losses within the block, of one micro-batch, be those of the text and of these probabilities."""
-        self.probabilities_BSV, self.text_loss = probabilities_BSV, None
+        self.probabilities_BSV, self.text_losses = probabilities_BSV, []
         try:
             yield
         finally:
@@ -102,6 +106,5 @@ class Distillation:
         count = kept_T.sum().clamp(min=1)
         text = F.nll_loss(log_TV, labels_T, ignore_index=IGNORED_LABEL, reduction="sum") / count
         taught = -((taught_TV * log_TV).sum(dim=-1) * kept_T).sum() / count
-        if self.text_loss is None:  # the main head's comes first
-            self.text_loss = text.detach()
+        self.text_losses.append(text.detach())
         return torch.lerp(text, taught, self.weight)

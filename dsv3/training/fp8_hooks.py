@@ -14,7 +14,7 @@ import torch
 from dsv3.fp8.statistics import Found, Statistics, fp8_statistics
 from dsv3.tracking.metrics import WHOLE_MODEL, Cell
 from dsv3.tracking.recorder import Recorder
-from dsv3.training.loop import Run, micro_batch_output, step_seed
+from dsv3.training.loop import Run, micro_batch_output
 from dsv3.training.precision import fp8_recipe
 from dsv3.training.schedule import mtp_loss_weight
 from dsv3.training.sharding import is_sharded
@@ -43,7 +43,8 @@ def measure_fp8(run: Run) -> Found:
     tokens, mtp_weight = tokens.to(run.accelerator.device), mtp_loss_weight(step, params, run.plan.budget)
 
     def loss() -> torch.Tensor:
-        output = micro_batch_output(run, run.model if is_sharded(run.model) else run.model.forward, tokens, mtp_weight)
+        forward = run.model if is_sharded(run.model) else run.model.forward
+        output = micro_batch_output(run, forward, layout.starts[step], tokens, mtp_weight)
         assert output.loss is not None, "targets were given"
         return output.loss / layout.accumulation(step) * layout.world_size
 
@@ -53,11 +54,10 @@ def measure_fp8(run: Run) -> Found:
 
 @contextmanager
 def preserve_training_state(run: Run) -> Iterator[None]:
-    """Run the block with the step's seed; restore random state and routers' counts at its end."""
+    """Run the block; restore random state and routers' counts at its end."""
     device, routers = run.accelerator.device, [router for _, router in run.model.routers()]
     loads = [router.expert_load.clone() for router in routers]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(step_seed(run))
         try:
             yield
         finally:

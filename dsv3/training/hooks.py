@@ -6,6 +6,7 @@ Letters: L layers, E n_routed_experts.
 import math
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -75,15 +76,18 @@ def tokens_per_s(run: Run, sums: StepSums) -> float:
     return (plan.tokens_before(step) - plan.tokens_before(step - sums.num_steps)) / sums.elapsed_s
 
 
-def show_progress(run: Run, progress: Progress) -> None:
-    """Show the step with the mean loss since the last row of the history, the rate and the speed."""
-    state, params = run.state, run.plan.params.train
-    sums = state.step_sums
-    values = {"loss": sums.mean("loss")}
-    if state.validation_loss is not None:
-        values["val"] = state.validation_loss
-    values["lr"] = learning_rate(state.step - 1, params, run.plan.budget)
-    progress.update(state.step, values | {"tok/s": tokens_per_s(run, sums)})
+def progress_values(run: Run) -> dict[str, float]:
+    """Return the mean loss since the last row of the history, the rate and the speed."""
+    state, sums = run.state, run.state.step_sums
+    rate = learning_rate(state.step - 1, run.plan.params.train, run.plan.budget)
+    return {"loss": sums.mean("loss"), "lr": rate, "tok/s": tokens_per_s(run, sums)}
+
+
+def show_progress(run: Run, progress: Progress, values: Mapping[str, float]) -> None:
+    """Show the step with its `values` and the latest validation loss."""
+    validated = {} if run.state.validation_loss is None else {"val": run.state.validation_loss}
+    loss, *others = values.items()
+    progress.update(run.state.step, dict([loss, *validated.items(), *others]))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -107,7 +107,7 @@ def check_same_architecture(folder: Path, config: Path) -> None:
 def check_same_tokenizer(folder: Path, tokens: Path) -> None:
     """Raise `UserError` where `folder` has a tokenizer, and another one than the token data."""
     own, other = folder / TOKENIZER_FILE, tokens / "tokenizer" / TOKENIZER_FILE
-    if own.is_file() and own.read_bytes() != other.read_bytes() and id_parts(own) != id_parts(other):
+    if own.is_file() and sha256_file(own) != sha256_file(other) and id_parts(own) != id_parts(other):
         raise UserError(f"its {TOKENIZER_FILE} is not that of {tokens}; set tokenize.tokenizer to its folder")
 
 

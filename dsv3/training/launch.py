@@ -190,6 +190,8 @@ def run_workers(num_processes: int, module: str, arguments: Sequence[str]) -> No
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    # Under nohup SIGHUP is ignored; torch would handle it, and end the workers.
+    is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -199,6 +201,7 @@ def run_workers(num_processes: int, module: str, arguments: Sequence[str]) -> No
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         shutdown_timeout=SHUTDOWN_S,
+        signals_to_handle="SIGTERM,SIGINT,SIGQUIT" if is_nohup else "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
     )
     try:
         elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)

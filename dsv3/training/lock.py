@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dsv3.artifacts import write_text
+from dsv3.artifacts import read_regular, write_text
 from dsv3.errors import UserError
 
 
@@ -46,6 +46,6 @@ def hold_lock(directory: Path) -> Iterator[None]:
 def read_holder(path: Path) -> str:
     """Return the process and host that hold the lock; the file is missing for an instant before and after."""
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+        return read_regular(path)
+    except (OSError, ValueError):
         return "unknown"

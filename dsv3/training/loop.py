@@ -110,7 +110,6 @@ def train(run: Run, hooks: Sequence[Hook], save: Callable[[Run], None]) -> None:
     run.model.train()
     while state.step < budget.total_steps:
         started_at, step = time.perf_counter(), state.step
-        torch.manual_seed(step_seed(run))
         with cached_weights(run.model):
             losses = accumulate_gradients(run, batches, mtp_loss_weight(step, params, budget))
         grad_norm = run.clip_grad_norm(params.max_grad_norm)
@@ -134,11 +133,6 @@ def train(run: Run, hooks: Sequence[Hook], save: Callable[[Run], None]) -> None:
             raise Interrupted(where, run.interruption.exit_status)
 
 
-def step_seed(run: Run) -> int:
-    """Return the seed of the step's random numbers on this process (dropout, where a configuration has it)."""
-    return (run.plan.params.seed * 1_000_003 + run.state.step) * 1_000_003 + run.layout.rank
-
-
 def accumulate_gradients(run: Run, batches: Iterator[Tensor], mtp_weight: float) -> Tensor:
     """Add up the gradients of the step's mean loss; return this process's sums of the loss parts as fp64.
 
@@ -149,42 +143,40 @@ def accumulate_gradients(run: Run, batches: Iterator[Tensor], mtp_weight: float)
     sums = torch.zeros(len(LOSS_PARTS), dtype=torch.float64, device=run.accelerator.device)
     for number in numbers:
         tokens = next(batches).to(run.accelerator.device, non_blocking=True)
-        input_ids = run.input_ids(number, tokens[:, :-1])
         with nullcontext() if number == numbers[-1] else run.accelerator.no_sync(run.forward):
-            with run.teaching(tokens[:, :-1]):
-                output = micro_batch_output(run, run.forward, tokens, mtp_weight, input_ids)
+            output = micro_batch_output(run, run.forward, number, tokens, mtp_weight)
             assert output.loss is not None, "targets were given"
             run.accelerator.backward(output.loss / len(numbers))
         sums += torch.stack([sums.new_zeros(()) if part is None else part.double() for part in loss_parts(run, output)])
     return sums
 
 
-def loss_parts(run: Run, output: DeepseekV3CausalLMOutput) -> list[Tensor | None]:
-    """Return the values of `LOSS_PARTS` of a micro-batch; the loss of the text is that alone, whoever teaches."""
-    values = {name: getattr(output, field) for name, field in LOSS_PARTS.items()}
-    if run.distillation is not None:
-        values["loss"] = run.distillation.text_loss
-    return [None if value is None else value.detach() for value in values.values()]
-
-
 def micro_batch_output(
-    run: Run,
-    forward: Callable[..., DeepseekV3CausalLMOutput],
-    tokens: Tensor,
-    mtp_weight: float,
-    input_ids: Tensor | None = None,
+    run: Run, forward: Callable[..., DeepseekV3CausalLMOutput], number: int, tokens: Tensor, mtp_weight: float
 ) -> DeepseekV3CausalLMOutput:
     """Return the losses that `forward`, the model in one of its forms, gives for a micro-batch (B, S + 1).
 
-    It reads `input_ids` (B, S), or the micro-batch's own tokens; targets are the micro-batch's.
+    Random numbers (dropout, replaced tokens) are a function of the micro-batch's number in the run: they depend neither
+    on the number of processes nor on where a training was resumed.
     """
-    return forward(
-        input_ids=tokens[:, :-1] if input_ids is None else input_ids,
-        position_ids=run.position_ids(tokens[:, :-1]),
-        shift_labels=tokens[:, 1:],
-        mtp_loss_weight=mtp_weight,
-        sequence_loss_weight=run.plan.params.train.sequence_loss_weight,
-    )
+    torch.manual_seed(run.plan.params.seed * 1_000_003 + number)
+    with run.teaching(tokens[:, :-1]):
+        return forward(
+            input_ids=run.input_ids(number, tokens[:, :-1]),
+            position_ids=run.position_ids(tokens[:, :-1]),
+            shift_labels=tokens[:, 1:],
+            mtp_loss_weight=mtp_weight,
+            sequence_loss_weight=run.plan.params.train.sequence_loss_weight,
+        )
+
+
+def loss_parts(run: Run, output: DeepseekV3CausalLMOutput) -> list[Tensor | None]:
+    """Return the values of `LOSS_PARTS` of a micro-batch; all but the total are the text's alone, whoever teaches."""
+    values = {name: getattr(output, field) for name, field in LOSS_PARTS.items()}
+    if run.distillation is not None:
+        main, *further = run.distillation.text_losses
+        values |= {"loss": main, "mtp_loss": torch.stack(further).mean() if further else None}
+    return [None if value is None else value.detach() for value in values.values()]
 
 
 def reduce_metrics(run: Run, loss_sums: Tensor, grad_norm: Tensor) -> Measured:

@@ -113,7 +113,7 @@ class TrainingPlan:
                 f"({self.sequences_per_step} sequences of {train.block_size}): "
                 f"{total_tokens:,} tokens, {self.epochs_before(self.total_steps):.2f} epochs",
                 f"cost     {self.flops_per_token:.3g} FLOPs per token, "
-                f"{self.flops_per_token * total_tokens:.3g} in all",
+                f"{self.flops_per_token * total_tokens:.3g} in all{', without the teachers' if self.teachers else ''}",
                 *([f"weights  those of {self.initial_weights}"] if self.initial_weights else []),
                 *(f"teacher  {teacher}" for teacher in self.teachers),
                 *self.notes(),
@@ -227,7 +227,7 @@ def read_training_plan(params: Params, tokens: Path) -> TrainingPlan:
     budget = budget_of(params.train, batches.num_blocks_per_epoch)
     name = params.train.init_from
     initial_weights = read_initial_weights(name, Path(params.model.config), tokens) if name is not None else None
-    teachers = [read_teacher(teacher, vocab_size, tokens) for teacher in params.train.teachers]
+    teachers = [read_teacher(teacher, vocab_size, params.train.block_size, tokens) for teacher in params.train.teachers]
     params, note = with_chosen_sharding(params, architecture)
     plan = TrainingPlan(
         params, meta.model_dump(), architecture, batches, validation, budget, initial_weights, teachers, note

@@ -8,10 +8,10 @@ decay (`dsv3.training.optimizer`) bounds the weights. Noise makes every visit of
 - token replacement (`train.token_replacement`) exchanges a share of the input tokens for random ones. Targets stay, so
   the model learns not to rely on any single token of its context.
 
-Masks of dropout come from torch's generator, which is seeded by the step (`dsv3.training.loop`), those of replacement
-from the number of the micro-batch; a resumed training draws the same. The alternative to hooks on the layers is a
-configuration's field that the shipped model reads; it would then ship what only trainings need. What we give up: with
-hooks, stock transformers fine-tunes an exported model without dropout.
+Both are functions of the seed and of the micro-batch's number in the run (dropout by torch's generator, which is seeded
+for each), so a resumed training, or one of another number of processes, draws the same. The alternative to hooks on the
+layers is a configuration's field that the shipped model reads; it would then ship what only trainings need. What we
+give up: with hooks, stock transformers fine-tunes an exported model without dropout.
 
 Letters: B sequences, S positions
 """
@@ -62,7 +62,7 @@ class TokenReplacement:
         The random numbers are PCG64's, which are the same everywhere, by the seed and the micro-batch's number, which
         does not depend on how many processes there are.
         """
-        if self.share == 0:
+        if self.share == 0 or self.vocab_size < 2:
             return tokens_BS
         bits = np.random.PCG64(np.random.SeedSequence([self.seed, number, STREAM]))
         chance, drawn = bits.random_raw(2 * tokens_BS.numel()).reshape(2, *tokens_BS.shape)

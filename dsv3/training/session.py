@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dsv3.artifacts import read_json, sweep, write_json
 from dsv3.errors import Interrupted, UserError, one_line
 from dsv3.export.huggingface import export_huggingface
-from dsv3.export.model_card import INITIAL_WEIGHTS, model_card
+from dsv3.export.model_card import INITIAL_WEIGHTS, TEACHERS, model_card
 from dsv3.progress import Progress, ProgressMode, shown_progress
 from dsv3.tracking.events import LastLine, Result
 from dsv3.tracking.identity import experiment_name, project_root, run_identity
@@ -279,14 +279,16 @@ def training_hooks(
 ) -> list[Hook]:
     """Return what happens between steps. Checkpoints come last, so that they hold what the others recorded.
 
-    Validation comes first, so that its loss is shown with its own step; the curves' row ends the sums that are shown.
+    What progress shows is taken before the curves' row ends its sums, and shown with the step's own validation.
     """
     train, runtime = run.plan.params.train, run.plan.params.runtime
     fp8 = [Hook(train.eval_steps, lambda run: fp8_hooks.log_fp8(run, recorder))] if train.use_fp8 else []
+    shown: dict[str, float] = {}
     return [
-        Hook(train.eval_steps, lambda run: hooks.validate(run, recorder, directory, progress)),
-        Hook(1, lambda run: hooks.show_progress(run, progress)),
+        Hook(1, lambda run: shown.update(hooks.progress_values(run))),
         Hook(runtime.logging_steps, lambda run: hooks.log_curves(run, recorder)),
+        Hook(train.eval_steps, lambda run: hooks.validate(run, recorder, directory, progress)),
+        Hook(1, lambda run: hooks.show_progress(run, progress, shown)),
         *fp8,
         Hook(runtime.save_steps, lambda run: hooks.save_or_go_on(run, recorder, directory, background)),
     ]
@@ -381,7 +383,7 @@ def model_facts(run: Run, recorder: Recorder, chosen: Choices, outputs: Outputs)
         "text SHA-256": outputs.manifest.get("sha256"),
         "tokens SHA-256": plan.meta["sha256"],
         **({INITIAL_WEIGHTS: str(plan.initial_weights)} if plan.initial_weights else {}),
-        **({"teachers": "; ".join(map(str, plan.teachers))} if plan.teachers else {}),
+        **({TEACHERS: "; ".join(map(str, plan.teachers))} if plan.teachers else {}),
         "optimizer steps": run.state.step,
         "training tokens": plan.tokens_before(run.state.step),
         "linear layers in": chosen.precision,

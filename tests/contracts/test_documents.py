@@ -96,7 +96,8 @@ def test_values_that_are_set_are_valid_together(page: str, tmp_path: Path, monke
             if flag == "-S":
                 key, _, value = assignment.partition("=")
                 file, _, path = key.rpartition(":")
-                set_value(folder / (file or "params.yaml"), path.split("."), value.split(",")[0])
+                first = value if value.startswith("[") else value.split(",")[0]  # of several experiments
+                set_value(folder / (file or "params.yaml"), path.split("."), first)
         read_params(Path("params.yaml"))
 
 

@@ -69,17 +69,14 @@ def test_the_loss_is_that_of_the_equation_for_every_head_and_so_are_its_gradient
     parameters = {name: parameter for name, parameter in run.model.named_parameters() if parameter.grad is not None}
     gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
     run.model.train().zero_grad()
-    total, text, *_ = accumulate_gradients(run, run.micro_batches(), 0.3).tolist()
+    total, *text, _ = accumulate_gradients(run, run.micro_batches(), 0.3).tolist()
     assert total == pytest.approx(expected.item(), rel=1e-5)
-    assert text == pytest.approx(cross_entropy_of(run.model, tokens), rel=1e-5)  # the text's alone is recorded
+    with torch.no_grad():
+        output = run.model.eval()(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:], mtp_loss_weight=0.3)
+    alone = [output.cross_entropy_loss.item(), output.mtp_loss.item() if depths else 0.0]
+    assert text == pytest.approx(alone, rel=1e-5)  # the text's alone is recorded
     for name, gradient in gradients.items():
         assert torch.allclose(parameters[name].grad, gradient, atol=1e-6), name
-
-
-def cross_entropy_of(model, tokens):
-    model.eval()
-    logits = model(input_ids=tokens[:, :-1]).logits
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
 
 
 def test_positions_without_a_target_teach_nothing(teachers):
@@ -158,6 +155,10 @@ def test_a_teacher_that_does_not_fit_is_one_line(tmp_path, teachers):
     other = {"vocab_size": 300}
     line = refused(tmp_path, train=of_teachers(teachers), architecture=other)
     assert line == f"train.teachers names {teachers[0]}; its vocab_size is 272; must be 300, the model's"
+    line = refused(tmp_path, train=of_teachers(teachers, block_size=128), architecture={"max_position_embeddings": 128})
+    assert line.endswith("; its max_position_embeddings is 64; must be >= 128, train.block_size")
+    for name in ("", "a\0b", "a" * 5000):
+        assert "params.yaml: train.teachers.0" in refused(tmp_path, train={"teachers": [name]})
     damaged = Path(shutil.copytree(teachers[0], tmp_path / "damaged"))
     content = (damaged / "tokenizer.json").read_text().replace('"Ġ": ', '"Ġx": ', 1)
     assert content != (damaged / "tokenizer.json").read_text()

@@ -98,21 +98,24 @@ def test_the_micro_batch_is_the_first_of_the_step_just_done(tmp_path, monkeypatc
     run.state.step = 3
     output = fp8_hooks.micro_batch_output
 
-    def watched(run, forward, tokens, weight):
-        seen.append(tokens)
-        return output(run, forward, tokens, weight)
+    def watched(run, forward, number, tokens, weight):
+        seen.append((number, tokens))
+        return output(run, forward, number, tokens, weight)
 
     monkeypatch.setattr(fp8_hooks, "micro_batch_output", watched)
     measure_fp8(run)
-    assert torch.equal(seen[0], batches[2 * 2])
+    (number, tokens), *_ = seen
+    assert number == 2 * 2 and torch.equal(tokens, batches[number])
 
 
-def test_the_statistics_are_of_what_training_multiplies(tmp_path):
+@pytest.mark.parametrize("noise", [{}, {"hidden_dropout": 0.3, "token_replacement": 0.3}], ids=str)
+def test_the_statistics_are_of_what_training_multiplies(tmp_path, noise):
     """The gradients of the same micro-batch by the training's own function have as many zeros."""
-    run = started_run(tmp_path, **SECTIONS, train={**TRAIN, "gradient_accumulation_steps": 1})
+    run = started_run(tmp_path, **SECTIONS, train={**TRAIN, **noise, "gradient_accumulation_steps": 1})
     tokens = next(run.micro_batches())
     run.state.step = 1
     found = measure_fp8(run)
+    run.state.step = 0
     with preserve_training_state(run):
         accumulate_gradients(run, iter([tokens]), 0.3)
     gradient = run.model.get_parameter("model.layers.0.mlp.down_proj.weight").grad

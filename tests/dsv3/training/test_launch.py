@@ -1,10 +1,14 @@
+import os
+import subprocess
+import sys
+
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from dsv3.errors import UserError
 from dsv3.training import launch
 from tests.committed import DEFAULTS
-from tests.training_inputs import run_stage, started_run, write_inputs
+from tests.training_inputs import ROOT, run_stage, started_run, write_inputs
 
 
 @pytest.mark.parametrize(
@@ -34,6 +38,27 @@ def test_the_status_is_that_of_the_worker_that_failed_first(
         launch.run_workers(2, "stages.train", [])
     assert stopped.value.code == told
     assert ("memory runs out" in caplog.text) == (told == 128 + 9)
+
+
+def test_under_nohup_workers_do_not_hear_that_the_terminal_has_gone(tmp_path):
+    """torch's launcher would handle the signal, and its workers would start with the system's own answer to it."""
+    (tmp_path / "told.py").write_text("import signal; print(signal.getsignal(signal.SIGHUP).name, flush=True)")
+    program = (
+        "import signal; from dsv3.training.launch import run_workers; "
+        "signal.signal(signal.SIGHUP, signal.{}); run_workers(1, 'told', [])"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", program.format(handler)],
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        ).stdout
+        for handler in ("SIG_IGN", "SIG_DFL")
+    ]
+    assert said == ["SIG_IGN\n", "SIG_DFL\n"]
 
 
 WORKER = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}

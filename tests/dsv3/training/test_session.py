@@ -62,7 +62,7 @@ def fingerprint_of(folder: Path, **sections: dict) -> str:
 def test_the_best_weights_are_exported_when_they_are_wanted(tmp_path, monkeypatch):
     def spoil(run: Run, *arguments: Any) -> None:
         log_curves(run, *arguments)
-        if run.state.step == 6:  # after its validation
+        if run.state.step == 8:
             with torch.no_grad():
                 run.model.lm_head.weight.mul_(-20)
 
