@@ -104,13 +104,14 @@ def page(record: Mapping[str, Any]) -> str:
 
 
 def answer(baseline: Run, experiment: Run) -> str:
-    """Return what the experiment cost, in a sentence."""
+    """Return what the experiment changed, in two sentences."""
     loss, minutes = (experiment.numbers[name] - baseline.numbers[name] for name in ("heldout", "minutes"))
     share = loss / baseline.numbers["heldout"]
+    size, than = f"{abs(loss):.4f} nats/char ({100 * abs(share):.2f} %)", "higher" if loss > 0 else "lower"
     return (
-        f"FP8, which a CPU has to emulate, cost {loss:.4f} nats/char ({100 * share:.2f} %) of held-out loss and "
-        f"{minutes:.1f} minutes.\nThat is one seed; [numerics.md](numerics.md) has six with a weight decay of 0.1, and "
-        "there the loss is the same."
+        f"With FP8, which a CPU has to emulate, the held-out loss is {size} {than}, and the training took "
+        f"{minutes:.1f} minutes more.\nThat is one seed, and seeds differ by about as much; [numerics.md](numerics.md) "
+        "has six with a weight decay of 0.1, and there the loss is the same."
     )
 
 
