@@ -25,6 +25,7 @@ os.environ |= {
     "MPLBACKEND": "Agg",
     "DVC_NO_ANALYTICS": "1",
 }
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a training under nohup does not hear it; tests under nohup are to
 for name in [name for name in os.environ if name in {"DVC_ROOT", "DVC_STAGE"} or name.startswith("DVC_EXP_")]:
     del os.environ[name]  # a test run started by DVC must not write into that run
 

@@ -110,6 +110,7 @@ if __name__ == "__main__":
         __import__(name)
     digest_code_once()
     assigned = serve()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # of a proof under nohup; a training would heed that
     faulthandler.register(signal.SIGUSR1)  # says where each thread is
     become(assigned)
     runpy.run_module(assigned["module"], run_name="__main__", alter_sys=True)
