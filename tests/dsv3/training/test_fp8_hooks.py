@@ -5,9 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dsv3.training import fp8_hooks
+from dsv3.training import fp8_hooks, loop
 from dsv3.training.fp8_hooks import log_fp8, measure_fp8, preserve_training_state
 from dsv3.training.loop import accumulate_gradients, train
+from dsv3.training.schedule import mtp_loss_weight
 from dsv3.training.session import Outputs, run_training
 from tests.training_inputs import WIDE, plan_of, started_run
 
@@ -108,14 +109,31 @@ def test_the_micro_batch_is_the_first_of_the_step_just_done(tmp_path, monkeypatc
     assert number == 2 * 2 and torch.equal(tokens, batches[number])
 
 
-@pytest.mark.parametrize("noise", [{}, {"hidden_dropout": 0.3, "token_replacement": 0.3}], ids=str)
-def test_the_statistics_are_of_what_training_multiplies(tmp_path, noise):
-    """The gradients of the same micro-batch by the training's own function have as many zeros."""
+def test_the_pass_that_is_measured_has_the_trainings_own_noise_and_loss(tmp_path, monkeypatch):
+    noise = {"hidden_dropout": 0.3, "token_replacement": 0.3}
     run = started_run(tmp_path, **SECTIONS, train={**TRAIN, **noise, "gradient_accumulation_steps": 1})
+    losses, output = [], loop.micro_batch_output
+
+    def watched(*arguments):
+        losses.append(output(*arguments))
+        return losses[-1]
+
+    for module in (loop, fp8_hooks):
+        monkeypatch.setattr(module, "micro_batch_output", watched)
+    run.model.train()
+    accumulate_gradients(run, run.micro_batches(), mtp_loss_weight(0, run.plan.params.train, run.plan.budget))
+    run.state.step = 1
+    measure_fp8(run)
+    trained, *measured = [found.loss.item() for found in losses]
+    assert measured and set(measured) == {trained}
+
+
+def test_the_statistics_are_of_what_training_multiplies(tmp_path):
+    """The gradients of the same micro-batch by the training's own function have as many zeros."""
+    run = started_run(tmp_path, **SECTIONS, train={**TRAIN, "gradient_accumulation_steps": 1})
     tokens = next(run.micro_batches())
     run.state.step = 1
     found = measure_fp8(run)
-    run.state.step = 0
     with preserve_training_state(run):
         accumulate_gradients(run, iter([tokens]), 0.3)
     gradient = run.model.get_parameter("model.layers.0.mlp.down_proj.weight").grad
