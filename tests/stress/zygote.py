@@ -6,6 +6,7 @@ It reads requests, a line of JSON each: start a module, or wait for a process.
 
 import faulthandler
 import functools
+import gc
 import json
 import os
 import runpy
@@ -109,6 +110,7 @@ if __name__ == "__main__":
     for name in (*PRELOADED, *sys.argv[1:]):
         __import__(name)
     digest_code_once()
+    gc.freeze()  # or each child's collector copies it all as the child ends, which takes longer than a training
     assigned = serve()
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # of a proof under nohup; a training would heed that
     faulthandler.register(signal.SIGUSR1)  # says where each thread is
