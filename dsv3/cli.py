@@ -3,12 +3,14 @@
 Kept free of heavy imports: `python -m stages.<name> --help` must answer at once.
 """
 
+import atexit
 import errno
 import logging
 import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import threading
 import traceback
@@ -60,6 +62,9 @@ def ending_without_shutdown() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    finally:
+        # All is done: Ctrl-C in the last milliseconds would only print what it has met in some library's exit handler.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def command(main: Callable[..., None]) -> None:
@@ -180,6 +185,9 @@ def users_line(error: Exception) -> str | None:
             f"params.yaml: runtime.full_determinism is true; torch has no deterministic {found[1]} on this device; "
             "set it to false"
         )
+    if str(error).startswith("DataLoader worker (pid"):  # torch's text, for one that was killed
+        remedy = "make memory free, or set runtime.dataloader_num_workers to 0"
+        return f"{one_line(error).rstrip('.')}: {remedy}; dvc repro goes on from the last checkpoint"
     if isinstance(error, OSError) and (error.filename is not None or error.errno in MACHINE_ERRORS):
         return one_line(f"{error.filename or Path.cwd()}: {error.strerror}")
     if is_lost_process(error):

@@ -6,10 +6,14 @@ and keeps its traceback.
 """
 
 import errno
+import signal
 from typing import Any
 
 LOST_PROCESS_STATUS = 75
 """Exit status of a process that ends because another one of its training has: EX_TEMPFAIL, never the first cause."""
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What asks a training to stop: Ctrl-C, a scheduler, a terminal that is gone."""
 
 
 class UserError(Exception):

@@ -17,7 +17,9 @@ The order comes from the raw bit stream of PCG64, which NumPy promises never to 
 Letters: B sequences, S positions.
 """
 
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -27,7 +29,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dsv3.data.shards import TokenStream
-from dsv3.errors import UserError
+from dsv3.errors import STOP_SIGNALS, UserError
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,11 @@ class _MicroBatches(Dataset[torch.Tensor]):
 
 def micro_batches(
     batches: Batches, layout: StepLayout, steps: range, num_workers: int = 0, pin_memory: bool = False
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor]:
     """Yield this process's micro-batches of the given steps in order, each int64 (micro_batch_size, block_size + 1).
 
     Step `steps.start` of the training is the first. The tensors do not depend on `num_workers` (processes that prepare
-    them) or `pin_memory` (page-locked memory, for CUDA only).
+    them) or `pin_memory` (page-locked memory, for CUDA only). The workers end when the iterator is closed.
     """
     loader = DataLoader(
         _MicroBatches(batches, layout.micro_batch_size),
@@ -131,7 +133,23 @@ def micro_batches(
         pin_memory=pin_memory and torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader would draw from, and so alter, the global random state
     )
-    yield from loader
+    with signals_held_back():
+        tensors = iter(loader)
+    yield from tensors
+
+
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Block the signals that ask a training to stop; a process that is forked in this block never gets them.
+
+    A terminal, and what kills a process group, sends them to the data workers too. Only the process that trains may
+    answer them: it takes its workers' end for a failure, and needs them until its step is done.
+    """
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def document_positions(tokens_BS: torch.Tensor, bos_token_id: int) -> torch.Tensor:

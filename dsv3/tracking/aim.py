@@ -39,7 +39,7 @@ from dsv3.tracking.tracker import Mode
 logger = logging.getLogger(__name__)
 
 SYSTEM_TRACKING_INTERVAL_S = 10
-INITIALIZATION_S = 120
+INITIALIZATION_S = 15
 """Longest wait for another process that initializes the repository."""
 
 ENDS: frozenset[str] = frozenset({"interrupted", "failed"})

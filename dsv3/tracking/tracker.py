@@ -26,8 +26,10 @@ T = TypeVar("T")
 
 CALL_S = 20.0
 """Longest wait for a tracker: a server that is gone, or a full disk, can keep it for ever."""
-OPEN_S = 60.0
-"""The same while it opens a run: others may be waiting for the same repository."""
+OPEN_S: dict[TrackerName, float] = {"aim": 20.0}
+"""The same while it opens a run. Aim tries a full disk for ever; 16 that open one repository at once take 4 s."""
+SLOW_OPEN_S = 60.0
+"""The same for those that end such a wait themselves: a server may be far away."""
 
 _left_open: list[Any] = []
 """Trackers that have failed, and the errors, which know what was being opened: to collect them would close them."""
@@ -139,7 +141,7 @@ class IsolatedTracker:
         if tracker is None:
             return None
         self._tracker = tracker
-        opened = self._attempt(lambda: tracker.open(identity, run_hash, mode), OPEN_S)
+        opened = self._attempt(lambda: tracker.open(identity, run_hash, mode), OPEN_S.get(self._name, SLOW_OPEN_S))
         if self._has_failed:
             self._tracker = None
         return opened

@@ -21,7 +21,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from dsv3.errors import STOP_SIGNALS
+
+END = 0
+"""No signal's number. That the pipe is closed would not do: a forked process may hold it open."""
 REPEAT_S = 1.0
 """Time after the first signal in which others count as its repetition."""
 
@@ -43,10 +46,10 @@ class Interruption:
         self.signal_number = self.signal_number or signal_number
 
     def watch(self, pipe: int) -> None:
-        """Read signal numbers from `pipe` until it is closed; end the process at the second request."""
-        while numbers := os.read(pipe, 64):
+        """Read signal numbers from `pipe` until one is END; end the process at the second request."""
+        while END not in (numbers := os.read(pipe, 64)):
             for number in numbers:
-                if number in SIGNALS and self._is_second():
+                if number in STOP_SIGNALS and self._is_second():
                     line = f"stopped at once by a second signal ({signal.Signals(number).name})\n"
                     with suppress(OSError):  # nobody reads it any more
                         os.write(sys.stderr.fileno(), line.encode())
@@ -69,7 +72,7 @@ def catching_signals() -> Iterator[Interruption]:
     watcher.start()
     wakeup_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    heard = [number for number in SIGNALS if not (is_nohup and number == signal.SIGHUP)]
+    heard = [number for number in STOP_SIGNALS if not (is_nohup and number == signal.SIGHUP)]
     before = {number: signal.signal(number, interruption.remember) for number in heard}
     try:
         yield interruption
@@ -77,6 +80,7 @@ def catching_signals() -> Iterator[Interruption]:
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup_before)
-        os.close(writing)
+        os.write(writing, bytes([END]))
         watcher.join()
+        os.close(writing)
         os.close(reading)

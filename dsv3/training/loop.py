@@ -8,8 +8,8 @@ Letters: B sequences, S positions, L layers, E n_routed_experts.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +50,7 @@ class Run:
     distillation: Distillation | None = None
     """The teachers, where there are any."""
 
-    def micro_batches(self) -> Iterator[Tensor]:
+    def micro_batches(self) -> Generator[Tensor]:
         """Return this process's batches from the next step on."""
         runtime, steps = self.plan.params.runtime, range(self.state.step, self.plan.total_steps)
         workers, pin_memory = runtime.dataloader_num_workers, runtime.dataloader_pin_memory
@@ -106,31 +106,31 @@ def train(run: Run, hooks: Sequence[Hook], save: Callable[[Run], None]) -> None:
     the loss or a gradient is no longer finite, before that reaches the weights; `save` has then been called too.
     """
     params, budget, state = run.plan.params.train, run.plan.budget, run.state
-    batches = run.micro_batches()
-    run.model.train()
-    while state.step < budget.total_steps:
-        started_at, step = time.perf_counter(), state.step
-        with cached_weights(run.model):
-            losses = accumulate_gradients(run, batches, mtp_loss_weight(step, params, budget))
-        grad_norm = run.clip_grad_norm(params.max_grad_norm)
-        measured = reduce_metrics(run, losses, grad_norm)
-        if not measured.is_finite:
-            save(run)
-            raise UserError(non_finite_message(run, measured))
+    with closing(run.micro_batches()) as batches:
+        run.model.train()
+        while state.step < budget.total_steps:
+            started_at, step = time.perf_counter(), state.step
+            with cached_weights(run.model):
+                losses = accumulate_gradients(run, batches, mtp_loss_weight(step, params, budget))
+            grad_norm = run.clip_grad_norm(params.max_grad_norm)
+            measured = reduce_metrics(run, losses, grad_norm)
+            if not measured.is_finite:
+                save(run)
+                raise UserError(non_finite_message(run, measured))
 
-        run.optimizer.set_learning_rate(learning_rate(step, params, budget))
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
-        update_router_bias(run.model.routers(), measured.load_LE, bias_update_rate(step, params, budget))
+            run.optimizer.set_learning_rate(learning_rate(step, params, budget))
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=True)
+            update_router_bias(run.model.routers(), measured.load_LE, bias_update_rate(step, params, budget))
 
-        state.advance(measured, time.perf_counter() - started_at)
-        for hook in hooks:
-            if hook.is_due(run):
-                hook.call(run)
-        if measured.is_interrupted:
-            save(run)
-            where = f"stopped after step {state.step} of {budget.total_steps}, saved"
-            raise Interrupted(where, run.interruption.exit_status)
+            state.advance(measured, time.perf_counter() - started_at)
+            for hook in hooks:
+                if hook.is_due(run):
+                    hook.call(run)
+            if measured.is_interrupted:
+                save(run)
+                where = f"stopped after step {state.step} of {budget.total_steps}, saved"
+                raise Interrupted(where, run.interruption.exit_status)
 
 
 def accumulate_gradients(run: Run, batches: Iterator[Tensor], mtp_weight: float) -> Tensor:

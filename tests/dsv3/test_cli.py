@@ -178,6 +178,28 @@ def test_an_interrupted_training_ends_with_the_signals_status(monkeypatch, capsy
     assert capsys.readouterr().err == "saved at step 3\n"
 
 
+def test_ctrl_c_while_python_shuts_down_prints_nothing():
+    """Exit handlers of libraries run then; torch's takes long enough to be met."""
+    program = (
+        "import atexit, os, signal; from dsv3.cli import command; "
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT)); command(lambda: print('done'))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (ended.stdout, ended.stderr) == ("done\n", "")
+
+
+def test_a_data_worker_that_has_ended_is_one_line_with_a_remedy(monkeypatch, capsys):
+    """In torch's words."""
+
+    def main() -> None:
+        raise RuntimeError("DataLoader worker (pid 41) is killed by signal: Killed. ")
+
+    assert status(main, monkeypatch) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("DataLoader worker (pid 41) is killed by signal: Killed: make memory free, or set runtime.")
+    assert line.count("\n") == 1
+
+
 def test_a_tracker_that_failed_in_another_test_does_not_end_the_process_of_the_tests(monkeypatch):
     def main() -> None:
         skip_shutdown()

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -39,6 +41,7 @@ def start_until_saved(folder: Path, python: str = sys.executable) -> subprocess.
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 240
     while not list(folder.glob(".checkpoints/*/step_*/complete")):
@@ -70,6 +73,41 @@ def test_a_training_writes_a_model_its_curves_and_its_metrics(uninterrupted):
 def test_one_checkpoint_is_left_behind_a_finished_training(uninterrupted):
     left = [path.name for path in uninterrupted.glob(".checkpoints/[!l]*/*")]
     assert sorted(left) == ["facts.json", "step_12"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_data_workers_leave_signals_to_the_training_and_it_goes_on_to_bit_identical_weights(
+    tmp_path, uninterrupted, number
+):
+    """As Ctrl-C in a terminal and the end of a scheduler's job do, the signal reaches the data workers too."""
+    write_inputs(tmp_path, runtime={"save_steps": 1, "dataloader_num_workers": 2})
+    process = start_until_saved(tmp_path)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number, errors
+    assert "saved" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    done = run_stage(tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = weights(uninterrupted)
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(tmp_path).items())
+
+
+def test_a_data_worker_that_is_killed_is_told_in_one_line_and_the_training_goes_on(tmp_path, uninterrupted):
+    write_inputs(tmp_path, runtime={"save_steps": 1, "dataloader_num_workers": 1})
+    process = start_until_saved(tmp_path)
+    (worker,) = psutil.Process(process.pid).children()
+    worker.kill()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2, errors
+    assert "Traceback" not in errors
+    assert re.search(
+        r"^DataLoader worker \(pid.* set runtime.dataloader_num_workers to 0; dvc repro goes on", errors, re.M
+    )
+    done = run_stage(tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = weights(uninterrupted)
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(tmp_path).items())
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

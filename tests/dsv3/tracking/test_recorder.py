@@ -17,7 +17,7 @@ import pytest
 from dsv3.params.runtime import TrackerName
 from dsv3.tracking.events import Row, Text
 from dsv3.tracking.recorder import Recorder, identity_of, open_recorder
-from dsv3.tracking.tracker import IsolatedTracker, OpenTrackers, remedy
+from dsv3.tracking.tracker import OPEN_S, IsolatedTracker, OpenTrackers, remedy
 
 ROOT = Path(__file__).parents[3]
 
@@ -149,8 +149,8 @@ class NeverReturning(Memory):
 
 @pytest.mark.parametrize("method", ["open", "write", "close"])
 def test_a_tracker_that_never_answers_is_left_behind_after_one_wait(tmp_path, identity, caplog, monkeypatch, method):
-    for limit in ("CALL_S", "OPEN_S"):
-        monkeypatch.setattr(f"dsv3.tracking.tracker.{limit}", 2.0)
+    monkeypatch.setattr("dsv3.tracking.tracker.CALL_S", 2.0)
+    monkeypatch.setitem(OPEN_S, "aim", 2.0)
     monkeypatch.setattr("dsv3.tracking.tracker.gc.collect", lambda: 0)  # of all that pytest holds: seconds under load
     skipped = []
     monkeypatch.setattr("dsv3.tracking.tracker.skip_shutdown", lambda: skipped.append(True))

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from dsv3.training.interruption import REPEAT_S, SIGNALS, catching_signals
+from dsv3.errors import STOP_SIGNALS
+from dsv3.training.interruption import REPEAT_S, catching_signals
 
 STATUS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
@@ -53,11 +54,23 @@ def test_under_nohup_the_terminals_end_is_not_heard_and_other_signals_are():
 
 
 def test_afterwards_signals_do_what_they_did_before():
-    before = [signal.getsignal(number) for number in SIGNALS]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with pytest.raises(RuntimeError), catching_signals():
         raise RuntimeError
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_forked_process_that_lives_on_does_not_keep_the_block_from_ending():
+    """It has the pipe open, as a data worker has."""
+    with catching_signals():
+        child = os.fork()
+        if not child:
+            time.sleep(20)
+            os._exit(0)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize("hang", HANGS.values(), ids=HANGS)
