@@ -74,6 +74,10 @@ class TrainParams(Section):
     muon_momentum: float = Field(ge=0, lt=1)
     """Nesterov momentum of Muon."""
 
+    ema_decay: float = Field(ge=0, le=1 - 1e-6)
+    """beta: how much of the moving average of the weights a step keeps; the average is validated and exported. 0: none.
+    fp32 holds a millionth of a weight and little less, so it can't be nearer to 1."""
+
     max_grad_norm: float = Field(ge=1e-6)
     """Largest gradient norm; larger gradients are scaled down to it. Much less would vanish beside AdamW's epsilon."""
 

@@ -123,7 +123,7 @@ def training_memory(a: Architecture, train: TrainParams, device: Device) -> Trai
     moments = OPTIMIZERS["adamw"].moments * (total - matrices) + OPTIMIZERS[train.optim].moments * matrices
     return TrainingMemory(
         weights_bytes=FP32 * total + (FP32 + INT64) * num_router_biases(a),
-        optimizer_states_bytes=DTYPE_BYTES[train.adam_moments_dtype] * moments,
+        optimizer_states_bytes=DTYPE_BYTES[train.adam_moments_dtype] * moments + average_bytes(train, total),
         gradients_bytes=FP32 * total,
         activations_bytes=activation_bytes(a, w),
         recomputed_bytes=recomputed_bytes(a, w),
@@ -136,12 +136,19 @@ def training_memory(a: Architecture, train: TrainParams, device: Device) -> Trai
     )
 
 
+def average_bytes(train: TrainParams, num_parameters: int) -> int:
+    """Return the bytes of the moving average of so many parameters, which lies beside the moments."""
+    return FP32 * num_parameters if train.ema_decay else 0
+
+
 def without_moments(memory: TrainingMemory, a: Architecture, train: TrainParams) -> TrainingMemory:
     """Return what a training takes on a GPU where the moments lie in the CPU's memory (`runtime.cpu_offload`).
 
     One parameter's moments at a time are copied to the GPU.
     """
-    copied = DTYPE_BYTES[train.adam_moments_dtype] * OPTIMIZERS["adamw"].moments * num_largest_parameter(a)
+    largest = num_largest_parameter(a)
+    moments = DTYPE_BYTES[train.adam_moments_dtype] * OPTIMIZERS["adamw"].moments * largest
+    copied = max(moments, average_bytes(train, largest))
     workspace = memory.optimizer_workspace_bytes + copied
     return replace(memory, optimizer_states_bytes=0, optimizer_workspace_bytes=workspace)
 

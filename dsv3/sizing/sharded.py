@@ -40,6 +40,7 @@ from dsv3.sizing.activations import (
 )
 from dsv3.sizing.memory import (
     TrainingMemory,
+    average_bytes,
     num_matrix_parameters,
     optimizer_workspace_bytes,
     training_memory,
@@ -241,7 +242,7 @@ def sharded_memory(a: Architecture, train: TrainParams, device: Device, sharing:
     of_pass = sharded_pass(a, w, sharing, FP32 * own if holds_gradients else 0)
     return ShardedMemory(
         weights_bytes=FP32 * own + (FP32 + INT64) * num_router_biases(a),
-        optimizer_states_bytes=DTYPE_BYTES[train.adam_moments_dtype] * moments,
+        optimizer_states_bytes=DTYPE_BYTES[train.adam_moments_dtype] * moments + average_bytes(train, own),
         gradients_bytes=FP32 * own,
         activations_bytes=whole.activations_bytes,
         recomputed_bytes=whole.recomputed_bytes,

@@ -16,6 +16,7 @@ from dsv3.errors import DiskFull, UserError
 from dsv3.kernels.weight_cache import cached_weights
 from dsv3.progress import Progress
 from dsv3.tracking.recorder import Recorder
+from dsv3.training.averaging import averaged_weights
 from dsv3.training.background import Background
 from dsv3.training.balancing import router_rows
 from dsv3.training.checkpoint import prune, save_best, save_checkpoint
@@ -103,30 +104,37 @@ def validate(run: Run, recorder: Recorder | None, directory: Path, progress: Pro
 
     Raises `UserError` where the loss is not finite: nothing is saved or exported then, and earlier checkpoints stay.
     """
-    stream, params, layout = run.plan.validation, run.plan.params.train, run.layout
-    batches = block_batches(len(stream), params.block_size, params.per_device_eval_batch_size)
-    run.model.eval()
-    own_batches, device = batches[layout.rank :: layout.world_size], run.accelerator.device
-    with cached_weights(run.model):
-        own = summed_loss(run.forward, stream, own_batches, device, run.position_ids)
-        if is_sharded(run.model) and len(own_batches) < -(-len(batches) // layout.world_size):
-            # The others gather the weights once more, and wait until all do.
-            summed_loss(run.forward, stream, batches[:1], device, run.position_ids)
-    run.model.train()
-    nats = run.all_reduce(torch.tensor(own, dtype=torch.float64, device=device)).item()
-    loss = run.state.validation_loss = nats / (len(stream) - 1)
-    if not math.isfinite(loss):
-        raise UserError(f"step {run.state.step}: validation loss is {loss}; must be finite; {NON_FINITE_REMEDY}")
-    if run.state.best_loss is None or loss < run.state.best_loss:
-        run.state.best_loss, run.state.best_step = loss, run.state.step
-        if params.load_best_model_at_end and (is_sharded(run.model) or run.accelerator.is_main_process):
-            save_best(directory, run.model, run.state.step)
+    keeps_best = run.plan.params.train.load_best_model_at_end
+    with averaged_weights(run.model, run.optimizer):
+        nats = summed_validation_loss(run)
+        loss = run.state.validation_loss = nats / (len(run.plan.validation) - 1)
+        if not math.isfinite(loss):
+            raise UserError(f"step {run.state.step}: validation loss is {loss}; must be finite; {NON_FINITE_REMEDY}")
+        if run.state.best_loss is None or loss < run.state.best_loss:
+            run.state.best_loss, run.state.best_step = loss, run.state.step
+            if keeps_best and (is_sharded(run.model) or run.accelerator.is_main_process):
+                save_best(directory, run.model, run.state.step)
     if recorder is not None:
         row = validation_row(run, nats, loss)
         recorder.log("validation", row)
         best = ", the lowest so far" if run.state.best_step == run.state.step else ""
         line = f"step {row['step']:,}: validation {loss:.4f} nats/token, {row['nats_per_char']:.4f} nats/char{best}"
         progress.note(line, row)
+
+
+def summed_validation_loss(run: Run) -> float:
+    """Return the cross-entropy in nats of the validation split's targets, by all processes together."""
+    stream, params, layout = run.plan.validation, run.plan.params.train, run.layout
+    batches = block_batches(len(stream), params.block_size, params.per_device_eval_batch_size)
+    own_batches, device = batches[layout.rank :: layout.world_size], run.accelerator.device
+    run.model.eval()
+    with cached_weights(run.model):
+        own = summed_loss(run.forward, stream, own_batches, device, run.position_ids)
+        if is_sharded(run.model) and len(own_batches) < -(-len(batches) // layout.world_size):
+            # The others gather the weights once more, and wait until all do.
+            summed_loss(run.forward, stream, batches[:1], device, run.position_ids)
+    run.model.train()
+    return run.all_reduce(torch.tensor(own, dtype=torch.float64, device=device)).item()
 
 
 def validation_row(run: Run, nats: float, loss: float) -> Row:

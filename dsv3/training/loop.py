@@ -26,7 +26,7 @@ from dsv3.training.interruption import Interruption
 from dsv3.training.optimizer import Optimizer
 from dsv3.training.plan import TrainingPlan
 from dsv3.training.regularization import TokenReplacement
-from dsv3.training.schedule import bias_update_rate, learning_rate, mtp_loss_weight
+from dsv3.training.schedule import bias_update_rate, ema_decay, learning_rate, mtp_loss_weight
 from dsv3.training.state import LOSS_PARTS, Measured, TrainState
 from mini_model.modeling_deepseek import DeepseekV3CausalLMOutput, DeepseekV3ForCausalLM
 
@@ -119,6 +119,7 @@ def train(run: Run, hooks: Sequence[Hook], save: Callable[[Run], None]) -> None:
                 raise UserError(non_finite_message(run, measured))
 
             run.optimizer.set_learning_rate(learning_rate(step, params, budget))
+            run.optimizer.set_ema_decay(ema_decay(step, params))
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
             update_router_bias(run.model.routers(), measured.load_LE, bias_update_rate(step, params, budget))

@@ -55,6 +55,9 @@ UPDATE_RMS = 0.2
 NOT_DECAYED = "adamw_not_decayed"
 """The group that AdamW updates without weight decay."""
 
+AVERAGE = "average"
+"""In a parameter's state: its exponential moving average (`dsv3.training.averaging`)."""
+
 
 def parameter_groups(model: DeepseekV3ForCausalLM, params: TrainParams) -> list[dict[str, Any]]:
     """Return the optimizer's groups: matrices, and what is never decayed (norms, biases, embeddings; report, 4.2).
@@ -98,10 +101,13 @@ class Settings:
     """Whether moments lie in the CPU's memory, wherever their parameters are."""
 
     def stored(self, moment: Tensor, parameter: Tensor) -> Tensor:
-        """Return `moment` as it lies between two steps: in its type and place, pinned where a device fetches it."""
-        device = torch.device("cpu") if self.offloads else parameter.device
-        moment = moment.to(device, self.moments_dtype)
-        return moment.pin_memory() if self.offloads and parameter.is_cuda and not moment.is_pinned() else moment
+        """Return `moment` as it lies between two steps: in its type and place."""
+        return self.placed(moment.to(self.moments_dtype), parameter)
+
+    def placed(self, tensor: Tensor, parameter: Tensor) -> Tensor:
+        """Return a tensor of the state in its place between two steps, pinned where a device fetches it."""
+        tensor = tensor.to(torch.device("cpu") if self.offloads else parameter.device)
+        return tensor.pin_memory() if self.offloads and parameter.is_cuda and not tensor.is_pinned() else tensor
 
     def zeros(self, parameter: Tensor) -> Tensor:
         """Return a moment of `parameter` before the first step."""
@@ -123,11 +129,16 @@ class Optimizer(torch.optim.Optimizer):
         moments_dtype = torch.bfloat16 if params.adam_moments_dtype == "bf16" else torch.float32
         self._settings = Settings(params, moments_dtype, newton_schulz_dtype, offloads)
         super().__init__(groups, {"lr": params.learning_rate})
+        self._ema_decay = params.ema_decay
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the rate of the next step, in all groups."""
         for group in self.param_groups:
             group["lr"] = learning_rate
+
+    def set_ema_decay(self, ema_decay: float) -> None:
+        """Set how much of the averages the next step keeps; 0: there are none."""
+        self._ema_decay = ema_decay
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -135,6 +146,8 @@ class Optimizer(torch.optim.Optimizer):
         assert closure is None, "the gradients are computed once, before the step"
         for group in self.param_groups:
             UPDATES[group["name"]](group, self.state, self._settings)
+            if self._ema_decay:
+                average_weights(group, self.state, self._settings, self._ema_decay)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state, and cut it as the parameters are where they are sharded.
@@ -146,8 +159,14 @@ class Optimizer(torch.optim.Optimizer):
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
+                if name == AVERAGE and not self._settings.params.ema_decay:
+                    continue
                 own = shard_like(value, parameter)
-                kept = own.to(parameter.device) if name == "step" else self._settings.stored(own, parameter)
+                if name == "step":
+                    kept = own.to(parameter.device)
+                else:
+                    is_moment = name != AVERAGE
+                    kept = self._settings.stored(own, parameter) if is_moment else self._settings.placed(own, parameter)
                 self.state[parameter][name] = kept
 
 
@@ -161,7 +180,7 @@ def update_by_adamw(group: dict[str, Any], states: States, settings: Settings) -
     for parameter in group["params"]:
         if parameter.grad is None:
             continue
-        if not (state := states[parameter]):
+        if "exp_avg" not in (state := states[parameter]):
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = settings.zeros(parameter), settings.zeros(parameter)
         own.append((local(parameter), local(parameter.grad), {name: local(value) for name, value in state.items()}))
@@ -246,7 +265,7 @@ def update_by_muon(group: dict[str, Any], states: States, settings: Settings) ->
         if parameter.grad is None:
             continue
         state = states[parameter]
-        if not state:
+        if "momentum_buffer" not in state:
             state["momentum_buffer"] = settings.zeros(parameter)
         gradient, buffer = local(parameter.grad), local(state["momentum_buffer"])
         average = torch.lerp(buffer.to(gradient.device, torch.float32), gradient, 1 - momentum)
@@ -274,6 +293,16 @@ UPDATES: dict[str, Callable[[dict[str, Any], States, Settings], None]] = {
     "muon": update_by_muon,
 }
 """How each group is changed; the names but the first are those of `dsv3.params.optimizers.OPTIMIZERS`."""
+
+
+def average_weights(group: dict[str, Any], states: States, settings: Settings, ema_decay: float) -> None:
+    """Move the group's averages towards its parameters; before the first step they are where the parameters are."""
+    for parameter in group["params"]:
+        state = states[parameter]
+        if AVERAGE not in state:
+            state[AVERAGE] = settings.placed(parameter.detach().clone(), parameter)
+        weights, average = local(parameter), local(state[AVERAGE])
+        average.copy_(average.to(weights.device).lerp_(weights, 1 - ema_decay))
 
 
 @dataclass(frozen=True)

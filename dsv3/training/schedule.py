@@ -70,6 +70,11 @@ def bias_update_rate(step: int, params: TrainParams, budget: Budget) -> float:
     return params.bias_update_rate if budget.starts[step] < (1 - params.bias_freeze_ratio) * budget.total else 0.0
 
 
+def ema_decay(step: int, params: TrainParams) -> float:
+    """Return beta_t of `step`, how much of the average of the weights it keeps: little at first, then `ema_decay`."""
+    return min(params.ema_decay, (1 + step) / (10 + step))
+
+
 def mtp_loss_weight(step: int, params: TrainParams, budget: Budget) -> float:
     """Return lambda of `step`: the first weight while the report's rate is constant, then the final one."""
     is_constant = budget.starts[step] < CONSTANT_UNTIL * budget.total

@@ -23,6 +23,7 @@ from dsv3.tracking.events import LastLine, Result
 from dsv3.tracking.identity import experiment_name, project_root, run_identity
 from dsv3.tracking.recorder import Recorder, open_recorder
 from dsv3.training import fp8_hooks, hooks
+from dsv3.training.averaging import exchange_with_averages
 from dsv3.training.background import Background, background_writing
 from dsv3.training.checkpoint import (
     best_folder,
@@ -313,7 +314,9 @@ def export_and_record(
     """Write the model, run.json, metrics.json and headline.json; return the metrics; only in the main process."""
     hooks.check_weights_are_finite(run)
     shards = is_sharded(run.model)
-    if run.plan.params.train.load_best_model_at_end and (shards or recorder is not None):
+    if not run.plan.params.train.load_best_model_at_end:
+        exchange_with_averages(run.model, run.optimizer)
+    elif shards or recorder is not None:
         load_best(directory, run.model, run.state.best_step)
     weights = gather_weights(run.model) if shards else {}
     if recorder is None:
@@ -388,6 +391,7 @@ def model_facts(run: Run, recorder: Recorder, chosen: Choices, outputs: Outputs)
         "training tokens": plan.tokens_before(run.state.step),
         "linear layers in": chosen.precision,
         **({"FP8 scales": POWERS_OF_TWO} if train.use_fp8 and train.fp8_power_of_two_scales else {}),
+        **({"weights averaged with decay": train.ema_decay} if train.ema_decay else {}),
         "seed": plan.params.seed,
         "commit": f"{record['dvc']['git_sha']}{' and local changes' if record['dvc']['git_dirty'] else ''}",
         "fingerprint": record["fingerprint"],

@@ -163,6 +163,7 @@ def test_an_moe_layer_keeps_what_the_estimate_says_with_every_backend_to_two_per
         {"block_size": 32, "optim": "adamw"},
         {"block_size": 32, "optim": "adamw", "adam_moments_dtype": "bf16"},
         *({"block_size": 16, "optim": optim} for optim in OPTIMIZERS),
+        *({"block_size": 16, "optim": optim, "ema_decay": 0.9} for optim in OPTIMIZERS),
         {"block_size": 16, "precision": "bf16", "experts": "grouped_mm"},
     ],
     ids=str,

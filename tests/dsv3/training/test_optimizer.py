@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from dsv3.params.optimizers import OPTIMIZERS
 from dsv3.params.train import TrainParams
 from dsv3.training import optimizer as module
-from dsv3.training.optimizer import Matrices, Optimizer, orthogonalized, parameter_groups, same_shape_batches
+from dsv3.training.optimizer import AVERAGE, Matrices, Optimizer, orthogonalized, parameter_groups, same_shape_batches
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 from tests import committed
@@ -197,7 +197,8 @@ def test_moments_that_visit_the_device_one_by_one_train_the_same(values):
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_offloaded_moments_stay_in_the_cpus_memory_after_a_step_and_after_loading(optim, dtype, monkeypatch):
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_offloaded_moments_stay_in_the_cpus_memory_after_a_step_and_after_loading(optim, dtype, ema_decay, monkeypatch):
     """Fake tensors of a GPU: they have a place and no numbers. How long a step takes there, they can't say."""
     monkeypatch.setattr(module, "fuses_bf16_moments", lambda _: True)
     monkeypatch.setattr(module, "orthogonalized", torch.empty_like)
@@ -205,7 +206,8 @@ def test_offloaded_moments_stay_in_the_cpus_memory_after_a_step_and_after_loadin
     for name, value in {"is_available": True, "device_count": 1, "current_device": 0}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    mode, given_params = FakeTensorMode(allow_non_fake_inputs=True), params(optim=optim, adam_moments_dtype=dtype)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    given_params = params(optim=optim, adam_moments_dtype=dtype, ema_decay=ema_decay)
 
     def on_gpu(*shape: int) -> FakeTensor:
         return FakeTensor(mode, torch.empty(shape, device="meta"), torch.device("cuda:0"))
@@ -220,6 +222,10 @@ def test_offloaded_moments_stay_in_the_cpus_memory_after_a_step_and_after_loadin
         saved = optimizer.state_dict()
         optimizer.load_state_dict(saved)
         optimizer.step()
+    averages = [state.pop(AVERAGE) for state in optimizer.state.values() if AVERAGE in state]
+    assert [(average.device.type, average.dtype) for average in averages] == [("cpu", torch.float32)] * 2 * (
+        ema_decay > 0
+    )
     moments = [(n, m) for state in optimizer.state.values() for n, m in state.items() if n != "step"]
     assert len(moments) == 2 * OPTIMIZERS[optim].moments
     expected = torch.bfloat16 if dtype == "bf16" else torch.float32

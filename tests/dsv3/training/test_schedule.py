@@ -9,6 +9,7 @@ from dsv3.training.budget import Budget
 from dsv3.training.schedule import (
     COSINE_UNTIL,
     bias_update_rate,
+    ema_decay,
     learning_rate,
     mtp_loss_weight,
     warmup_steps,
@@ -62,6 +63,14 @@ def test_the_bias_stands_still_for_the_last_share_of_the_budget():
 def test_the_weight_of_multi_token_prediction_falls_where_the_rate_does():
     report = params(mtp_loss_weight=0.3, mtp_loss_weight_final=0.1)
     assert [mtp_loss_weight(step, report, Budget.even(148)) for step in (0, 99, 100, 147)] == [0.3, 0.3, 0.1, 0.1]
+
+
+def test_the_averages_forget_the_first_weights_and_then_remember_as_long_as_asked():
+    values = [ema_decay(step, params(ema_decay=0.99)) for step in range(1000)]
+    assert values[:2] == [0.1, 2 / 11]
+    assert values == sorted(values)
+    assert values[889] < 0.99 == values[890] == values[-1]
+    assert ema_decay(500, params(ema_decay=0.0)) == 0
 
 
 @given(

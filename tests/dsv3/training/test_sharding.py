@@ -29,10 +29,12 @@ from dsv3.training.launch import check_sharding
 from dsv3.training.optimizer import balanced_owners, rows_per_process
 from dsv3.training.sharding import gather_weights, local
 from tests.committed import DEFAULTS
+from tests.exported_model import write_exported
 from tests.training_inputs import WIDE, history, run_python, started_run
 
 EXPERTS = {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}
 STEPS = 4
+TEACHER = "a model that the program writes"
 BEFORE = 2
 """Steps before a checkpoint."""
 
@@ -75,12 +77,18 @@ CASES: dict[str, dict[str, Any]] = {
     "auto": case(2, sharding="auto", max_steps=2),
     "bf16": case(2, precision="bf16", optim="adamw", max_steps=1),
     "fp8": case(2, WIDE, use_fp8=True, max_steps=1),
+    "averaged": case(2, ema_decay=0.9),
+    "averaged, kept after the forward pass": case(2, ema_decay=0.9, reshard_after_forward=False),
+    "averaged, in the CPU's memory": case(2, ema_decay=0.9, cpu_offload="parameters"),
+    "noise": case(2, hidden_dropout=0.1, token_replacement=0.1),
+    "a teacher": case(2, teachers=[TEACHER], distillation_weight=0.5),
 }
 WEIGHTS_BOUND = {
     "adamw": 1e-5,
     "four": 1e-5,
     "bf16 moments": 1e-4,
     "uneven": 3e-5,
+    "noise": 1e-5,
     "bf16": 1e-4,
     "fp8": 1e-4,
     "experts over two, FP8": 5e-2,
@@ -89,7 +97,8 @@ WEIGHTS_BOUND = {
 """Of the norm of the difference to one process, as a share of the weight's norm; 2e-6 for the others.
 
 Gradients are added in another order, which changes them by fp32's rounding. Muon carries that on; AdamW divides a
-gradient by its own size, and so makes of a rounding in a gradient near zero a step of another size; bf16 rounds what is
+gradient by its own size, and so makes of a rounding in a gradient near zero a step of another size (as are those of
+the embeddings of random tokens, Muon or not); bf16 rounds what is
 different to numbers 0.4 % apart, as FP8 to numbers 6 % apart. Replicas (sharding: none) are as far away.
 Where experts lie on several processes, an expert has the rows of several micro-batches at once, so FP8 rounds its
 weight gradient in other blocks.
@@ -111,6 +120,14 @@ def test_a_sharded_training_is_that_of_one_process(measured, name):
     assert found["grad_norm"] < 1e-5
     assert found["load_differences"] == 0
     assert found["weights"] < WEIGHTS_BOUND.get(name, 2e-6), found
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "ema_decay" in CASES[name]["train"]])
+def test_averages_are_validated_in_the_place_of_sharded_weights_and_then_no_more(measured, name):
+    of_averages, of_weights = measured[name]["validation"]
+    assert of_averages == pytest.approx(measured[name]["validation_of_one"][0], rel=1e-6)
+    assert of_weights == pytest.approx(measured[name]["validation_of_one"][1], rel=1e-6)
+    assert abs(of_averages - of_weights) > 1e-3 * of_weights
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("uneven", "hybrid")])
@@ -244,11 +261,12 @@ def train_case(folder: Path, name: str) -> None:
     from dsv3.training import plan
 
     given, num_processes = CASES[name], int(os.environ.get("WORLD_SIZE", "1"))
+    train = {**given["train"], **({"teachers": [str(folder / TEACHER)]} if "teachers" in given["train"] else {})}
     if name == "auto":
         plan.total_bytes = lambda _: 1 << 20  # a device of a megabyte
     runtime = given["runtime"] if num_processes > 1 else {}
     own = folder / f"{name}-{num_processes}-{os.environ.get('RANK', '0')}"
-    run = started_run(own, runtime=runtime, train=given["train"], architecture=given["architecture"])
+    run = started_run(own, runtime=runtime, train=train, architecture=given["architecture"])
     gradients: dict[str, Any] = {}
     clip = run.clip_grad_norm
 
@@ -286,8 +304,23 @@ def train_case(folder: Path, name: str) -> None:
             for operand, values in each.items()
         }
     found["weights"] = whole_weights(run)
+    if run.plan.params.train.ema_decay:
+        found["validation"], averages = validations(run)
+        found["weights"] |= {f"average of {name}": average for name, average in averages.items()}
     if run.accelerator.is_main_process:
         torch.save(found, folder / f"{name}-{num_processes}.pt")
+
+
+def validations(run: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Return the validation loss of the averages and then of the weights; and the averages."""
+    from dsv3.training.averaging import averaged_weights
+    from dsv3.training.hooks import summed_validation_loss
+
+    with averaged_weights(run.model, run.optimizer):
+        of_averages = summed_validation_loss(run)
+    of_weights = summed_validation_loss(run)  # before anything else that would let go of gathered weights
+    with averaged_weights(run.model, run.optimizer):
+        return [of_averages, of_weights], whole_weights(run)
 
 
 def num_bytes(tensors: list[torch.Tensor]) -> int:
@@ -346,6 +379,8 @@ def compare(folder: Path, name: str) -> dict[str, Any]:
     found["shares"] = {kind: several["held"][kind] / one["held"][kind] for kind in one["held"]}
     loads = (torch.tensor(several["loads"]) - torch.tensor(one["loads"])).abs()
     found["load_differences"] = int(loads.sum())
+    if "validation" in one:
+        found |= {"validation": several["validation"], "validation_of_one": one["validation"]}
     if "statistics" in one:
         found["statistics"] = sorted(several["statistics"])
         found["missing_statistics"] = sorted(one["statistics"].keys() - several["statistics"].keys())
@@ -382,7 +417,7 @@ class Link:
     def started(self) -> Any:
         """Return the training at step 0."""
         own, runtime = self.folder / f"{self.name}-{os.environ.get('RANK', '0')}", CHAIN[self.name][1]
-        settings = {"max_steps": STEPS, "gradient_accumulation_steps": 12, "optim": "muon"}
+        settings = {"max_steps": STEPS, "gradient_accumulation_steps": 12, "optim": "muon", "ema_decay": 0.9}
         return started_run(own, runtime=runtime, train=settings, architecture=EXPERTS)
 
     def loaded(self, source: str) -> Any:
@@ -538,6 +573,8 @@ def train_and_compare(folder: Path) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     """Run every case and write what was measured."""
+    write_exported(folder, architecture=EXPERTS)
+    (folder / "final_model").rename(folder / TEACHER)
     measured = train_and_compare(folder)
     for link, (num_processes, _) in CHAIN.items():
         fork(num_processes, lambda link=link: checkpoint_case(folder, link))
