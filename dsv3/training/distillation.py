@@ -89,10 +89,10 @@ class Distillation:
     @torch.no_grad()
     def mean_probabilities(self, tokens_BS: Tensor, position_ids: Tensor | None) -> Tensor:
         """Return the mean over the teachers of each token's probability at each position, (B, S, V), fp32."""
-        answers = (teacher(input_ids=tokens_BS, position_ids=position_ids, use_cache=False) for teacher in self.teachers)
         total_BSV = torch.zeros((), device=tokens_BS.device)
-        for answer in answers:
-            total_BSV = total_BSV + answer.logits.softmax(dim=-1, dtype=torch.float32)
+        for teacher in self.teachers:
+            logits = teacher(input_ids=tokens_BS, position_ids=position_ids, use_cache=False).logits
+            total_BSV = total_BSV + logits.softmax(dim=-1, dtype=torch.float32)
         return total_BSV / len(self.teachers)
 
     def cross_entropy(self, hidden_TD: Tensor, head_weight_VD: Tensor, labels_T: Tensor) -> Tensor:

@@ -19,7 +19,10 @@ STEPS = {"max_steps": 12, "eval_steps": 4}
 RUNTIME = {"save_steps": 3, "save_total_limit": 2}
 FORMS: dict[str, dict[str, Any]] = {
     "muon fp32 mtp": {},
-    "adamw fp32, averaged": {"train": {"optim": "adamw", "ema_decay": 0.9}, "architecture": {"num_nextn_predict_layers": 0}},
+    "adamw fp32, averaged": {
+        "train": {"optim": "adamw", "ema_decay": 0.9},
+        "architecture": {"num_nextn_predict_layers": 0},
+    },
     "muon bf16, bf16 moments": {"train": {"precision": "bf16", "adam_moments_dtype": "bf16"}},
     "adamw fp8 mtp": {"train": {"optim": "adamw", "use_fp8": True}, "architecture": WIDE},
     "muon, accumulation 4, best at end": {
