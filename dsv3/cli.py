@@ -185,14 +185,21 @@ def users_line(error: Exception) -> str | None:
             f"params.yaml: runtime.full_determinism is true; torch has no deterministic {found[1]} on this device; "
             "set it to false"
         )
-    if str(error).startswith("DataLoader worker (pid"):  # torch's text, for one that was killed
-        remedy = "make memory free, or set runtime.dataloader_num_workers to 0"
-        return f"{one_line(error).rstrip('.')}: {remedy}; dvc repro goes on from the last checkpoint"
     if isinstance(error, OSError) and (error.filename is not None or error.errno in MACHINE_ERRORS):
         return one_line(f"{error.filename or Path.cwd()}: {error.strerror}")
+    return lost_process_line(error)
+
+
+def lost_process_line(error: Exception) -> str | None:
+    """Return the one line of an error that another process's end has caused; None for any other."""
     if is_lost_process(error):
         return (
             "another process of this training has ended or no longer answers, so this one ends; dvc repro goes on from "
             "the last checkpoint"
         )
+    if str(error).startswith("DataLoader worker (pid"):  # torch's text, for one that was killed
+        remedy = "make memory free, or set runtime.dataloader_num_workers to 0"
+        return f"{one_line(error).rstrip('.')}: {remedy}; dvc repro goes on from the last checkpoint"
+    if type(error).__name__ == "BrokenProcessPool":
+        return "a process that encodes was killed, as a system does that is short of memory; run the same again"
     return None

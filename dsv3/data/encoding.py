@@ -13,6 +13,7 @@ number of groups in flight.
 
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -168,7 +169,16 @@ _worker: list[Encoder] = []
 def _start_worker(directory: Path, dtype: np.dtype) -> None:
     """Load the tokenizer once in a worker, which keeps to one thread: the processes are as many as the cores."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker.append(Encoder(directory, dtype))
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that started it has: a killed one has nobody told, and a pool waits for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has one"
+    parent.join()
+    os._exit(1)
 
 
 def _encode_in_worker(group: list[Piece]) -> Encoded:

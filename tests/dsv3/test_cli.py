@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -188,15 +189,23 @@ def test_ctrl_c_while_python_shuts_down_prints_nothing():
     assert (ended.stdout, ended.stderr) == ("done\n", "")
 
 
-def test_a_data_worker_that_has_ended_is_one_line_with_a_remedy(monkeypatch, capsys):
-    """In torch's words."""
-
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            RuntimeError("DataLoader worker (pid 41) is killed by signal: Killed. "),
+            "DataLoader worker (pid 41) is killed by signal: Killed: make memory free, or set runtime.",
+        ),
+        (BrokenProcessPool("A process in the process pool was terminated abruptly"), "a process that encodes was kill"),
+    ],
+)
+def test_a_worker_process_that_was_killed_is_one_line_with_a_remedy(monkeypatch, capsys, error, told):
     def main() -> None:
-        raise RuntimeError("DataLoader worker (pid 41) is killed by signal: Killed. ")
+        raise error
 
     assert status(main, monkeypatch) == 2
     line = capsys.readouterr().err
-    assert line.startswith("DataLoader worker (pid 41) is killed by signal: Killed: make memory free, or set runtime.")
+    assert line.startswith(told)
     assert line.count("\n") == 1
 
 

@@ -1,6 +1,10 @@
+import os
 import random
+import subprocess
+import sys
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +13,7 @@ from dsv3.data import encoding
 from dsv3.data.corpus import Chunk
 from dsv3.data.encoding import Encoder, Piece, encode_groups, groups, pieces
 from dsv3.data.tokenizer import read_tokenizer, save_trained, train_tokenizer
+from tests.training_inputs import ROOT
 
 TEXT = "Now is the winter of our discontent\nMade glorious summer by this sun of York;\n\nAnd all the clouds " * 20
 U2 = np.dtype("<u2")
@@ -145,3 +150,30 @@ def test_a_tokenizer_that_alters_the_text_is_found_out(folder):
     encoder.tokenizer.normalizer = Lowercase()
     assert encoder.encode([Piece("york", True, True)]).round_trip_exact
     assert not encoder.encode([Piece("York", True, True)]).round_trip_exact
+
+
+ENCODING = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from dsv3.data.encoding import Piece, encode_groups
+if __name__ == "__main__":
+    endless = iter(lambda: [Piece("Now is the winter", True, True)], None)
+    for _ in encode_groups(endless, Path(sys.argv[1]), np.dtype("<u2"), 2):
+        print("encoded", flush=True)
+        time.sleep(100)
+"""
+
+
+def test_processes_that_encode_end_when_the_one_that_started_them_is_killed(folder, tmp_path):
+    program = tmp_path / "encoding.py"
+    program.write_text(ENCODING)
+    command = [sys.executable, str(program), str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"encoded\n"
+        workers = psutil.Process(process.pid).children()
+        process.kill()
+    assert len(workers) == 3, "two that encode, and Python's own that tracks semaphores"
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
