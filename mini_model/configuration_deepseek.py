@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from .validation_deepseek import check_architecture, check_model_type
+from .validation_deepseek import MODEL_TYPE, VARIANT_TYPE, check_architecture, check_model_type, other_variants
 
 
 class DeepseekV3Config(PreTrainedConfig):
@@ -17,7 +17,7 @@ class DeepseekV3Config(PreTrainedConfig):
     Raises `ValueError`, in one line, for what `check_architecture` refuses.
     """
 
-    model_type: ClassVar[str] = "deepseek_v3"
+    model_type: ClassVar[str] = MODEL_TYPE
     keys_to_ignore_at_inference: ClassVar[list[str]] = [  # a Trainer's predictions are the logits alone
         "past_key_values",
         "cross_entropy_loss",
@@ -79,7 +79,7 @@ class DeepseekV3Config(PreTrainedConfig):
     topk_group: int = 4
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 2.5
-    scoring_func: str = "sigmoid"  # these three are constants here; other loaders choose their code by them
+    scoring_func: str = "sigmoid"  # of these three, validation_deepseek.VARIANTS has the values
     topk_method: str = "noaux_tc"
     moe_layer_freq: int = 1
 
@@ -94,13 +94,17 @@ class DeepseekV3Config(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        check_model_type(kwargs.get("model_type", self.model_type))
+        check_model_type(kwargs.pop("model_type", MODEL_TYPE))  # what is written follows from the variant
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.head_dim = self.qk_rope_head_dim  # the width that transformers' RoPE functions rotate
         super().__post_init__(**kwargs)
         check_architecture(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is written to config.json: a variant's under a `model_type` that no other loader computes."""
+        return {**super().to_dict(), "model_type": VARIANT_TYPE if other_variants(self) else MODEL_TYPE}
 
     @property
     def softmax_scale(self) -> float:

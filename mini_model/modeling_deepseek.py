@@ -8,8 +8,9 @@ Two parts are simple here and can be replaced by faster ones of the same value: 
 replaces the loop of `DeepseekV3Experts`, and `model.cross_entropy` may be any function of the same signature.
 
 Weights have DeepSeek's names. On disk each expert has its own matrices, in memory they are stacked; transformers
-converts. Stock transformers loads the same folder without this file and computes the same logits. This file adds what
-it lacks: losses, MTP modules, load counts, a router in fp32, decoding on the latent cache itself.
+converts. Stock transformers loads the same folder without this file and computes the same logits, unless the router is
+another (`validation_deepseek.VARIANTS`). This file adds what it lacks: losses, MTP modules, load counts, a router in
+fp32, decoding on the latent cache itself.
 
 Letters: B sequences, S positions, T tokens, X keys, D hidden_size, F intermediate_size, V vocab_size,
 H num_attention_heads, N qk_nope_head_dim, P qk_rope_head_dim, U v_head_dim, C kv_lora_rank, M queries of all heads,
@@ -287,8 +288,17 @@ class DeepseekV3MLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+SCORING = {"sigmoid": torch.sigmoid}
+"""`scoring_func` -> its function, which leaves a token's logits in their order."""
+
+
+def affinities(logits_TE: Tensor, config: DeepseekV3Config) -> Tensor:
+    """Return each token's affinity to each expert, (T, E), all positive: equation 15."""
+    return SCORING[config.scoring_func](logits_TE)
+
+
 class DeepseekV3TopkRouter(Float32Buffers):
-    """Chooses K experts per token by sigmoid affinity, within the best `topk_group` groups (equations 13 to 16).
+    """Chooses K experts per token by affinity, within the best `topk_group` groups (equations 13 to 16).
 
     `e_score_correction_bias` is added to the affinities for the choice and nowhere else. No gradient reaches it. The
     training loop lowers it for overloaded experts and raises it for underloaded ones, by the counts in `expert_load`,
@@ -312,7 +322,7 @@ class DeepseekV3TopkRouter(Float32Buffers):
         """Return the logits (T, E), the gate values (T, K) and the chosen experts (T, K)."""
         with maybe_autocast(hidden_TD.device.type, enabled=False):
             logits_TE = F.linear(hidden_TD.float(), self.weight.float())
-        scores_TE = logits_TE.sigmoid()
+        scores_TE = affinities(logits_TE, self.config)
         index_TK = self.chosen_experts(scores_TE)
         gates_TK = scores_TE.gather(1, index_TK)
         if self.config.norm_topk_prob:
@@ -401,13 +411,13 @@ class DeepseekV3MoE(nn.Module):
         return y_TD.view_as(hidden_BSD), logits_TE, index_TK
 
 
-def sequence_balance_loss(logits_TE: Tensor, top_k: int, num_sequences: int) -> Tensor:
+def sequence_balance_loss(logits_TE: Tensor, config: DeepseekV3Config, num_sequences: int) -> Tensor:
     """Return Σ f_i P_i of one layer, the mean over sequences: equations 17 to 20 without α. It is 1 at balance.
 
     f counts the top K of the affinities *without* the bias, and has no gradient; P is the mean normalized affinity.
     """
-    num_experts = logits_TE.shape[1]
-    scores_BSE = logits_TE.sigmoid().unflatten(0, (num_sequences, -1))
+    num_experts, top_k = config.n_routed_experts, config.num_experts_per_tok
+    scores_BSE = affinities(logits_TE, config).unflatten(0, (num_sequences, -1))
     hits_TE = multi_hot(logits_TE.topk(top_k, dim=-1, sorted=False).indices, num_experts)
     f_BE = hits_TE.view_as(scores_BSE).float().mean(dim=1) * (num_experts / top_k)
     p_BE = (scores_BSE / scores_BSE.sum(dim=-1, keepdim=True)).mean(dim=1)
@@ -664,7 +674,7 @@ def count_routing(
         return
     layer.mlp.router.count(index_TK)
     if losses is not None:
-        losses.append(sequence_balance_loss(logits_TE, index_TK.shape[1], num_sequences))
+        losses.append(sequence_balance_loss(logits_TE, layer.mlp.router.config, num_sequences))
 
 
 # ---------------------------------------------------------------------------------------- language model

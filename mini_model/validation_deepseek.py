@@ -50,11 +50,19 @@ MAXIMUMS = dict.fromkeys(MINIMUMS, MAX_SIZE) | {
     "routed_scaling_factor": 1_000,
 }
 
-VARIANT = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
-"""The router of DeepSeek-V3. Other loaders choose their code by these fields; this model has one code."""
+VARIANTS: dict[str, tuple[str | int, ...]] = {
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "moe_layer_freq": (1,),
+}
+"""Field -> the values that this model computes, DeepSeek-V3's first. A model with another is no DeepSeek-V3 to others:
+it is written as `VARIANT_TYPE`, and refused in forms that only others read."""
 
 MODEL_TYPE = "deepseek_v3"
-"""The one `model_type` whose weights this model computes with; `kimi_k2` and later DeepSeeks differ in parts."""
+"""The one published `model_type` that this model computes; `kimi_k2` and later DeepSeeks differ in parts."""
+
+VARIANT_TYPE = "deepseek_v3_variant"
+"""No loader knows it, so none computes a variant's weights as DeepSeek-V3's; the code beside the weights does."""
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
 
@@ -82,7 +90,7 @@ def check_architecture(config: Any) -> None:
 
 def check_model_type(model_type: Any) -> None:
     """Raise `ValueError`, in one line, for the configuration of another architecture."""
-    if model_type != MODEL_TYPE:
+    if model_type not in (MODEL_TYPE, VARIANT_TYPE):
         raise ValueError(f"model_type is {model_type!r}; must be {MODEL_TYPE!r}: the weights of another don't fit")
 
 
@@ -106,10 +114,17 @@ def check_sizes(config: Any) -> None:
 
 def check_variant(config: Any) -> None:
     """Check that the file asks for no router or layer pattern that this model lacks."""
-    for name, implemented in VARIANT.items():
-        value = getattr(config, name, implemented)
-        if value != implemented:
-            raise ValueError(f"{name} is {value!r:.60}; must be {implemented!r}, the router of DeepSeek-V3")
+    for name, value in other_variants(config).items():
+        published, *others = VARIANTS[name]
+        if value not in others:
+            choices = "".join(f" or {other!r}" for other in others)
+            raise ValueError(f"{name} is {value!r:.60}; must be {published!r}, the router of DeepSeek-V3{choices}")
+
+
+def other_variants(config: Any) -> dict[str, Any]:
+    """Return the fields, with their values, in which a router is not DeepSeek-V3's; empty where others compute it."""
+    stated = {name: getattr(config, name, values[0]) for name, values in VARIANTS.items()}
+    return {name: value for name, value in stated.items() if value != VARIANTS[name][0]}
 
 
 def check_positions(config: Any) -> None:

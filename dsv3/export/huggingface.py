@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from dsv3.artifacts import read_json, replacing_directory, write_json
 from dsv3.data.tokenizer import CONFIG_FILE, read_tokenizer
+from dsv3.export.model_card import loaders
 from dsv3.export.model_folder import CODE_FILES, model_folder_contents
 from dsv3.export.weights import write_sums
 from mini_model.configuration_deepseek import DeepseekV3Config
@@ -22,7 +23,8 @@ def export_huggingface(
     """Replace `output` by a folder with the weights of `state`, configuration, tokenizer, code and model card.
 
     The folder loads with `AutoModelForCausalLM.from_pretrained` alone, by transformers' own DeepseekV3, and with
-    `trust_remote_code=True` by the Python files in it. Tokenizer and special tokens come from the token data.
+    `trust_remote_code=True` by the Python files in it; with another router than DeepSeek-V3's, by the latter
+    only. Tokenizer and special tokens come from the token data.
     """
     meta = read_json(tokens / "meta.json")
     special = {"bos_token_id": meta["bos_token_id"], "eos_token_id": meta["eos_token_id"]}
@@ -36,7 +38,7 @@ def export_huggingface(
         write_json(config, {**read_json(config), **transformers_4_rope_fields(model.config)})
         shutil.copytree(tokens / "tokenizer", folder, dirs_exist_ok=True)
         add_missing_fields(folder / CONFIG_FILE, {"pad_token": pad_token, "padding_side": "left"})
-        (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
+        (folder / "README.md").write_text(card + loaders(model.config), encoding="utf-8", newline="\n")
         missing = [name for name in CODE_FILES if not (folder / name).is_file()]
         assert not missing, f"save_pretrained left out {missing}"
         write_sums(folder)

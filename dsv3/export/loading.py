@@ -86,7 +86,8 @@ def load_model(folder: Path, device: torch.device) -> DeepseekV3ForCausalLM:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer in `folder`, whose files `load_model` has compared; no code from the folder is run."""
     check_model(folder)
+    config = read_model_config(folder)  # transformers, left to itself, knows no variant's
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exception for a file that it can't read
         raise UserError(f"{folder}: no tokenizer can be read ({short_line(error)}); {REMEDY}") from None

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from dsv3.markdown import escaped, table
+from mini_model.validation_deepseek import other_variants
 
 NAME = "A small DeepSeek-V3"
 
@@ -69,6 +70,7 @@ def corpus_of(manifest: Mapping[str, Any]) -> Corpus:
 def model_card(facts: Mapping[str, Any], scores: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     """Return the model card: what the model is, how it was trained, how well it predicts, how to load it.
 
+    The export adds what `loaders` says.
     `scores` is the row of the validation table that belongs to the weights, `manifest` the corpus's. Nothing in the
     card depends on the time or the machine's speed, so equal trainings export equal folders.
     """
@@ -101,7 +103,18 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)  # trust_remote_code=True: the code beside the weights
 print(tokenizer.decode(model.generate(**tokenizer("{corpus.prompt}", return_tensors="pt"), max_new_tokens=100)[0]))
 ```
+"""
 
+
+def loaders(config: Any) -> str:
+    """Return the card's last paragraph: which code computes the model of `config`."""
+    if others := other_variants(config):
+        stated = ", ".join(f"`{name}` is `{value}`" for name, value in others.items())
+        return f"""
+Its router is not DeepSeek-V3's: {stated}. Only the code in this folder computes it, so load it with
+`trust_remote_code=True`; transformers' own `DeepseekV3ForCausalLM` would give other logits.
+"""
+    return """
 With transformers' own `DeepseekV3ForCausalLM` and with the code in this folder the logits are the same; the latter adds
 multi-token prediction, the balancing state of the routers, and decoding on the latent cache.
 """

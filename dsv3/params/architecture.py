@@ -73,7 +73,7 @@ class Architecture(BaseModel):
     moe_layer_freq: int = 1
     rope_parameters: dict[str, Any] | None = None
     rope_interleave: bool = True
-    model_type: Literal["deepseek_v3"] = "deepseek_v3"
+    model_type: Literal["deepseek_v3", "deepseek_v3_variant"] = "deepseek_v3"
     hidden_act: Literal["silu"] = "silu"
     """The activation that the expert backends compute; the model would compute others, with other experts."""
     use_cache: bool = True

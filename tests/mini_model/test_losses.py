@@ -2,7 +2,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import sequence_balance_loss
+
+
+def choosing(top_k):
+    """A configuration of 8 experts, of which each token has `top_k`."""
+    return DeepseekV3Config(n_routed_experts=8, num_experts_per_tok=top_k, n_group=1, topk_group=1)
 
 
 def sequence_loss_by_hand(logits, top_k, num_sequences):
@@ -29,25 +35,25 @@ def test_the_sequence_loss_is_the_reports_and_reads_the_affinities_without_the_b
 
 def test_the_sequence_loss_is_one_at_balance_and_the_experts_number_over_k_at_collapse():
     even = torch.eye(8).repeat(4, 1) * 20 - 10
-    assert sequence_balance_loss(even, 1, num_sequences=4).item() == pytest.approx(1.0, rel=1e-5)
+    assert sequence_balance_loss(even, choosing(1), num_sequences=4).item() == pytest.approx(1.0, rel=1e-5)
     collapsed = torch.full((32, 8), -20.0)
     collapsed[:, :2] = 10.0
-    assert sequence_balance_loss(collapsed, 2, num_sequences=4).item() == pytest.approx(8 / 2, rel=1e-5)
+    assert sequence_balance_loss(collapsed, choosing(2), num_sequences=4).item() == pytest.approx(8 / 2, rel=1e-5)
 
 
 def test_the_sequence_loss_looks_at_each_sequence_alone():
     first, second = torch.full((5, 8), -20.0), torch.full((5, 8), -20.0)
     first[:, 0], second[:, 1] = 10.0, 10.0
-    alone = sequence_balance_loss(first, 1, 1)
-    torch.testing.assert_close(sequence_balance_loss(torch.cat([first, second]), 1, 2), alone)
-    assert sequence_balance_loss(torch.cat([first, second]), 1, 1) < alone
+    alone = sequence_balance_loss(first, choosing(1), 1)
+    torch.testing.assert_close(sequence_balance_loss(torch.cat([first, second]), choosing(1), 2), alone)
+    assert sequence_balance_loss(torch.cat([first, second]), choosing(1), 1) < alone
 
 
 def test_its_gradient_pushes_an_overloaded_expert_down():
     logits = torch.zeros(16, 8)
     logits[:, 3] = 2.0
     logits.requires_grad_()
-    sequence_balance_loss(logits, 1, 2).backward()
+    sequence_balance_loss(logits, choosing(1), 2).backward()
     assert (logits.grad[:, 3] > 0).all()
 
 

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mini_model.configuration_deepseek import DeepseekV3Config
-from mini_model.modeling_deepseek import DeepseekV3TopkRouter
+from mini_model.modeling_deepseek import SCORING, DeepseekV3TopkRouter
+from mini_model.validation_deepseek import VARIANTS
 
 
 def choice_by_hand(scores, bias, num_groups, topk_group, top_k):
@@ -67,6 +68,26 @@ def test_another_router_is_refused_in_one_line(overrides, message):
     with pytest.raises(ValueError) as caught:
         DeepseekV3Config(**overrides)
     assert str(caught.value) == message
+
+
+def test_every_scoring_function_that_a_configuration_may_name_is_there():
+    assert tuple(SCORING) == VARIANTS["scoring_func"]
+
+
+def test_gates_and_the_sequence_loss_read_the_affinities_of_the_scoring_function(micro_model, token_ids, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "scoring_func", ("sigmoid", "made_up"))
+    monkeypatch.setitem(SCORING, "made_up", lambda logits: logits.softmax(dim=-1))
+    model, ids = micro_model(scoring_func="made_up", norm_topk_prob=False, routed_scaling_factor=1.0), token_ids()
+    hidden = torch.randn(5, 24)
+    logits, gates, index = model.routers()[0][1](hidden)
+    assert torch.equal(gates, logits.softmax(dim=-1).gather(1, index))
+    out = model(ids, labels=ids, sequence_loss_weight=1.0, output_router_logits=True)
+    expected = 0.0
+    for logits in out.router_logits:
+        for sequence in logits.detach().unflatten(0, (len(ids), -1)):
+            hits = torch.zeros_like(sequence).scatter_(1, sequence.topk(2).indices, 1.0)
+            expected += float((hits.mean(dim=0) * 8 / 2 * sequence.softmax(dim=-1).mean(dim=0)).sum()) / len(ids)
+    assert out.sequence_loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_scores_under_bf16_autocast_are_bit_equal_to_fp32s(micro_model):

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mini_model.validation_deepseek import VARIANTS
+
 Rules = dict[str, Callable[..., bool]]
 
 
@@ -119,10 +121,8 @@ ARCHITECTURE: Rules = {
         isinstance(a[k], int) and 0 < a[k] <= 2**24 for k in SIZES if a.get(k) is not None
     ),
     "numbers are finite": lambda a, b: all(math.isfinite(n) for k in a if k not in FREE for n in _numbers(a[k])),
-    "the router is DeepSeek-V3's": lambda a, b: (
-        a.get("scoring_func", "sigmoid") == "sigmoid"
-        and a.get("topk_method", "noaux_tc") == "noaux_tc"
-        and a.get("moe_layer_freq", 1) == 1
+    "the router is one that the model has": lambda a, b: (
+        all(a.get(name, values[0]) in values for name, values in VARIANTS.items())
         and a["n_routed_experts"] % a["n_group"] == 0
         and a["num_experts_per_tok"] <= a["topk_group"] * a["n_routed_experts"] // a["n_group"]
     ),

@@ -18,7 +18,7 @@ from mini_model.modeling_deepseek import inverse_frequencies
 
 ARCHITECTURE = "deepseek2"
 SIGMOID = 2
-"""llama.cpp's number of the gating function."""
+"""llama.cpp's number of the gating function of DeepSeek-V3; `dsv3.export.source` refuses other routers."""
 LITE_LAYERS = (26, 27)
 """llama.cpp takes models with these numbers of layers for DeepSeek-V2-Lite, and then reads no `q_lora_rank`."""
 LATENT_NORM_EPS = 1e-6

@@ -210,7 +210,7 @@ def test_a_file_that_is_missing_or_no_yaml_is_one_line():
         ({"norm_topk_prob": "true"}, "norm_topk_prob is 'true'; input should be a valid boolean"),
         ({"n_routed_expert": 4}, "n_routed_expert is no field of this architecture; did you mean n_routed_experts?"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; must be one of 'silu'"),
-        ({"model_type": "llama"}, "model_type is 'llama'; must be one of 'deepseek_v3'"),
+        ({"model_type": "llama"}, "model_type is 'llama'; must be one of 'deepseek_v3' or 'deepseek_v3_variant'"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; input should be a valid boolean"),
         ({"attention_dropout": 1.5}, "attention_dropout is 1.5; must be < 1"),
         (
