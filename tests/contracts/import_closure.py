@@ -14,9 +14,9 @@ def refreshed(pipeline: str) -> str:
     def refresh(match: re.Match[str]) -> str:
         others = [line for line in match["deps"].splitlines(keepends=True) if not line.endswith(".py\n")]
         code = [f"      - {name}\n" for name in dependencies(match["stage"])]
-        return "".join([match["head"], *code, *others])
+        return "".join([match["head"], "\n", *code, *others])
 
-    stage = r"(?P<head>^  (?P<stage>[a-z_]+):\n(?:    .*\n)*?    deps:\n)(?P<deps>(?:      - .*\n)+)"
+    stage = r"(?P<head>^  (?P<stage>\w+):\n(?:    .*\n)*?    deps:)(?: \[\])?\n(?P<deps>(?:      - .*\n)*)"
     return re.sub(stage, refresh, pipeline, flags=re.MULTILINE)
 
 

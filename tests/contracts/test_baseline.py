@@ -41,6 +41,7 @@ def last_row(table: str) -> dict[str, str]:
 def test_the_baseline_was_made_with_the_parameters_that_are_committed(stage: str):
     params = YAML(typ="safe").load(committed_text("params.yaml", REVISION))
     lock = YAML(typ="safe").load(committed_text("dvc.lock", REVISION))["stages"]
+    assert stage in lock, f"dvc.lock has no stage {stage}: dvc repro {stage}, then commit dvc.lock and results/"
     locked = lock[stage].get("params", {}).get("params.yaml", {})
     assert locked == {section: params[section] for section in PIPELINE[stage].get("params", [])}
 

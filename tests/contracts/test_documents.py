@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from dsv3.params.read import read_params
+from dsv3.params.read import read_params, schema_text
 from tests.committed import PROJECT
 from tests.contracts import tour
 from tests.contracts.import_closure import ROOT
@@ -182,3 +182,7 @@ def test_the_tour_shows_what_the_commands_print_of_the_runs_that_it_recorded():
 
 def test_the_changelog_has_a_place_for_the_next_change():
     assert "## Unreleased" in TEXTS["CHANGELOG.md"]
+
+
+def test_the_editors_schema_is_that_of_the_classes():
+    assert TEXTS["docs/params.schema.json"] == schema_text(), "write it again: python -m dsv3.doctor --write-schema"

@@ -16,6 +16,7 @@ from dsv3.params.read import Params
 from dsv3.tracking.metrics import HEADLINE
 from dsv3.tracking.stages import SHOWN
 from tests.committed import PROJECT, committed_text
+from tests.contracts import import_closure
 
 PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
 STAGES = PIPELINE["stages"]
@@ -24,6 +25,10 @@ NAMES = list(STAGES)
 
 def paths_of(entries: list[Any]) -> set[str]:
     return {next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries}
+
+
+def deps_of(stage: dict[str, Any]) -> set[str]:
+    return paths_of(stage.get("deps") or [])
 
 
 def outputs_of(stage: dict[str, Any]) -> set[str]:
@@ -54,18 +59,29 @@ def test_the_stages_stand_in_an_order_in_which_they_can_run():
     made: set[str] = set()
     all_outputs = set().union(*map(outputs_of, STAGES.values()))
     for name, stage in STAGES.items():
-        assert paths_of(stage["deps"]) & all_outputs <= made, name
+        assert deps_of(stage) & all_outputs <= made, name
         made |= outputs_of(stage)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_code_dependencies_are_the_code_that_shapes_the_results(name: str):
-    declared = {path for path in paths_of(STAGES[name]["deps"]) if path.endswith(".py")}
+    declared = {path for path in deps_of(STAGES[name]) if path.endswith(".py")}
     shaping = set(dependencies(name))
     assert declared == shaping, (
         f"missing: {sorted(shaping - declared)}; idle: {sorted(declared - shaping)}; "
-        "python -m tests.contracts.import_closure mends it"
+        "python -m tests.contracts.import_closure mends it, below a line `deps:`"
     )
+
+
+@pytest.mark.parametrize("deps", ["", " []", "\n      - data/corpus", "\n      - stages/old.py\n      - data/corpus"])
+def test_code_dependencies_are_written_for_any_stage_that_has_a_place_for_them(monkeypatch, deps: str):
+    monkeypatch.setattr(import_closure, "dependencies", lambda stage: [f"stages/{stage}.py"])
+    pipeline = "stages:\n  {0}:\n    cmd: python\n    deps:{1}\n    outs: [a]\n\n  last:\n    deps:\n    outs: [b]\n"
+    data = "\n      - data/corpus" if "data" in deps else ""
+    expected = pipeline.format("mix_2", f"\n      - stages/mix_2.py{data}")
+    expected = expected.replace("last:\n    deps:", "last:\n    deps:\n      - stages/last.py")
+    assert import_closure.refreshed(pipeline.format("mix_2", deps)) == expected
+    assert import_closure.refreshed(expected) == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,18 +91,18 @@ def test_params_are_the_sections_that_the_stage_reads(name: str):
 
 def test_what_differs_between_machines_reruns_no_stage():
     assert all("runtime" not in stage.get("params", ()) for stage in STAGES.values())
-    assert all("dsv3/params/runtime.py" not in stage["deps"] for stage in STAGES.values())
+    assert all("dsv3/params/runtime.py" not in deps_of(stage) for stage in STAGES.values())
 
 
 @pytest.mark.parametrize("name", ["evaluate", "sample"])
 def test_a_new_parameter_of_the_training_reruns_nothing_that_follows(name: str):
     assert "train" not in STAGES[name]["params"]
-    assert not {"dsv3/params/train.py", "dsv3/params/read.py"} & paths_of(STAGES[name]["deps"])
+    assert not {"dsv3/params/train.py", "dsv3/params/read.py"} & deps_of(STAGES[name])
 
 
 def test_no_estimate_reruns_a_training():
     # What train depends on of estimate_size is missing where a training is refused, and always the same where not.
-    estimates = outputs_of(STAGES["estimate_size"]) & paths_of(STAGES["train"]["deps"])
+    estimates = outputs_of(STAGES["estimate_size"]) & deps_of(STAGES["train"])
     assert estimates == {"results/estimate_size/accepted.txt"}
 
 
@@ -99,7 +115,7 @@ def test_the_command_runs_the_stage_of_its_name_as_a_module(name: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_path_in_the_command_is_declared(name: str):
     stage = STAGES[name]
-    declared = paths_of(stage["deps"]) | outputs_of(stage)
+    declared = deps_of(stage) | outputs_of(stage)
     paths = [word for word in shlex.split(stage["cmd"])[3:] if not word.startswith("--")]
     assert paths
     for path in paths:
