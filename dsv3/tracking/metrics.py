@@ -1,14 +1,14 @@
 """Which numbers a run records: one name, one unit, one meaning, in every table, metrics.json and tracker.
 
-A row whose name is not listed here is refused by the recorder, so that two runs can always be compared. What tells a
-number of the training split from one of the validation split is not its name but its table (in Aim: the context's
-`subset`).
+A row, or a later stage's result, with a name that is not listed here is refused by the recorder, so that two runs can
+always be compared. What tells a number of the training split from one of the validation split is not its name but its
+table (in Aim: the context's `subset`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -24,6 +24,8 @@ class Metric:
     description: str
     is_text: bool = False
     """Whether it is a name, or several numbers, instead of a number: never a curve."""
+    is_score: bool = False
+    """Whether `evaluate` says it of every split, and trackers draw it."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ METRICS = MappingProxyType(
         "sequence_loss": Metric("", "sequence-wise balance loss before its weight"),
         "best_loss": Metric("nats/token", "lowest validation loss so far"),
         "best_step": Metric("", "step of the lowest validation loss"),
-        "nats_per_token": Metric("nats/token", "cross-entropy over a whole split"),
-        "perplexity": Metric("", "exp(nats_per_token)"),
-        "nats_per_char": Metric("nats/char", "cross-entropy per character: comparable across tokenizers"),
+        "nats_per_token": Metric("nats/token", "cross-entropy over a whole split", is_score=True),
+        "perplexity": Metric("", "exp(nats_per_token)", is_score=True),
+        "nats_per_char": Metric(
+            "nats/char", "cross-entropy per character: comparable across tokenizers", is_score=True
+        ),
         "bits_per_byte": Metric(
-            "bits/byte", "cross-entropy per byte of UTF-8: comparable across tokenizers and scripts"
+            "bits/byte", "cross-entropy per byte of UTF-8: comparable across tokenizers and scripts", is_score=True
         ),
         "tokens": Metric("tokens", "tokens that were scored"),
         "characters": Metric("characters", "characters that the scored tokens spell"),
@@ -79,6 +83,8 @@ METRICS = MappingProxyType(
         "max_vio_global_mean": Metric("", "the same over the whole held-out text, mean over the layers"),
         "max_vio_global_max": Metric("", "the same over the whole held-out text, largest of the layers"),
         "entropy": Metric("nats", "entropy of the load's distribution over the experts; ln(experts) when balanced"),
+        "entropy_mean": Metric("nats", "the same over the whole held-out text, mean over the layers"),
+        "num_layers": Metric("", "layers whose experts got tokens, MTP modules among them"),
         "dead_experts": Metric("", "experts that received no token"),
         "bias_min": Metric("", "smallest routing bias"),
         "bias_max": Metric("", "largest routing bias"),
@@ -167,6 +173,15 @@ def renamed(row: Mapping[str, T]) -> dict[str, T]:
     return {OLDER_NAMES.get(name, name): cell for name, cell in row.items()}
 
 
-def unknown_names(row: Mapping[str, Cell]) -> list[str]:
-    """Return the names in `row` that are not in the vocabulary, sorted."""
-    return sorted(set(row) - set(METRICS))
+def unknown_names(names: Iterable[str]) -> list[str]:
+    """Return those of `names` that are not in the vocabulary, sorted."""
+    return sorted(set(names) - set(METRICS))
+
+
+def names_of(result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of a metrics.json's values; what only groups them (a split, `mtp`, a depth) is no name."""
+    for name, value in result.items():
+        if isinstance(value, Mapping):
+            yield from names_of(cast(Mapping[str, Any], value))
+        else:
+            yield name

@@ -18,9 +18,9 @@ from dsv3.artifacts import read_model, reporting_full_disk, write_text
 from dsv3.errors import UserError
 from dsv3.params.read import Params
 from dsv3.params.runtime import RuntimeParams
-from dsv3.tracking.events import Event, Row
+from dsv3.tracking.events import Event, Result, Row
 from dsv3.tracking.identity import RunIdentity, later_identity, native
-from dsv3.tracking.metrics import METRICS, TABLES, Cell, renamed, unknown_names
+from dsv3.tracking.metrics import METRICS, TABLES, Cell, names_of, renamed, unknown_names
 from dsv3.tracking.results import in_order, train_events
 from dsv3.tracking.stages import valid_events
 from dsv3.tracking.tracker import OpenTrackers, open_trackers
@@ -67,7 +67,7 @@ class Recorder:
     def log(self, table: str, row: Mapping[str, Cell]) -> None:
         """Append `row` to `<table>.tsv` and show it in the trackers. Numbers of any kind are stored as Python's."""
         assert table in TABLES, f"{table} is no table; known: {', '.join(TABLES)}"
-        assert not unknown_names(row), f"not in dsv3/tracking/metrics.py: {', '.join(unknown_names(row))}"
+        check_names(row)
         assert all(name in row for name in TABLES[table].index), f"{table} needs {', '.join(TABLES[table].index)}"
         cells: Cells = native(dict(row))
         self._rows[table].append(cells)
@@ -124,6 +124,12 @@ class Recorder:
         return self._directory / f"{table}.tsv"
 
 
+def check_names(names: Iterable[str]) -> None:
+    """Refuse what is not in the vocabulary, a mistake of the program's."""
+    unknown = unknown_names(names)
+    assert not unknown, f"not in dsv3/tracking/metrics.py: {', '.join(unknown)}"
+
+
 def _line(row: Mapping[str, Cell], columns: Sequence[str]) -> str:
     """Return one line of a table; nine significant digits give a float32 back exactly."""
     cells = (row.get(name, "") for name in columns)
@@ -148,6 +154,10 @@ def add_to_run(run: Path, params: Params, events: Iterable[Event]) -> None:
     A stage of another experiment, or with other parameters, has a run of its own (`later_identity`). A run that is new,
     or lost, is first given the training's rows and what other stages left that is still valid.
     """
+    events = list(events)
+    for event in events:
+        if isinstance(event, Result):
+            check_names(names_of(event.metrics))
     record = read_record(run)
     identity, run_hash = later_run(record, params, os.environ.get("DVC_EXP_NAME"))
     trackers = open_trackers(params.runtime, identity, run_hash, "add")

@@ -12,6 +12,7 @@ from typing import Any
 from dsv3.errors import UserError
 from dsv3.params.read import read_yaml
 from dsv3.tracking.events import Event
+from dsv3.tracking.metrics import METRICS
 from dsv3.tracking.results import evaluate_events, sample_events, train_events
 
 Lines = list[tuple[str, str]]
@@ -20,7 +21,7 @@ Lines = list[tuple[str, str]]
 TRAINING = "train"
 """The stage that begins a run; the others add to it."""
 
-SCORES = ("nats_per_token", "perplexity", "nats_per_char", "bits_per_byte")
+SCORES = tuple(name for name, metric in METRICS.items() if metric.is_score)
 """What `evaluate` says of every split."""
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from dsv3.params.runtime import TrackerName
-from dsv3.tracking.events import Row, Text
-from dsv3.tracking.recorder import Recorder, identity_of, open_recorder
+from dsv3.tracking.events import Result, Row, Text
+from dsv3.tracking.recorder import Recorder, add_to_run, identity_of, open_recorder
 from dsv3.tracking.tracker import OPEN_S, IsolatedTracker, OpenTrackers, remedy
 
 ROOT = Path(__file__).parents[3]
@@ -100,6 +100,12 @@ def test_an_unknown_name_table_or_missing_index_is_refused(tmp_path, identity):
         recorder.log("hystory", {"step": 1})
     with pytest.raises(AssertionError, match="layer"):
         recorder.log("router", {"step": 1, "max_vio": 2.0})
+
+
+def test_a_later_stages_result_with_an_unknown_name_is_refused(tmp_path, params):
+    result = Result("evaluate", {"test": {"nats_per_token": 2.0, "accuracy": 0.5}}, 10)
+    with pytest.raises(AssertionError, match=r"^not in dsv3/tracking/metrics.py: accuracy$"):
+        add_to_run(tmp_path / "run.json", params, [result])
 
 
 def test_a_resumed_run_rewrites_its_files_up_to_the_checkpoint(tmp_path, identity):
