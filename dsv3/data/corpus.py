@@ -57,6 +57,16 @@ class Origin:
     """What identifies it: a URL, a package, a path, or a Hub id and revision."""
 
     license: str | None = None
+    """Terms of the text; they begin with "public domain" where nobody has rights in it."""
+
+    title: str | None = None
+    """What the model card calls it; where nothing is stated, `source`."""
+
+    language: str | None = None
+    """Its ISO 639-1 code."""
+
+    prompt: str | None = None
+    """A beginning of the kind that stands in it, for the model card's example."""
 
 
 class Manifest(BaseModel):

@@ -26,7 +26,7 @@ def write_hub(params: DataParams, directory: Path) -> tuple[Measure, Origin]:
     commit = fetch_commit(hub_id, params.hub_revision, params.timeout_s)
     measure = write_documents(directory, _documents(params, hub_id, commit), hub_id)
     origin = {"hub_id": hub_id, "revision": commit, "config": params.hub_config_name, "split": params.hub_split}
-    return measure, Origin("hub", origin)
+    return measure, Origin("hub", origin, title=params.hub_id)
 
 
 def fetch_commit(hub_id: str, revision: str | None, timeout_s: float) -> str | None:

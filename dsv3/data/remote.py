@@ -45,7 +45,8 @@ def fetch_tiny_shakespeare(timeout_s: float) -> tuple[bytes, Origin]:
             continue
         if sha256_bytes(text) == SHA256:
             url = GITHUB_URL if revision is None else _hub_url("datasets", "resolve", revision)
-            return text, Origin("tiny_shakespeare", {"url": url})
+            origin = {"url": url, "hub_id": HUB_ID}
+            return text, Origin("tiny_shakespeare", origin, "public domain", "tiny Shakespeare", "en", "ROMEO:")
         reasons.append(f"{name}: its {len(text)} bytes have another SHA-256 than the known text")
     raise Unreachable("; ".join(reasons))
 

@@ -93,7 +93,8 @@ def _write_files(params: DataParams, directory: Path, note: Note) -> tuple[Measu
         origin["num_linked"] = len(found.linked)
     if found.skipped:
         origin["skipped"] = found.skipped_by_reason()
-    return write_files(found.files, params.text_field, directory), Origin("file", origin)
+    measure = write_files(found.files, params.text_field, directory)
+    return measure, Origin("file", origin, title="files of the trainer's own")
 
 
 SOURCES: Mapping[str, Source] = MappingProxyType(

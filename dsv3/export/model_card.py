@@ -4,9 +4,8 @@ The scores are those that a training knows when it ends: the validation loss of 
 `evaluate` reads the finished folder, so its score of the held-out text can't stand in it; the card says where it is.
 """
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -16,38 +15,17 @@ from mini_model.validation_deepseek import other_variants
 
 NAME = "A small DeepSeek-V3"
 
+PUBLIC_DOMAIN = "public domain"
+"""How the licence begins of a text in which nobody has rights: the weights are under the code's licence then."""
 
-@dataclass(frozen=True)
-class Corpus:
-    """What is known of the text behind a `data.source`."""
-
-    name: str
-    license: str
-    """Of a model that was trained on it, in the Hub's words."""
-    terms: str
-    language: str | None = None
-    hub_id: str | None = None
-    prompt: str = "The"
-
-
-SHAKESPEARE = {
-    "license": "mit",
-    "terms": "The text is in the public domain; code and weights are under the MIT licence.",
-    "language": "en",
-    "prompt": "ROMEO:",
-}
-CORPORA: Mapping[str, Corpus] = MappingProxyType(
-    {
-        "tiny_shakespeare": Corpus("tiny Shakespeare", hub_id="karpathy/tiny_shakespeare", **SHAKESPEARE),
-        "plays": Corpus("nine plays of Shakespeare", **SHAKESPEARE),
-    }
-)
-"""The texts that this project knows; whoever brings another one knows its language and its terms."""
 UNKNOWN_TERMS = (
     "The code is under the MIT licence. This project does not know the terms of the text, so the licence of the "
     "weights is unknown: state it, and the language, above."
 )
-
+STATED_TERMS = (
+    "The code is under the MIT licence. This project does not know what follows for the weights, so their licence is "
+    "unknown: state it above."
+)
 INHERITED_TERMS = (
     "The code is under the MIT licence. The training began with the weights of another model, or learned from its "
     "predictions; this project does not know that one's terms, so the licence of these weights is unknown: state it "
@@ -59,32 +37,36 @@ TEACHERS = "teachers"
 """The fact that names the models from whose predictions it learned."""
 
 
-def corpus_of(manifest: Mapping[str, Any]) -> Corpus:
-    """Return what is known of the text that a corpus's manifest describes."""
-    source: str = manifest["source"]
-    hub_id: str | None = manifest.get("origin", {}).get("hub_id")
-    name = hub_id or {"file": "files of the trainer's own"}.get(source, source)
-    return CORPORA.get(source, Corpus(name, "unknown", UNKNOWN_TERMS, hub_id=hub_id))
+def terms_of(facts: Mapping[str, Any], manifest: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the licence of the weights, in the Hub's words, and what the card says of it."""
+    stated = str(manifest.get("license") or "")
+    if INITIAL_WEIGHTS in facts or TEACHERS in facts:
+        return "unknown", INHERITED_TERMS
+    if not stated:
+        return "unknown", UNKNOWN_TERMS
+    if stated.startswith(PUBLIC_DOMAIN):
+        return "mit", f"Of the text: {stated}. Code and weights are under the MIT licence."
+    return "unknown", f"Of the text: {stated}. {STATED_TERMS}"
 
 
 def model_card(facts: Mapping[str, Any], scores: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     """Return the model card: what the model is, how it was trained, how well it predicts, how to load it.
 
-    The export adds what `loaders` says.
+    The export adds what `loaders` says. Of the text it says what the manifest does.
+
     `scores` is the row of the validation table that belongs to the weights, `manifest` the corpus's. Nothing in the
     card depends on the time or the machine's speed, so equal trainings export equal folders.
     """
-    corpus = corpus_of(manifest)
-    if INITIAL_WEIGHTS in facts or TEACHERS in facts:
-        corpus = replace(corpus, license="unknown", terms=INHERITED_TERMS)
+    hub_license, terms = terms_of(facts, manifest)
+    prompt = json.dumps(manifest.get("prompt") or "The")
     shown = {f"{label}, validation": scores[name] for name, (label, _) in SCORES.items()}
     return f"""---
-{metadata(corpus, scores).to_yaml()}
+{metadata(hub_license, manifest, scores).to_yaml()}
 ---
 
 # {NAME}
 
-{table(["", ""], ["---", "---"], {"text": corpus.name, **facts, **shown}.items())}
+{table(["", ""], ["---", "---"], {"text": text_title(manifest), **facts, **shown}.items())}
 
 A base model of research size: no instruction tuning, no safety training, no knowledge beyond its text.
 
@@ -93,7 +75,7 @@ windows of the training's length that do not overlap. Whoever chose the paramete
 score of the whole held-out text is measured later, from this folder: `results/evaluate/metrics.json` of the project
 that trained it.
 
-**Licence.** {escaped(corpus.terms)}
+**Licence.** {escaped(terms)}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -101,7 +83,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "."  # where this file lies
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)  # trust_remote_code=True: the code beside the weights
-print(tokenizer.decode(model.generate(**tokenizer("{corpus.prompt}", return_tensors="pt"), max_new_tokens=100)[0]))
+print(tokenizer.decode(model.generate(**tokenizer({prompt}, return_tensors="pt"), max_new_tokens=100)[0]))
 ```
 """
 
@@ -128,13 +110,19 @@ SCORES = {
 """Column of the validation table -> what it is called, and the Hub's type of metric."""
 
 
-def metadata(corpus: Corpus, scores: Mapping[str, Any]) -> ModelCardData:
+def text_title(manifest: Mapping[str, Any]) -> str:
+    """Return what the card calls the text."""
+    return manifest.get("title") or manifest["source"]
+
+
+def metadata(hub_license: str, manifest: Mapping[str, Any], scores: Mapping[str, Any]) -> ModelCardData:
     """Return what stands at the head of the card; the scores as Hugging Face's model-index."""
+    hub_id: str | None = manifest.get("origin", {}).get("hub_id")
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=corpus.hub_id or "text",
-            dataset_name=corpus.name,
+            dataset_type=hub_id or "text",
+            dataset_name=text_title(manifest),
             dataset_split="validation",
             metric_type=metric_type,
             metric_name=label,
@@ -143,9 +131,9 @@ def metadata(corpus: Corpus, scores: Mapping[str, Any]) -> ModelCardData:
         for name, (label, metric_type) in SCORES.items()
     ]
     return ModelCardData(
-        license=corpus.license,
-        language=corpus.language,
-        datasets=[corpus.hub_id] if corpus.hub_id else None,
+        license=hub_license,
+        language=manifest.get("language"),
+        datasets=[hub_id] if hub_id else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["deepseek_v3", "mixture-of-experts"],

