@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from dsv3.params.data import REQUIRED_KEY
+from dsv3.params.optimizers import OPTIMIZERS
 from dsv3.tracking.metrics import METRICS
+from mini_model.validation_deepseek import VARIANTS
 from tests.committed import committed_text, git, is_written
 from tests.contracts.import_closure import ROOT
 
@@ -65,6 +68,25 @@ def test_every_metric_of_the_vocabulary_is_computed_somewhere():
     texts = [node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in docstrings]
     named = {word for text in texts if isinstance(text, str) for word in re.findall(r"\w+", text)}
     assert [name for name in METRICS if name not in named] == []
+
+
+ROWS = {
+    "tests/mini_model/test_router.py": VARIANTS["scoring_func"] + VARIANTS["topk_method"],
+    "tests/dsv3/training/test_optimizer.py": tuple(OPTIMIZERS),
+    "tests/dsv3/data/test_": tuple(REQUIRED_KEY),  # or in the test of its module
+}
+"""Beginning of the names of the tests -> the rows of a table that they ask about."""
+
+
+@pytest.mark.parametrize(("beginning", "row"), [(tests, row) for tests, rows in ROWS.items() for row in rows])
+def test_every_row_to_which_a_recipe_leads_is_named_in_its_tests(beginning: str, row: str):
+    tests = [text for name, text in TEXTS.items() if name.startswith(beginning)]
+    assert any(re.search(rf"[\"']{row}[\"']", text) for text in tests), f"no {beginning}* names {row}"
+
+
+@pytest.mark.parametrize("name", STAGE_NAMES)
+def test_every_stage_has_its_tests(name: str):
+    assert f"tests/stages/test_{name}.py" in TEXTS
 
 
 @pytest.mark.parametrize("name", STAGE_NAMES)
