@@ -19,9 +19,10 @@ import typer
 from benchmarks.results import JsonOption, Result, Table, publish
 from benchmarks.timing import Cost, conditions, median_ratio, process_cost
 from dsv3.cli import command
+from dsv3.params.read import read_yaml
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("download", "tokenize", "estimate_size", "train", "evaluate", "sample")
+STAGES = tuple(read_yaml(ROOT / "dvc.yaml")["stages"])
 BASE = "python"
 MEBIBYTE = 1 << 20
 

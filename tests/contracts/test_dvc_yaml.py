@@ -3,12 +3,9 @@
 import ast
 import json
 import re
-import shlex
 from dataclasses import fields
-from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
 from dsv3.dependencies import ROOT, dependencies
 from dsv3.fp8.recipe import Recipe
@@ -17,22 +14,9 @@ from dsv3.tracking.metrics import HEADLINE
 from dsv3.tracking.stages import SHOWN
 from tests.committed import PROJECT, committed_text
 from tests.contracts import import_closure
+from tests.dvc_yaml import PIPELINE, STAGES, arguments_of, deps_of, outputs_of, paths_of
 
-PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
-STAGES = PIPELINE["stages"]
 NAMES = list(STAGES)
-
-
-def paths_of(entries: list[Any]) -> set[str]:
-    return {next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries}
-
-
-def deps_of(stage: dict[str, Any]) -> set[str]:
-    return paths_of(stage.get("deps") or [])
-
-
-def outputs_of(stage: dict[str, Any]) -> set[str]:
-    return set().union(*(paths_of(stage.get(kind, [])) for kind in ("outs", "metrics", "plots")))
 
 
 def sections_read_by(name: str) -> set[str]:
@@ -116,7 +100,7 @@ def test_the_command_runs_the_stage_of_its_name_as_a_module(name: str):
 def test_every_path_in_the_command_is_declared(name: str):
     stage = STAGES[name]
     declared = deps_of(stage) | outputs_of(stage)
-    paths = [word for word in shlex.split(stage["cmd"])[3:] if not word.startswith("--")]
+    paths = [word for word in arguments_of(stage) if not word.startswith("--")]
     assert paths
     for path in paths:
         inside = any(

@@ -1,8 +1,10 @@
 """The stages that prepare the ground really run without torch: minutes of import would be paid for nothing."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from ruamel.yaml import YAML
 
 from tests.committed import PROJECT
 from tests.contracts.import_closure import ROOT
+from tests.dvc_yaml import STAGES, arguments_of
 
 RUN = """
 import runpy, sys
@@ -23,34 +26,29 @@ print("imported:", *sorted({"torch", "transformers", "accelerate", "aim"} & set(
 """
 
 
+CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+LIGHT = {name for rule in CONTRACTS if "torch" in rule.get("forbidden_modules", ()) for name in rule["source_modules"]}
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text of its own and the parameters that name it; the stages run in the order of the tests."""
-    folder = tmp_path_factory.mktemp("light")
+    """A project with a text of its own; the stages run in the order of dvc.yaml, each on what the last one wrote."""
+    folder = shutil.copytree(PROJECT, tmp_path_factory.mktemp("light") / "project")
     (folder / "text.txt").write_text("To be, or not to be: that is the question.\n" * 400)
     yaml = YAML()
-    params = yaml.load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
-    params["data"].update(source="file", path=str(folder / "text.txt"))
+    params = yaml.load((folder / "params.yaml").read_text(encoding="utf-8"))
+    params["data"].update(source="file", path="text.txt")
     params["tokenize"]["vocab_size"] = 300
     with (folder / "params.yaml").open("w") as file:
         yaml.dump(params, file)
     return folder
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "stages.download --output {0}/corpus",
-        "stages.tokenize --corpus {0}/corpus --output {0}/tokens --metrics {0}/tokenize.json",
-        "stages.estimate_size --output {0}/sizes",
-    ],
-    ids=lambda arguments: arguments.split()[0],
-)
-def test_a_light_stage_runs_without_torch(workspace: Path, arguments: str):
-    command = [*arguments.format(workspace).split(), "--params", str(workspace / "params.yaml")]
+@pytest.mark.parametrize("name", [name for name in STAGES if f"stages.{name}" in LIGHT])
+def test_a_light_stage_runs_without_torch(workspace: Path, name: str):
     result = subprocess.run(
-        [sys.executable, "-c", RUN, *command],
-        cwd=PROJECT,
+        [sys.executable, "-c", RUN, f"stages.{name}", *arguments_of(STAGES[name])],
+        cwd=workspace,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -59,3 +57,7 @@ def test_a_light_stage_runs_without_torch(workspace: Path, arguments: str):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "imported:"
+
+
+def test_the_light_stages_are_stages():
+    assert LIGHT and {f"stages.{name}" for name in STAGES} >= LIGHT

@@ -9,16 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from ruamel.yaml import YAML
 from safetensors import SafetensorError
 
 from dsv3.artifacts import temporary_name
 from dsv3.cli import DryRunOption, command, missing_options, skip_shutdown
 from dsv3.errors import LOST_PROCESS_STATUS, Interrupted, UserError
 from tests.committed import PROJECT
+from tests.dvc_yaml import STAGES, arguments_of, deps_of, outputs_of
 from tests.training_inputs import ROOT
-
-PIPELINE = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
 def status(main, monkeypatch, *arguments):
@@ -278,38 +276,29 @@ def test_a_pipeline_is_not_read_where_all_is_given(tmp_path, monkeypatch):
     assert missing_options(example, ["--tokens=a", "--final-model", "b"], "stages.example", tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
-        ("download", "into data/corpus"),
-        ("tokenize", "data/corpus/manifest.json: "),
-        ("estimate_size", "mini_model/config_nano.json"),
-        ("train", "data/tokens/meta.json: "),
-        ("evaluate", "outputs/final_model: "),
-        ("sample", "outputs/final_model: "),
-    ],
-)
-def test_every_stage_runs_without_its_paths(tmp_path, name, told):
-    """In a folder with dvc.yaml: it gets to its first input, by the name that dvc.yaml gives it."""
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_runs_without_its_paths(tmp_path, name):
+    """In a folder with dvc.yaml: it gets to its first input, or says where it would write, by dvc.yaml's name."""
     folder = shutil.copytree(PROJECT, tmp_path / "project")
     shutil.copy(ROOT / "dvc.yaml", folder)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command_line = [sys.executable, "-m", f"stages.{name}", "--dry-run"]
     done = subprocess.run(command_line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert told in done.stdout + done.stderr
+    paths = [word for word in arguments_of(STAGES[name]) if not word.startswith("--")]
+    inputs = [path for path in deps_of(STAGES[name]) if not path.endswith(".py")]
+    assert any(path in done.stdout + done.stderr for path in (*paths, *inputs)), done
     (folder / "dvc.yaml").unlink()
     done = subprocess.run(command_line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert "Missing option" in done.stderr
 
 
-@pytest.mark.parametrize("name", PIPELINE)
+@pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("options", [(), ("--dry-run",)], ids=str)
 def test_a_stage_begins_by_removing_what_killed_ones_have_left_of_its_outputs_and_says_so(tmp_path, name, options):
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
     ended = subprocess.Popen(["true"])
     ended.wait()
-    stated = [entry for kind in ("outs", "metrics", "plots") for entry in PIPELINE[name].get(kind, [])]
-    outputs = [tmp_path / (entry if isinstance(entry, str) else next(iter(entry))) for entry in stated]
+    outputs = [tmp_path / path for path in sorted(outputs_of(STAGES[name]))]
     left = [temporary_name(path, ended.pid) for path in outputs]
     kept = [temporary_name(path, os.getpid()) for path in outputs]
     for path in (*left, *kept):

@@ -20,6 +20,7 @@ from ruamel.yaml import YAML
 
 from dsv3.artifacts import sha256_file
 from tests.committed import PROJECT
+from tests.dvc_yaml import STAGES, arguments_of, outputs_of
 from tests.pipeline.laboratory import SIZES, verses
 from tests.stress.processes import Failure, Process
 from tests.stress.trainings import TIMES, Trainings
@@ -32,34 +33,6 @@ PAGE_BYTES = 4096
 BOUND_S = 30.0
 """Longest time from the start of a stage that finds no room to its end, beside what the stage itself takes."""
 
-STAGES: dict[str, dict[str, str]] = {
-    "download": {"output": "data/corpus"},
-    "tokenize": {"corpus": "data/corpus", "output": "data/tokens", "metrics": "results/tokenize/metrics.json"},
-    "estimate_size": {"output": "results/estimate_size"},
-    "train": {
-        "tokens": "data/tokens",
-        "corpus": "data/corpus",
-        "sizes": "results/estimate_size/accepted.txt",
-        "model": "outputs/final_model",
-        "results": "results/train",
-    },
-    "evaluate": {
-        "model": "outputs/final_model",
-        "tokens": "data/tokens",
-        "run": "results/train/run.json",
-        "output": "results/evaluate",
-    },
-    "sample": {"model": "outputs/final_model", "run": "results/train/run.json", "output": "outputs/samples.md"},
-}
-"""Each stage's options, as dvc.yaml gives them."""
-OUTPUTS = {
-    "download": ["data/corpus"],
-    "tokenize": ["data/tokens", "results/tokenize"],
-    "estimate_size": ["results/estimate_size"],
-    "train": ["outputs/final_model", "results/train"],
-    "evaluate": ["results/evaluate"],
-    "sample": ["outputs/samples.md"],
-}
 VARYING = {"metrics.json", "headline.json", "run.json", "history.tsv"}
 """Files with times in them."""
 
@@ -120,8 +93,8 @@ def write_pipeline(root: Path, with_aim: bool) -> None:
 
 def start(trainings: Trainings, disk: Path, stage: str, full_at: int = 0) -> Process:
     """Start a stage whose files, and DVC's root, are on the disk; what it says goes elsewhere."""
-    options = {**STAGES[stage], "params": "params.yaml"}
-    words = [word for option, path in options.items() for word in (f"--{option}", str(disk / path))]
+    given = [*arguments_of(STAGES[stage]), "--params", "params.yaml"]
+    words = [word if word.startswith("--") else str(disk / word) for word in given]
     return trainings.zygote.start(f"stages.{stage}", words, disk, full_at=full_at, DVC_STAGE=stage)
 
 
@@ -178,7 +151,7 @@ class Pipeline:
 def contents(disk: Path, stage: str) -> dict[str, object]:
     """What the stage has written, by name: digests, and the history without times."""
     found: dict[str, object] = {}
-    for output in OUTPUTS[stage]:
+    for output in sorted(outputs_of(STAGES[stage])):
         for path in [disk / output, *(disk / output).rglob("*")]:
             if path.is_file() and path.name not in VARYING:
                 found[str(path.relative_to(disk))] = sha256_file(path)
