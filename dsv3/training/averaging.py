@@ -12,8 +12,8 @@ stays.
 
 The averages lie in the optimizer's state (`dsv3.training.optimizer`), beside the moments: a checkpoint holds them, a
 sharded training has its part of each, and a resumed one goes on with the same bits. What we give up: one more fp32
-number per parameter, and the time to read and write it. A decay of the learning rate to zero averages too; how much is
-left to gain is in docs/log.md.
+number per parameter, and the time to read and write it. A decay of the learning rate to zero averages too; what is left
+to gain is in docs/log.md.
 """
 
 from collections.abc import Iterator
