@@ -122,18 +122,24 @@ class Architecture(BaseModel):
 
 
 def _with_rope_parameters(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields with `rope_theta` and `rope_scaling`, the early spelling, as `rope_parameters`."""
+    """Return the fields with `rope_theta` and `rope_scaling`, the early spelling, as `rope_parameters`.
+
+    Raises `ValueError` where both spellings are there and differ.
+    """
     early = {name: fields[name] for name in ("rope_scaling", "rope_theta") if fields.get(name) is not None}
     fields = {name: value for name, value in fields.items() if name not in ("rope_scaling", "rope_theta")}
     if not early:
         return fields
-    if fields.get("rope_parameters"):
-        raise ValueError(f"{max(early)} would be ignored beside rope_parameters; state it there")
-    scaling = early.pop("rope_scaling", {})
+    scaling = early.get("rope_scaling", {})
     if not isinstance(scaling, dict):
         raise ValueError(f"rope_scaling is {value_text(scaling)}; must be an object or null")
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    return {**fields, "rope_parameters": {**scaling, **early, "rope_type": rope_type}}
+    theta = {"rope_theta": early["rope_theta"]} if "rope_theta" in early else {}
+    translated = {**scaling, **theta, "rope_type": rope_type}
+    stated = fields.get("rope_parameters") or translated
+    if translated != stated:  # an exported model's config.json has both spellings of the same
+        raise ValueError(f"{max(early)} says something else than rope_parameters, and would be ignored; leave it out")
+    return {**fields, "rope_parameters": stated}
 
 
 def read_architecture(path: Path) -> Architecture:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM as StockModel
 
+from dsv3.params.architecture import read_architecture
 from dsv3.training.model import build_model
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 from tests.exported_model import broken, renamed, transposed, without, write_exported
@@ -147,6 +148,12 @@ def test_rope_parameters_are_written_under_the_names_of_transformers_4_and_5_ali
     assert config["rope_parameters"] == YARN
     assert config["rope_theta"] == 50000.0
     assert config["rope_scaling"] == {name: value for name, value in YARN.items() if name != "rope_theta"}
+
+
+@pytest.mark.parametrize("rope_parameters", [None, YARN], ids=["default", "yarn"])
+def test_what_was_exported_can_be_the_model_config_of_another_training(tmp_path, rope_parameters):
+    config = exported(tmp_path, rope_parameters=rope_parameters) / "config.json"
+    assert read_architecture(config).rope_parameters == json.loads(config.read_text())["rope_parameters"]
 
 
 @torch.no_grad()

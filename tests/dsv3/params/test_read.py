@@ -216,7 +216,10 @@ def test_a_file_that_is_missing_or_no_yaml_is_one_line():
             {"num_key_value_heads": 2},
             "num_key_value_heads is 2; must be num_attention_heads (4): every head has a key and a value of its own",
         ),
-        ({"rope_theta": 500.0}, "rope_theta would be ignored beside rope_parameters; state it there"),
+        (
+            {"rope_theta": 500.0},
+            "rope_theta says something else than rope_parameters, and would be ignored; leave it out",
+        ),
         ({"rope_parameters": None, "rope_scaling": "yarn"}, "rope_scaling is 'yarn'; must be an object or null"),
         (
             {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 0.5}},
