@@ -30,7 +30,8 @@ PROGRAMS = (
     r"[A-Z_]+=[^\s`]+ \w+|accelerate|apt-get|cat|cp|curl|docker|dvc|export|git|gto|jupyter|llama-cli|lm_eval|make|pip|"
     "pre-commit|pytest|python|source|tensorboard|torchrun|trackio|transformers|unset|uv"
 )
-TIMEOUT_S = 240
+TIMEOUT_S = 600
+"""For a hang: a section of ten experiments takes two minutes on an idle machine, and more than four on a busy one."""
 NOTEBOOK = "docs/comparison.ipynb"
 
 SMALL = "-S train.max_steps=2 -S train.block_size=48 -S evaluate.block_size=48 -S evaluate.stride=48"
