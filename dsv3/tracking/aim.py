@@ -13,6 +13,7 @@ hold what users chose, are escaped.
 
 import atexit
 import html
+import io
 import logging
 import os
 import threading
@@ -22,8 +23,10 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 import aim
+import aim.sdk.run
 from aim.ext.cleanup import AutoClean
 from aim.ext.resource.log import LogLine
+from aim.ext.resource.tracker import ResourceTracker
 from filelock import FileLock
 
 from dsv3.cli import skip_shutdown
@@ -67,6 +70,38 @@ def report_ended_thread(ended: threading.ExceptHookArgs, others: Callable[..., A
 
 
 threading.excepthook = report_ended_thread
+
+
+class TerminalBuffer(io.BytesIO):
+    """What Aim has seen of the terminal and not stored yet; who writes waits while Aim's thread empties it.
+
+    Without that, what is written meanwhile lands before the beginning of a line that Aim puts back. `print` writes a
+    line and its end in two pieces, so now and then a line got another's end.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.RLock()
+
+    def write(self, data: Any, /) -> int:
+        """Append `data`."""
+        with self.lock:
+            return super().write(data)
+
+
+class WholeLines(ResourceTracker):
+    """Aim's record of machine and terminal, with such a buffer."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._io_buffer = TerminalBuffer()
+
+    def _store_buffered_logs(self) -> None:
+        with self._io_buffer.lock:
+            super()._store_buffered_logs()
+
+
+aim.sdk.run.ResourceTracker = WholeLines
 
 
 def tracker(runtime: RuntimeParams) -> "AimTracker":

@@ -304,3 +304,25 @@ def test_a_thread_of_aims_that_ends_on_a_full_disk_costs_one_line_and_others_are
 def test_python_asks_it_about_threads_that_end():
     program = "import threading, dsv3.tracking.aim as aim; assert threading.excepthook is aim.report_ended_thread"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_lines_that_are_written_while_aim_stores_others_stay_whole():
+    stored, writers = {}, []
+
+    def store(line, name, step):
+        stored[step] = line.data
+        if not writers:  # the terminal's next words, from another thread, while this one is at work
+            writers.append(threading.Thread(target=record._io_buffer.write, args=(b"end\nnext\n",)))
+            writers[0].start()
+            writers[0].join(timeout=0.2)
+
+    record = aim_tracker.WholeLines(store, None)
+    record._io_buffer.write(b"first\nthe ")
+    record._store_buffered_logs()
+    writers[0].join()
+    record._store_buffered_logs()
+    assert [stored[step] for step in sorted(stored)] == ["first", "the end", "next", ""]
+
+
+def test_aim_records_a_terminal_by_that():
+    assert aim_tracker.aim.sdk.run.ResourceTracker is aim_tracker.WholeLines
