@@ -129,7 +129,9 @@ def value_fault(end: Ending, mutant: Mutant) -> list[str]:
     is_of_several = " * " in end.said or " + " in end.said
     if mutant.what != "value" or isinstance(value, str | list | dict) or value is None or is_of_several:
         return []
-    ways = {value_text(value)[:20], str(value)[:20], f"{value:g}"[:20] if abs(value) < 1e300 else str(value)[:20]}
+    ways = {value_text(value)[:20], str(value)[:20]}
+    if abs(value) < 1e300:  # a field of floats says 9.223372036854776e+18 of 9223372036854775808
+        ways |= {f"{value:g}"[:20], str(float(value))[:20]}
     return (
         []
         if any(way.lower() in end.said.lower() for way in ways)
