@@ -13,11 +13,11 @@ hold what users chose, are escaped.
 
 import atexit
 import html
-import io
 import logging
 import os
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -72,33 +72,41 @@ def report_ended_thread(ended: threading.ExceptHookArgs, others: Callable[..., A
 threading.excepthook = report_ended_thread
 
 
-class TerminalBuffer(io.BytesIO):
-    """What Aim has seen of the terminal and not stored yet; who writes waits while Aim's thread empties it.
-
-    Without that, what is written meanwhile lands before the beginning of a line that Aim puts back. `print` writes a
-    line and its end in two pieces, so now and then a line got another's end.
-    """
+class Arrivals:
+    """What the terminal was given since the last look. Who writes never waits: Aim's thread may, for ever."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.lock = threading.RLock()
+        self._pieces: deque[bytes] = deque()
 
-    def write(self, data: Any, /) -> int:
+    def write(self, data: bytes) -> None:
         """Append `data`."""
-        with self.lock:
-            return super().write(data)
+        self._pieces.append(data)
+
+    def take(self) -> bytes:
+        """Return what was written, once."""
+        return b"".join(self._pieces.popleft() for _ in range(len(self._pieces)))
 
 
 class WholeLines(ResourceTracker):
-    """Aim's record of machine and terminal, with such a buffer."""
+    """Aim's record of machine and terminal, in which writers do not touch the buffer that a thread empties.
+
+    In Aim they do, and what is written meanwhile lands before the beginning of a line that the thread puts back.
+    `print` writes a line and its end in two pieces, so now and then a line got another's end.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._io_buffer = TerminalBuffer()
+        self.arrivals = Arrivals()
+
+    def start(self) -> None:
+        """Begin, with the terminal's writers sent to `arrivals`."""
+        super().start()
+        if id(self) in self._buffer_registry:
+            self._buffer_registry[id(self)] = self.arrivals
 
     def _store_buffered_logs(self) -> None:
-        with self._io_buffer.lock:
-            super()._store_buffered_logs()
+        self._io_buffer.write(self.arrivals.take())
+        super()._store_buffered_logs()
 
 
 aim.sdk.run.ResourceTracker = WholeLines
