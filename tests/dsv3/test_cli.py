@@ -286,7 +286,8 @@ def test_every_stage_runs_without_its_paths(tmp_path, name):
     done = subprocess.run(command_line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     paths = [word for word in arguments_of(STAGES[name]) if not word.startswith("--")]
     inputs = [path for path in deps_of(STAGES[name]) if not path.endswith(".py")]
-    assert any(path in done.stdout + done.stderr for path in (*paths, *inputs)), done
+    first = [path for path in paths if path in inputs][:1]  # where options name inputs, it must be the first of them
+    assert any(path in done.stdout + done.stderr for path in first or (*paths, *inputs)), done
     (folder / "dvc.yaml").unlink()
     done = subprocess.run(command_line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert "Missing option" in done.stderr

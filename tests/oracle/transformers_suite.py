@@ -68,4 +68,6 @@ def main(source: Path) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m tests.oracle.transformers_suite FOLDER (transformers' sources, unpacked)")
     raise SystemExit(main(Path(sys.argv[1]).resolve()))
