@@ -26,16 +26,17 @@ HANGS = {
 
 @pytest.mark.parametrize(("number", "status"), STATUS)
 def test_a_signal_is_remembered_instead_of_obeyed(number, status):
+    """Raised in the thread that runs the handlers: one sent to the process may reach another thread, and be late."""
     with catching_signals() as interruption:
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert interruption.signal_number == number
         assert interruption.exit_status == status
 
 
 def test_the_first_of_two_signals_counts_and_a_launchers_repetition_does_not_end_the_process():
     with catching_signals() as interruption:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
         time.sleep(0.1)
     assert interruption.signal_number == signal.SIGTERM
 
@@ -44,9 +45,9 @@ def test_under_nohup_the_terminals_end_is_not_heard_and_other_signals_are():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with catching_signals() as interruption:
-            os.kill(os.getpid(), signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
             assert interruption.signal_number == 0
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             assert interruption.signal_number == signal.SIGTERM
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
