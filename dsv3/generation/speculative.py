@@ -40,7 +40,8 @@ from transformers.generation import (
 )
 
 from dsv3.errors import UserError
-from dsv3.export.interface import ExportedModel
+from dsv3.export.interface import ExportedModel, Trunk
+from dsv3.generation.decoder import Decoder, is_decodable
 from dsv3.params.sample import SampleParams
 
 Distribution = Callable[[Tensor], Tensor]
@@ -101,28 +102,25 @@ def generate_speculatively(
     Draws from torch's global generator; calls `tell` with the tokens of each round. `model` must have MTP modules
     (`check_has_mtp_modules`).
     """
-    exported = cast(ExportedModel, model)
     distribution = distribution_of(params)
-    drafter, cache = Drafter(model, distribution), DynamicCache()
-    ids_BS = torch.tensor([prompt], device=model.device)
-    generated: list[int] = []
-    counts = DraftCounts()
+    reader = Decoder(model, len(prompt) + params.max_new_tokens) if is_decodable(model) else Reader(model)
+    drafter = Drafter(reader, distribution)
+    tokens, generated, counts = list(prompt), list[int](), DraftCounts()
     while len(generated) < params.max_new_tokens and generated[-1:] != [end_of_text]:
         # The trunk adds a token to the accepted drafts, so there is one draft fewer than tokens missing.
-        draft_J, q_JV = drafter.draft(ids_BS, max_drafts=params.max_new_tokens - len(generated) - 1)
-        unread_BS = torch.cat([ids_BS, draft_J[None]], dim=1)[:, cache.get_seq_length() :]
-        state_BSD = exported.model(unread_BS, past_key_values=cache, use_cache=True).last_hidden_state
-        p_SV = distribution(exported.lm_head(state_BSD[0, -1 - len(draft_J) :]))
-        new_S = rejection_sample(draft_J, q_JV, p_SV)
-        num_rejected = len(draft_J) + 1 - len(new_S)
-        cache.crop(-num_rejected)
-        drafter.append_states(state_BSD[:, : state_BSD.shape[1] - num_rejected])
-        ids_BS = torch.cat([ids_BS, new_S[None]], dim=1)
-        new = up_to(new_S.tolist(), end_of_text)
+        drafts, q_JV = drafter.draft(tokens, max_drafts=params.max_new_tokens - len(generated) - 1)
+        state_SD = reader.read([*tokens, *drafts][reader.length :])
+        p_SV = distribution(reader.logits(state_SD[-1 - len(drafts) :]))
+        accepted = rejection_sample(drafts, q_JV, p_SV)
+        num_rejected = len(drafts) + 1 - len(accepted)
+        reader.length -= num_rejected
+        drafter.append_states(state_SD[: len(state_SD) - num_rejected])
+        tokens += accepted
+        new = up_to(accepted, end_of_text)
         generated += new
         if tell is not None:
             tell(new)
-        counts += DraftCounts(len(draft_J), min(len(new), len(new_S) - 1), len(new), 1)
+        counts += DraftCounts(len(drafts), min(len(new), len(accepted) - 1), len(new), 1)
     return generated, counts
 
 
@@ -139,26 +137,61 @@ def distribution_of(params: SampleParams) -> Distribution:
     return lambda logits_SV: warpers(cast(torch.LongTensor, no_ids), logits_SV.float()).softmax(dim=-1)
 
 
-def rejection_sample(draft_J: Tensor, q_JV: Tensor, p_SV: Tensor) -> Tensor:
+def rejection_sample(drafts: Sequence[int], q_JV: Sequence[Tensor], p_SV: Tensor) -> list[int]:
     """Return the accepted drafts and the trunk's token after them, so at least one token.
 
     `p_SV` are the trunk's distributions at the drafts and after them: S = J + 1.
     """
-    num_drafts = len(draft_J)
-    index_J1 = draft_J[:, None]
-    ratio_J = (p_SV[:num_drafts].gather(1, index_J1) / q_JV.gather(1, index_J1))[:, 0]
-    num_accepted = int((torch.rand_like(ratio_J) < ratio_J).cumprod(dim=0).sum())
-    residual_V = p_SV[num_accepted]
-    if num_accepted < num_drafts:
-        residual_V = (residual_V - q_JV[num_accepted]).clamp(min=0)
+    accepted: list[int] = []
+    for token, q_V, p_V in zip(drafts, q_JV, p_SV, strict=False):
+        if float(torch.rand(())) * float(q_V[token]) >= float(p_V[token]):
+            residual_V = (p_V - q_V).clamp(min=0)
+            break
+        accepted.append(token)
+    else:
+        residual_V = p_SV[len(drafts)]
     if not residual_V.any():  # p and q differ by rounding only
-        residual_V = p_SV[num_accepted]
-    return torch.cat([draft_J[:num_accepted], torch.multinomial(residual_V, 1)])
+        residual_V = p_SV[len(accepted)]
+    return [*accepted, int(torch.multinomial(residual_V, 1))]
 
 
 def up_to(tokens: list[int], last: int) -> list[int]:
     """Return `tokens` up to and including the first `last`; all of them if there is none."""
     return tokens[: tokens.index(last) + 1] if last in tokens else tokens
+
+
+class Reader:
+    """The trunk with the cache of one text, on any device: what `Decoder` is on a CPU."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = cast(ExportedModel, model)
+        self._device = model.device
+        self._cache = DynamicCache()
+        layers = list(self._model.model.layers)[model.config.num_hidden_layers :]
+        self.modules = [ModuleReader(self._model.model, layer) for layer in layers]
+        """The multi-token prediction modules."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that were read. A smaller number forgets those from there on."""
+        return self._cache.get_seq_length()
+
+    @length.setter
+    def length(self, length: int) -> None:
+        crop(self._cache, length)
+
+    def read(self, tokens: Sequence[int]) -> Tensor:
+        """Read further tokens; return the normalized state of each, (S, D)."""
+        ids_BS = torch.tensor([tokens], device=self._device)
+        return self._model.model(ids_BS, past_key_values=self._cache, use_cache=True).last_hidden_state[0]
+
+    def embed(self, ids_S: Tensor) -> Tensor:
+        """Return the tokens' embeddings, (S, D)."""
+        return self._model.model.embed_tokens(ids_S.to(self._device))
+
+    def logits(self, state_SD: Tensor) -> Tensor:
+        """Return the logits of states, (S, V)."""
+        return self._model.lm_head(state_SD)
 
 
 class OneLayerCache(DynamicCache):
@@ -169,45 +202,53 @@ class OneLayerCache(DynamicCache):
         return super().update(key_states, value_states, 0, *args, **kwargs)
 
 
+class ModuleReader:
+    """A multi-token prediction module with the cache of its own positions."""
+
+    def __init__(self, trunk: Trunk, module: Callable[..., Tensor]) -> None:
+        self._trunk, self._module, self._cache = trunk, module, OneLayerCache()
+
+    def read(self, state_SD: Tensor, later_SD: Tensor, start: int) -> Tensor:
+        """Return the module's states of positions from `start` on, (S, D), from states and later embeddings."""
+        crop(self._cache, start)
+        context = self._trunk.attention_context(later_SD[None], None, None, self._cache)
+        return self._module(state_SD[None], later_SD[None], **context)[0]
+
+
+def crop(cache: DynamicCache, length: int) -> None:
+    """Forget what follows the first `length` entries."""
+    cache.crop(min(0, length - cache.get_seq_length()))
+
+
 class Drafter:
-    """Drafts tokens with the MTP modules, and holds their caches."""
+    """Drafts tokens with the MTP modules, from the trunk's states."""
 
-    def __init__(self, model: PreTrainedModel, distribution: Distribution) -> None:
-        self._model = cast(ExportedModel, model)
-        self._distribution = distribution
-        self._modules = list(self._model.model.layers)[model.config.num_hidden_layers :]
-        self._caches = [OneLayerCache() for _ in self._modules]
-        width, device = model.config.hidden_size, model.device
-        self._state_BSD = torch.empty(1, 0, width, dtype=model.dtype, device=device)
-        """The trunk's states of all tokens but the last."""
-        self._no_drafts = (
-            torch.empty(0, dtype=torch.long, device=device),
-            torch.empty(0, model.config.vocab_size, device=device),
-        )
+    def __init__(self, reader: Reader | Decoder, distribution: Distribution) -> None:
+        self._reader, self._distribution = reader, distribution
+        self._state_SD: Tensor | None = None
+        """The trunk's states from position `_start` to the last token but one."""
+        self._start = 0
 
-    def append_states(self, state_BSD: Tensor) -> None:
+    def append_states(self, state_SD: Tensor) -> None:
         """Append the trunk's states of further tokens."""
-        self._state_BSD = torch.cat([self._state_BSD, state_BSD], dim=1)
+        self._state_SD = state_SD if self._state_SD is None else torch.cat([self._state_SD, state_SD])
 
-    def draft(self, ids_BS: Tensor, max_drafts: int) -> tuple[Tensor, Tensor]:
-        """Return drafts of the next tokens, (J), and the distributions they were drawn from, (J, V).
+    def draft(self, tokens: Sequence[int], max_drafts: int) -> tuple[list[int], list[Tensor]]:
+        """Return drafts of the tokens after `tokens`, and the distributions (V) that they were drawn from.
 
         There are none before the trunk has read the prompt. Draws from torch's global generator.
         """
-        draft_J, q_JV = self._no_drafts
-        if self._state_BSD.shape[1] == 0:
-            return draft_J, q_JV
-        trunk = self._model.model
-        # Module k reads tokens up to k after a position, so its last k - 1 cache entries depend on drafts. All caches
-        # are cropped equally, because each module reads the states of the one before.
-        start = self._caches[0].get_seq_length()
-        state_BSD = self._state_BSD[:, start:]
-        drafting = zip(self._modules[: max(0, max_drafts)], self._caches, strict=False)
-        for depth, (module, cache) in enumerate(drafting, start=1):
-            later_BSD = trunk.embed_tokens(torch.cat([ids_BS, draft_J[None]], dim=1)[:, start + depth :])
-            context = trunk.attention_context(later_BSD, None, None, cache)
-            state_BSD = module(state_BSD, later_BSD, **context)
-            q_JV = torch.cat([q_JV, self._distribution(self._model.lm_head(state_BSD[:, -1]))])
-            draft_J = torch.cat([draft_J, torch.multinomial(q_JV[-1], 1)])
-            cache.crop(-min(len(self._modules) - 1, cache.get_seq_length()))
-        return draft_J, q_JV
+        drafts, q_JV = list[int](), list[Tensor]()
+        if self._state_SD is None or max_drafts <= 0:
+            return drafts, q_JV
+        state_SD, start = self._state_SD, self._start
+        for depth, module in enumerate(self._reader.modules[:max_drafts], start=1):
+            later_SD = self._reader.embed(torch.tensor([*tokens, *drafts][start + depth :]))
+            state_SD = module.read(state_SD, later_SD, start)
+            q_JV.append(self._distribution(self._reader.logits(state_SD[-1:]))[0])
+            drafts.append(int(torch.multinomial(q_JV[-1], 1)))
+        # Module k reads tokens up to k after a position, so its last k - 1 states depend on drafts. All modules read as
+        # many again, because each reads the states of the one before.
+        num_final = max(0, len(self._state_SD) - (len(self._reader.modules) - 1))
+        self._start, self._state_SD = start + num_final, self._state_SD[num_final:]
+        return drafts, q_JV
