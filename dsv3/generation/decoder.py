@@ -3,8 +3,8 @@
 A small model's token is a few hundred small operations, each shorter than what transformers' `generate` and a module's
 call cost beside it. Here the weights are laid out once for reading single tokens, and a layer is some thirty calls:
 
-- the query's and the latent's projections are one product (without query compression), and the dimensions that RoPE
-  rotates come out with the first ones of all pairs before the second ones, so nothing is gathered;
+- the query's and the latent's projections are one product (without query compression), the softmax's scale is in the
+  query's weights, and the two dimensions of a pair that RoPE rotates come out side by side: a complex number;
 - attention takes its absorbed form always (`DeepseekV3Attention`): latents and rotary keys of all positions lie side by
   side in one buffer, so scores are one product with it and the output one with a part of it;
 - an expert is read where it lies in its stack, and adds to the residual stream by itself.
@@ -107,11 +107,11 @@ class Layer:
 
     def __init__(self, layer: Any, config: Any, cos_sin: tuple[Tensor, Tensor]) -> None:
         attention = layer.self_attn
-        self.heads, self.latent_width, self.scaling = attention.num_heads, config.kv_lora_rank, attention.scaling
+        self.heads, self.latent_width = attention.num_heads, config.kv_lora_rank
         self.norm, self.latent_norm = Norm(layer.input_layernorm), Norm(attention.kv_a_layernorm)
         self.mlp_norm = Norm(layer.post_attention_layernorm)
-        self.cos_X1P, self.sin_X1P = (part.transpose(0, 1) for part in cos_sin)
-        self.cache_XW = torch.empty(len(self.cos_X1P), config.kv_lora_rank + config.qk_rope_head_dim)
+        self.cis_X1P = torch.complex(*cos_sin).transpose(0, 1)
+        self.cache_XW = torch.empty(len(self.cis_X1P), config.kv_lora_rank + config.qk_rope_head_dim)
         """Normalized latents and rotated keys of all positions, side by side."""
         self.project = projections(attention, config)
         widths = [config.qk_nope_head_dim, config.v_head_dim]
@@ -134,17 +134,14 @@ class Layer:
         num, heads, width = len(state_SD), self.heads, self.latent_width
         end = start + num
         q_nope, q_rope, latent_SC, k_rope = self.project(self.norm(state_SD))
-        rotary = torch.cat([q_rope, k_rope], dim=1).view(num, heads + 1, 2, -1)  # the shared key as one more head
-        first, second = rotary.unbind(2)
-        cos, sin = self.cos_X1P[start:end], self.sin_X1P[start:end]
-        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        self.cache_XW[start:end, :width] = self.latent_norm(latent_SC)
-        self.cache_XW[start:end, width:] = rotated[:, heads]
+        pairs = torch.cat([q_rope, k_rope], dim=1).view(num, heads + 1, -1, 2)  # the shared key as one more head
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * self.cis_X1P[start:end]).flatten(2)
+        torch.cat([self.latent_norm(latent_SC), rotated[:, heads]], dim=1, out=self.cache_XW[start:end])
 
         q_latent_HSC = q_nope.view(num, heads, -1).transpose(0, 1) @ self.w_uk_HNC
         query_SHW = torch.cat([q_latent_HSC.transpose(0, 1), rotated[:, :heads]], dim=-1)
         keys_XW = self.cache_XW[:end]
-        scores_SHX = (query_SHW.flatten(0, 1) @ keys_XW.T).view(num, heads, end) * self.scaling
+        scores_SHX = (query_SHW.flatten(0, 1) @ keys_XW.T).view(num, heads, end)
         if num > 1:
             is_later_SX = torch.arange(end) > torch.arange(start, end)[:, None]
             scores_SHX = scores_SHX.masked_fill(is_later_SX[:, None], -torch.inf)
@@ -189,19 +186,15 @@ Projection = Callable[[Tensor], tuple[Tensor, ...]]
 def projections(attention: Any, config: Any) -> Projection:
     """Return the function from normalized states (S, D) to q^C, q^R, c^KV before its norm, and k^R.
 
-    Rotary dimensions come out unrotated, the first ones of all pairs before the second ones.
+    Queries come out scaled; rotary dimensions come out unrotated, those of a pair side by side.
     """
-    heads, nope, rope, latent = (
-        attention.num_heads,
-        config.qk_nope_head_dim,
-        config.qk_rope_head_dim,
-        config.kv_lora_rank,
-    )
-    order = torch.arange(rope).view(-1, 2).T.flatten() if config.rope_interleave else torch.arange(rope)
+    heads, nope, rope = attention.num_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
+    latent = config.kv_lora_rank
+    order = torch.arange(rope) if config.rope_interleave else torch.arange(rope).view(2, -1).T.flatten()
     is_compressed = config.q_lora_rank is not None
     query = attention.q_b_proj if is_compressed else attention.q_proj
     q_nope, q_rope = query.weight.unflatten(0, (heads, -1)).split([nope, rope], dim=1)
-    w_q = torch.cat([q_nope.flatten(0, 1), q_rope[:, order].flatten(0, 1)])
+    w_q = torch.cat([q_nope.flatten(0, 1), q_rope[:, order].flatten(0, 1)]) * attention.scaling
     down = attention.kv_a_proj_with_mqa
     rows = torch.cat([torch.arange(latent), latent + order])
     w_kv, b_kv = down.weight[rows], None if down.bias is None else down.bias[rows]

@@ -1,7 +1,7 @@
 """Text of the exported model: continuations of prompts.
 
-On a CPU `dsv3.generation.decoder` generates them, elsewhere transformers' `generate`; where the model's own multi-token
-prediction (MTP) modules draft, `dsv3.generation.speculative`.
+A single one on a CPU is written by `dsv3.generation.decoder`, others by transformers' `generate`; where the model's own
+multi-token prediction (MTP) modules draft, by `dsv3.generation.speculative`.
 """
 
 import re
@@ -121,10 +121,11 @@ def generate(
 ) -> list[list[int]]:
     """Return the continuations of `ids`, padded with `end_of_text` to equal lengths.
 
-    They are the tokens that transformers' `generate` returns, by it, or on a CPU by `Decoder`.
+    They are the tokens that transformers' `generate` returns, by it, or by `Decoder`: one text on a CPU. Several share
+    what `generate` costs beside the arithmetic.
     """
-    if is_decodable(model):
-        return decode(model, ids, params, end_of_text, streamer)
+    if params.num_return_sequences == 1 and is_decodable(model):
+        return [decode(model, ids, params, end_of_text, streamer)]
     prompt_ids = torch.tensor([ids], device=model.device)
     own_generate = cast(Callable[..., torch.Tensor], model.generate)  # torch annotates attributes as tensors
     sequences = own_generate(
@@ -139,26 +140,22 @@ def generate(
 @torch.inference_mode()
 def decode(
     model: PreTrainedModel, ids: list[int], params: SampleParams, end_of_text: int, streamer: BaseStreamer | None
-) -> list[list[int]]:
-    """Return what `generate` does, one continuation after the other, each drawn from torch's global generator."""
+) -> list[int]:
+    """Return the tokens that `generate` does, for one continuation; draws from torch's global generator."""
     distribution, decoder = distribution_of(params), Decoder(model, len(ids) + params.max_new_tokens)
-    first_1V = decoder.logits(decoder.read(ids)[-1:])
+    row, unread = list[int](), ids
     if streamer is not None:
         streamer.put(torch.tensor(ids))
-    rows: list[list[int]] = []
-    for _ in range(params.num_return_sequences):
-        decoder.length, logits_1V, row = len(ids), first_1V, list[int]()
-        while True:
-            chosen = torch.multinomial(distribution(logits_1V), 1) if params.do_sample else logits_1V.argmax()
-            row.append(int(chosen))
-            if streamer is not None:
-                streamer.put(torch.tensor(row[-1:]))
-            if len(row) == params.max_new_tokens or row[-1] == end_of_text:
-                break
-            logits_1V = decoder.logits(decoder.read(row[-1:]))
-        rows.append(row)
-    length = max(map(len, rows))
-    return [row + [end_of_text] * (length - len(row)) for row in rows]
+    while len(row) < params.max_new_tokens and row[-1:] != [end_of_text]:
+        logits_1V = decoder.logits(decoder.read(unread)[-1:])
+        chosen = torch.multinomial(distribution(logits_1V), 1) if params.do_sample else logits_1V.argmax()
+        unread = [int(chosen)]
+        row += unread
+        if streamer is not None:
+            streamer.put(torch.tensor(unread))
+    if streamer is not None:
+        streamer.end()
+    return row
 
 
 def total_drafts(samples: Sequence[Sample]) -> DraftCounts | None:
