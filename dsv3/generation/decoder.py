@@ -18,7 +18,8 @@ Letters: S tokens read, X keys, D hidden_size, H num_attention_heads, N qk_nope_
 U v_head_dim, C kv_lora_rank, K num_experts_per_tok, F intermediate size, V vocab_size
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ CHUNK = 64
 """Tokens of a prompt that are read at once, which bounds the scores' memory."""
 FEW = 4
 """Most tokens whose experts are read one by one."""
+BYTES_PER_THREAD = 2**24
+"""Weights per thread. Threads that read less wait for each other longer than they read, on a busy machine much more."""
 
 
 def is_decodable(model: PreTrainedModel) -> bool:
@@ -49,6 +52,18 @@ def is_plain(module: nn.Module) -> bool:
     """Return whether the module is of a class that is written out here, with no hook and no `forward` of its own."""
     is_hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
     return type(module).__name__ in PLAIN and not is_hooked
+
+
+@contextmanager
+def threads_for(model: PreTrainedModel) -> Iterator[None]:
+    """Let torch use as many of its threads as single tokens of `model` are worth; all of them again after the block."""
+    before = torch.get_num_threads()
+    num_bytes = sum(weight.nbytes for weight in model.parameters())
+    torch.set_num_threads(max(1, min(before, num_bytes // BYTES_PER_THREAD)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Decoder:

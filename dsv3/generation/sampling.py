@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from dsv3.errors import UserError
-from dsv3.generation.decoder import Decoder, is_decodable
+from dsv3.generation.decoder import Decoder, is_decodable, threads_for
 from dsv3.generation.speculative import (
     DraftCounts,
     check_has_mtp_modules,
@@ -125,7 +125,8 @@ def generate(
     what `generate` costs beside the arithmetic.
     """
     if params.num_return_sequences == 1 and is_decodable(model):
-        return [decode(model, ids, params, end_of_text, streamer)]
+        with threads_for(model):
+            return [decode(model, ids, params, end_of_text, streamer)]
     prompt_ids = torch.tensor([ids], device=model.device)
     own_generate = cast(Callable[..., torch.Tensor], model.generate)  # torch annotates attributes as tensors
     sequences = own_generate(

@@ -41,7 +41,7 @@ from transformers.generation import (
 
 from dsv3.errors import UserError
 from dsv3.export.interface import ExportedModel, Trunk
-from dsv3.generation.decoder import Decoder, is_decodable
+from dsv3.generation.decoder import Decoder, is_decodable, threads_for
 from dsv3.params.sample import SampleParams
 
 Distribution = Callable[[Tensor], Tensor]
@@ -106,21 +106,22 @@ def generate_speculatively(
     reader = Decoder(model, len(prompt) + params.max_new_tokens) if is_decodable(model) else Reader(model)
     drafter = Drafter(reader, distribution)
     tokens, generated, counts = list(prompt), list[int](), DraftCounts()
-    while len(generated) < params.max_new_tokens and generated[-1:] != [end_of_text]:
-        # The trunk adds a token to the accepted drafts, so there is one draft fewer than tokens missing.
-        drafts, q_JV = drafter.draft(tokens, max_drafts=params.max_new_tokens - len(generated) - 1)
-        state_SD = reader.read([*tokens, *drafts][reader.length :])
-        p_SV = distribution(reader.logits(state_SD[-1 - len(drafts) :]))
-        accepted = rejection_sample(drafts, q_JV, p_SV)
-        num_rejected = len(drafts) + 1 - len(accepted)
-        reader.length -= num_rejected
-        drafter.append_states(state_SD[: len(state_SD) - num_rejected])
-        tokens += accepted
-        new = up_to(accepted, end_of_text)
-        generated += new
-        if tell is not None:
-            tell(new)
-        counts += DraftCounts(len(drafts), min(len(new), len(accepted) - 1), len(new), 1)
+    with threads_for(model):
+        while len(generated) < params.max_new_tokens and generated[-1:] != [end_of_text]:
+            # The trunk adds a token to the accepted drafts, so there is one draft fewer than tokens missing.
+            drafts, q_JV = drafter.draft(tokens, max_drafts=params.max_new_tokens - len(generated) - 1)
+            state_SD = reader.read([*tokens, *drafts][reader.length :])
+            p_SV = distribution(reader.logits(state_SD[-1 - len(drafts) :]))
+            accepted = rejection_sample(drafts, q_JV, p_SV)
+            num_rejected = len(drafts) + 1 - len(accepted)
+            reader.length -= num_rejected
+            drafter.append_states(state_SD[: len(state_SD) - num_rejected])
+            tokens += accepted
+            new = up_to(accepted, end_of_text)
+            generated += new
+            if tell is not None:
+                tell(new)
+            counts += DraftCounts(len(drafts), min(len(new), len(accepted) - 1), len(new), 1)
     return generated, counts
 
 
