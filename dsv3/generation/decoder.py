@@ -14,8 +14,8 @@ layer, held to the first by tests over every form that it takes; and all that `g
 model that it does not take (`is_decodable`: another device or precision, an adapter, hooks, RoPE that depends on the
 length) is left to transformers.
 
-Letters: S tokens read, X keys, D hidden_size, H num_attention_heads, N qk_nope_head_dim, P qk_rope_head_dim,
-U v_head_dim, C kv_lora_rank, K num_experts_per_tok, F intermediate size, V vocab_size
+Letters: S positions, X keys, D hidden_size, H num_attention_heads, N qk_nope_head_dim, P qk_rope_head_dim,
+U v_head_dim, C kv_lora_rank, K num_experts_per_tok, F intermediate_size, V vocab_size, W columns
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -2,6 +2,8 @@
 
 A single one on a CPU is written by `dsv3.generation.decoder`, others by transformers' `generate`; where the model's own
 multi-token prediction (MTP) modules draft, by `dsv3.generation.speculative`.
+
+Letters: V vocab_size
 """
 
 import re
