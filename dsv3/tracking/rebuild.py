@@ -60,7 +60,7 @@ def main(
     for name in names:
         try:
             loaded = load_tracker(name, parameters.runtime)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # some libraries call sys.exit
             reason = one_line(f"{type(error).__name__}: {error}")
             raise UserError(f"tracker {name} can't be imported ({reason}); {remedy(name)}") from None
         run_hash = rebuild(results, samples, parameters, loaded)

@@ -174,14 +174,13 @@ class IsolatedTracker:
             self._tracker = None
             return None
         # A tracker is a view: whatever is wrong with it (a full disk, a dead server, a locked database, a broken
-        # installation) must not cost a training.
-        try:
-            return call.result()
-        except Exception as error:
+        # installation) must not cost a training. Nor may it end the process: some libraries call sys.exit.
+        if error := call.exception():
             self._fail(error)
             return None
+        return call.result()
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Log the first failure; see that nothing closes what the tracker has left: Aim tries a full disk for ever."""
         _left_open.append((self._tracker, error))
         if not self._has_failed:
@@ -189,7 +188,7 @@ class IsolatedTracker:
         self._has_failed = True
         skip_shutdown()
 
-    def _report(self, error: Exception) -> None:
+    def _report(self, error: BaseException) -> None:
         """Log one line."""
         reason = one_line(f"{type(error).__name__}: {error}")
         hint = f"{remedy(self._name)}; " if isinstance(error, ImportError) else ""

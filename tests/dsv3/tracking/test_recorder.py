@@ -265,6 +265,23 @@ def test_a_tracker_that_cannot_be_opened_is_left_alone(tmp_path, identity, caplo
     assert len(caplog.messages) == 1
 
 
+@pytest.mark.parametrize("method", ["load", "open", "write", "close"])
+def test_a_tracker_that_would_end_the_process_stops_nothing(tmp_path, identity, caplog, method):
+    class Leaving(Memory):
+        def _call(self, called, *arguments):
+            if called == method:
+                sys.exit(1)
+
+    def load():
+        return sys.exit(1) if method == "load" else Leaving()
+
+    recorder = Recorder(tmp_path, identity, OpenTrackers([IsolatedTracker("wandb", load)], identity, None, "train"))
+    recorder.log("history", {"step": 1, "loss": 1.0})
+    recorder.close("finished")
+    assert len(table(tmp_path / "history.tsv")) == 1
+    assert [message.split(";")[0] for message in caplog.messages] == ["tracker wandb failed (SystemExit: 1)"]
+
+
 def test_the_hash_of_the_first_tracker_names_the_run_in_the_others(tmp_path, identity):
     aim, other = Memory(gives_hash="abc"), Memory()
     recorder = recorder_of(tmp_path, identity, aim, other)
