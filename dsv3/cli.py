@@ -121,8 +121,10 @@ def command_of(module: str, pipeline: Path) -> list[str]:
     """Return the arguments of `module` in the pipeline's file; none if it can't be read or has no such stage."""
     from ruamel.yaml import YAML, YAMLError
 
+    from dsv3.artifacts import read_regular
+
     try:
-        stages = YAML(typ="safe").load(pipeline.read_text(encoding="utf-8"))["stages"].values()
+        stages = YAML(typ="safe").load(read_regular(pipeline))["stages"].values()
         commands = [shlex.split(described["cmd"]) for described in stages]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, YAMLError):
         return []  # the file is DVC's to judge

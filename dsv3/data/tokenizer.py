@@ -31,6 +31,8 @@ CONFIG_FILE = "tokenizer_config.json"
 MAP_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
 MODEL_CONFIG_FILE = "config.json"
+WRITTEN_FILES = (TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE)
+"""All that a tokenizer's folder holds; the last one where a tokenizer was brought with it."""
 BROUGHT_FILES = (TOKENIZER_FILE, CONFIG_FILE, MAP_FILE, TEMPLATE_FILE, MODEL_CONFIG_FILE)
 """Files of a pretrained tokenizer that are read where they exist; the model's names its class, like the tokenizer's."""
 REMEDY = "bring another, or run the tokenize stage again"
@@ -134,7 +136,10 @@ def _tokens_of_class(found: dict[str, Path]) -> dict[str, Any]:
 
     with TemporaryDirectory() as folder:
         for file, source in found.items():
-            text = read_regular(source, "utf-8-sig")  # transformers reads no byte order mark
+            try:
+                text = read_regular(source, "utf-8-sig")  # transformers reads no byte order mark
+            except ValueError:
+                raise UserError(f"{source}: is not UTF-8; {REMEDY}") from None
             Path(folder, file).write_text(text, encoding="utf-8")
         try:
             return dict(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).special_tokens_map)
@@ -164,6 +169,8 @@ def read_tokenizer(directory: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(directory / TOKENIZER_FILE))
     except Exception as error:  # tokenizers raises nothing more specific
         raise UserError(f"{directory / TOKENIZER_FILE}: is no tokenizer ({error})") from None
+    if not tokenizer.get_vocab_size(with_added_tokens=True):
+        raise UserError(f"{directory / TOKENIZER_FILE}: has no tokens; {REMEDY}")
     tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -174,6 +181,9 @@ def special_tokens(tokenizer: Tokenizer, directory: Path) -> SpecialTokens:
     """Return the ids of bos and eos as tokenizer_config.json names them; without a bos, eos serves as both."""
     path = directory / CONFIG_FILE
     config = _json_object(path)
+    for name, value in config.items():
+        if wanted := _wanted(name, value):
+            raise UserError(f"{path}: {name} is {str(value)[:50]}; must be {wanted}; {REMEDY}")
     eos = _token_id(tokenizer, config.get("eos_token"))
     if eos is None:
         raise UserError(
@@ -181,6 +191,15 @@ def special_tokens(tokenizer: Tokenizer, directory: Path) -> SpecialTokens:
         )
     bos = _token_id(tokenizer, config.get("bos_token"))
     return SpecialTokens(eos if bos is None else bos, eos)
+
+
+def _wanted(name: str, value: Any) -> str:
+    """Return what a field of tokenizer_config.json must be, where transformers fails later; empty if it is that."""
+    if name.endswith("_token") and not name.startswith("add_") and not isinstance(value, str | None):
+        return "a text"
+    if name == "model_max_length" and (isinstance(value, bool) or not isinstance(value, int | float)):
+        return "a number"
+    return ""
 
 
 def check_tokenizer(directory: Path, sha256: str, special: SpecialTokens) -> None:

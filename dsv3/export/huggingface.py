@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from dsv3.artifacts import read_json, replacing_directory, write_json
-from dsv3.data.tokenizer import CONFIG_FILE, read_tokenizer
+from dsv3.data.tokenizer import CONFIG_FILE, WRITTEN_FILES, read_tokenizer
 from dsv3.export.model_card import loaders
 from dsv3.export.model_folder import CODE_FILES, model_folder_contents
 from dsv3.export.weights import write_sums
@@ -36,7 +36,8 @@ def export_huggingface(
         model.save_pretrained(folder, state_dict=add_tied_head(model.config, state))
         config = folder / "config.json"
         write_json(config, {**read_json(config), **transformers_4_rope_fields(model.config)})
-        shutil.copytree(tokens / "tokenizer", folder, dirs_exist_ok=True)
+        for source in filter(Path.is_file, (tokens / "tokenizer" / name for name in WRITTEN_FILES)):
+            shutil.copy(source, folder)
         add_missing_fields(folder / CONFIG_FILE, {"pad_token": pad_token, "padding_side": "left"})
         (folder / "README.md").write_text(card + loaders(model.config), encoding="utf-8", newline="\n")
         missing = [name for name in CODE_FILES if not (folder / name).is_file()]

@@ -103,6 +103,9 @@ class Architecture(BaseModel):
         fields = _with_rope_parameters(fields) if isinstance(fields, dict) else fields
         for name in sorted(set(fields) - set(cls.model_fields) - HARMLESS):
             raise ValueError(f"{name} is no field of this architecture{suggestion(name, cls.model_fields)}")
+        for name in sorted(set(fields) & HARMLESS):
+            if not _is_json(fields[name]):
+                raise ValueError(f"{name} holds what JSON does not have, such as NaN; leave it out")
         return fields
 
     @model_validator(mode="after")
@@ -119,6 +122,15 @@ class Architecture(BaseModel):
             )
         check_architecture(self)
         return self
+
+
+def _is_json(value: Any) -> bool:
+    """Return whether a value can be written as JSON: no NaN, no infinity, no half of a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:
+        return False
+    return True
 
 
 def _with_rope_parameters(fields: dict[str, Any]) -> dict[str, Any]:

@@ -96,6 +96,8 @@ def _check_size(values: Any, path: Path) -> None:
         number += 1
         if number > MAX_VALUES:
             raise UserError(f"{path}: stands for more than {MAX_VALUES:,} values; write values, not aliases of aliases")
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise UserError(f"{path}: {value!r:.60} holds half of a surrogate pair; write the whole character")
         if isinstance(value, dict):
             left += value.values()
         elif isinstance(value, list):

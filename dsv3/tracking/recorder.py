@@ -28,6 +28,15 @@ from dsv3.tracking.tracker import OpenTrackers, open_trackers
 Cells = dict[str, Cell]
 
 
+class RecordedVersion(BaseModel):
+    """What later stages and reports take from section `dvc` of a run.json."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    git_sha: str | None = None
+    git_dirty: bool | None = None
+
+
 class Record(BaseModel):
     """The content of a run.json; what else it holds is kept."""
 
@@ -39,7 +48,7 @@ class Record(BaseModel):
     tags: list[str]
     fingerprint: str | None
     step: int
-    dvc: dict[str, Any]
+    dvc: RecordedVersion
     env: dict[str, Any]
     size: dict[str, Any]
     params: dict[str, Any]

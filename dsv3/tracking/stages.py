@@ -44,7 +44,7 @@ def training_lines(train: Mapping[str, Any], record: Mapping[str, Any]) -> Lines
         dirty = " with uncommitted changes" if dvc.get("git_dirty") else ""
         lines.append(("text", f"{dvc.get('data_source') or 'unknown'}"))
         lines.append(("run", f"{record['name']} (Aim {record['aim_run_hash'] or 'off'})"))
-        lines.append(("commit", f"{(dvc.get('git_sha') or 'none')[:12]}{dirty}"))
+        lines.append(("commit", f"{str(dvc.get('git_sha') or 'none')[:12]}{dirty}"))
     if train:
         steps = f"{train['tokens_seen']:,} in {train['step']:,} steps, {train['epoch']:.2f} epochs"
         lines.append(("tokens seen", steps))

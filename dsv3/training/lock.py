@@ -26,6 +26,8 @@ def hold_lock(directory: Path) -> Iterator[None]:
     path = directory.parent / "locks" / f"{directory.name}.lock"
     holder = path.with_suffix(".holder")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # a pipe can be opened, and not cut
+        raise UserError(f"{path}: is no regular file, so it can't be locked; remove it")
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

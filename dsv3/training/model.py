@@ -1,6 +1,5 @@
 """From an architecture's file to an initialized model."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsv3.errors import UserError
-from dsv3.params.text import read_small_text
+from dsv3.params.architecture import HARMLESS, read_architecture
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 
@@ -35,10 +34,13 @@ def model_of(config_path: Path, weights: Mapping[str, Tensor]) -> DeepseekV3ForC
 
 
 def read_config(path: Path) -> DeepseekV3Config:
-    """Return the configuration of the model that is built from an architecture's file."""
+    """Return the configuration of the model that is built from an architecture's file.
+
+    It gets the checked fields alone. The others of published files (`HARMLESS`) would change something in transformers'
+    base class, or break it: `dtype`, `qk_head_dim`, `output_attentions`.
+    """
+    fields = read_architecture(path).model_dump(exclude_unset=True, exclude=set(HARMLESS))
     try:
-        values = json.loads(read_small_text(path))
-        values.pop("quantization_config", None)  # DeepSeek's own file has one, of its FP8 weights; these are fp32
-        return DeepseekV3Config(**values)
-    except (OSError, ValueError) as error:
+        return DeepseekV3Config(**fields)
+    except ValueError as error:
         raise UserError(f"{path}: {error}") from None

@@ -193,13 +193,26 @@ def memory_note(plan: TrainingPlan, device_type: Device, free: int, num_processe
     )
 
 
+class DescribedOrigin(BaseModel):
+    """What a training takes from the origin that the corpus's manifest states."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    hub_id: str | None = None
+
+
 class Described(BaseModel):
-    """What a training takes from the corpus's manifest; the rest is recorded as it is."""
+    """What a training takes from the corpus's manifest, for itself and for the model card; the rest is recorded."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
     source: str
     sha256: str
+    origin: DescribedOrigin = DescribedOrigin()
+    license: str | None = None
+    title: str | None = None
+    language: str | None = None
+    prompt: str | None = None
 
 
 def check_tokens(tokens: Path) -> str:
@@ -249,7 +262,8 @@ def check_steps(plan: TrainingPlan) -> None:
 def read_manifest(corpus: Path) -> dict[str, Any]:
     """Return the corpus's manifest."""
     check_output(corpus / "manifest.json", "download")
-    return read_model(corpus / "manifest.json", Described, "run the download stage again").model_dump()
+    manifest = read_model(corpus / "manifest.json", Described, "run the download stage again")
+    return manifest.model_dump(exclude_unset=True)
 
 
 def check_folders(model: Path, results: Path, tokens: Path) -> None:

@@ -271,6 +271,11 @@ def test_without_a_pipeline_that_can_be_read_every_option_has_to_be_given(tmp_pa
     assert missing_options(example, [], "stages.example", tmp_path / "dvc.yaml") == []
 
 
+def test_a_pipe_in_the_place_of_the_pipeline_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "dvc.yaml")
+    assert missing_options(example, [], "stages.example", tmp_path / "dvc.yaml") == []
+
+
 def test_a_pipeline_is_not_read_where_all_is_given(tmp_path, monkeypatch):
     monkeypatch.setattr("dsv3.cli.command_of", None)
     assert missing_options(example, ["--tokens=a", "--final-model", "b"], "stages.example", tmp_path) == []

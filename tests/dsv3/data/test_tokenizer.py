@@ -30,6 +30,7 @@ from dsv3.errors import UserError
 
 TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n\n" * 20
 STRANGE = "ROMEO:\n  Ay me!\t– “naïve” 雪 👩‍🚀 \x00 <|endoftext|> .  , ' n't do n't\r\n"
+EMPTY = Tokenizer(BPE()).to_str()
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,20 @@ def test_a_pretrained_folder_is_copied_and_its_special_tokens_are_found_in_its_c
         ("good", "eos", "tokenizer_config.json: is not JSON"),
         ("good", "[" * 100_000, "tokenizer_config.json: is not JSON"),
         ("good", "[]", "tokenizer_config.json: is no JSON object"),
-        ("good", '{"eos_token": 3}', "names no eos_token that the tokenizer knows"),
+        ("good", '{"eos_token": 3}', "eos_token is 3; must be a text"),
+        *(
+            ("good", f'{{"eos_token": "{END_OF_TEXT}", "{name}": {value}}}', f"{name} is .*; must be {wanted}; bring ")
+            for name, value, wanted in (
+                ("pad_token", "5", "a text"),
+                ("pad_token", "true", "a text"),
+                ("pad_token", '["<pad>"]', "a text"),
+                ("pad_token", '{"content": 5}', "a text"),
+                ("unk_token", "5", "a text"),
+                ("model_max_length", '"x"', "a number"),
+                ("model_max_length", "true", "a number"),
+            )
+        ),
+        (EMPTY, f'{{"eos_token": "{END_OF_TEXT}"}}', "tokenizer.json: has no tokens; bring another"),
     ],
 )
 def test_a_folder_that_is_no_tokenizer_is_told_in_one_line(folder, tmp_path, tokenizer, config, message):
@@ -124,6 +138,17 @@ def test_a_folder_that_is_no_tokenizer_is_told_in_one_line(folder, tmp_path, tok
         copy_pretrained(str(source), tmp_path / "copy")
         special_tokens(read_tokenizer(tmp_path / "copy"), tmp_path / "copy")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "config.json"])
+def test_a_file_in_another_encoding_is_told_in_one_line(folder, tmp_path, name):
+    """It is read where tokenizer_config.json names no eos."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    (source / name).write_bytes(b'{"a": "\xe9"}')
+    with pytest.raises(UserError, match=f"{name}: is not UTF-8; bring another"):
+        copy_pretrained(str(source), tmp_path / "copy")
 
 
 def test_a_hub_id_that_cant_be_read_is_told_in_one_line(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -55,7 +56,16 @@ def test_an_architecture_that_cannot_be_built_is_refused_in_one_line(tmp_path):
         build_model(tmp_path / "config.json", seed=0)
 
 
-def test_the_folder_holds_all_that_loading_it_needs(exported):
+def test_the_folder_holds_all_that_loading_it_needs(exported, tmp_path):
+    """And nothing else that lies beside the tokenizer: an editor's lock, a pipe."""
+    tokens = shutil.copytree(exported / "tokens", tmp_path / "tokens")
+    (tokens / "tokenizer" / ".#tokenizer.json").symlink_to("nowhere")
+    os.mkfifo(tokens / "tokenizer" / "pipe")
+    model = build_model(exported / "config.json", seed=3)
+    export_huggingface(model, model.state_dict(), tokens, tmp_path / "beside", CARD)
+    assert {path.name for path in (tmp_path / "beside").iterdir()} == {
+        path.name for path in (exported / "final_model").iterdir()
+    }
     names = {path.name for path in (exported / "final_model").iterdir()}
     assert names == {
         "README.md",

@@ -91,10 +91,10 @@ def test_this_project_and_the_code_beside_it_compute_it(tmp_path):
     # The files as one who follows the recipe would have changed them.
     edits = {
         "modeling_deepseek.py": (
-            '{"sigmoid": torch.sigmoid}',
-            '{"sigmoid": torch.sigmoid, "made_up": lambda x: x.softmax(-1)}',
+            '{"sigmoid": torch.sigmoid',
+            '{"sigmoid": torch.sigmoid, "made_up": lambda x: x.softmax(-1)',
         ),
-        "validation_deepseek.py": ('("sigmoid",)', '("sigmoid", "made_up")'),
+        "validation_deepseek.py": ('("sigmoid",', '("sigmoid", "made_up",'),
     }
     for name, (old, new) in edits.items():
         text = (model / name).read_text()

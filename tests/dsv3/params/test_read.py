@@ -207,6 +207,12 @@ def test_a_file_that_is_missing_or_no_yaml_is_one_line():
         ({"rms_norm_eps": True}, "rms_norm_eps is true; input should be a valid number"),
         ({"routed_scaling_factor": 0}, "routed_scaling_factor is 0.0; must be >= 1.17549e-38"),
         ({"norm_topk_prob": "true"}, "norm_topk_prob is 'true'; input should be a valid boolean"),
+        (
+            {"aux_loss_alpha": float("nan")},
+            "aux_loss_alpha holds what JSON does not have, such as NaN; leave it out",
+        ),
+        ({"id2label": {"0": float("inf")}}, "id2label holds what JSON does not have, such as NaN; leave it out"),
+        ({"_name_or_path": "\ud800"}, "_name_or_path holds what JSON does not have, such as NaN; leave it out"),
         ({"n_routed_expert": 4}, "n_routed_expert is no field of this architecture; did you mean n_routed_experts?"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; must be one of 'silu'"),
         ({"model_type": "llama"}, "model_type is 'llama'; must be one of 'deepseek_v3' or 'deepseek_v3_variant'"),
@@ -375,6 +381,8 @@ BOMB = "a: &a [x, x, x, x]\n" + "".join(
         (b"seed: !!int x", "params.yaml: not YAML that can be read (invalid literal"),
         (b"seed: !!python/object/apply:os.system [x]", "params.yaml:1: not YAML (could not determine a constructor"),
         (b'"a\\nb": 1', "params.yaml: a b is no parameter"),
+        (b'seed: "\\ud800"', r"params.yaml: '\ud800' holds half of a surrogate pair; write the whole character"),
+        (b'data: {path: [{a: "x\\udfff"}]}', r"params.yaml: 'x\udfff' holds half of a surrogate pair"),
         (b"#" * 300_000, "params.yaml: has more than 262,144 bytes"),
     ],
 )

@@ -14,9 +14,10 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from dsv3.errors import UserError
 from dsv3.params.runtime import TrackerName
 from dsv3.tracking.events import Result, Row, Text
-from dsv3.tracking.recorder import Recorder, add_to_run, identity_of, open_recorder
+from dsv3.tracking.recorder import Recorder, add_to_run, identity_of, open_recorder, read_record
 from dsv3.tracking.tracker import OPEN_S, IsolatedTracker, OpenTrackers, remedy
 
 ROOT = Path(__file__).parents[3]
@@ -295,6 +296,16 @@ def test_the_record_is_json_holds_no_machine_path_and_gives_the_identity_back(tm
     assert record["aim_repo"] == ".aim"
     assert record["fingerprint"] == "f" * 64
     assert str(tmp_path) not in json.dumps(record)
+
+
+@pytest.mark.parametrize("name", ["git_sha", "git_dirty"])
+def test_a_record_whose_commit_is_none_is_told_in_one_line(tmp_path, identity, name):
+    record = recorder_of(tmp_path, identity).run_record() | {"step": 1}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert read_record(tmp_path / "run.json") == record
+    (tmp_path / "run.json").write_text(json.dumps(record | {"dvc": {**record["dvc"], name: 5}}))
+    with pytest.raises(UserError, match=rf"run\.json: dvc\.{name}: "):
+        read_record(tmp_path / "run.json")
 
 
 @pytest.mark.parametrize("name", get_args(TrackerName))

@@ -101,6 +101,14 @@ def test_a_lock_that_was_let_go_can_be_taken_again_and_stays_as_an_empty_file(tm
     assert left.name == "run.lock" and left.stat().st_size == 0
 
 
+def test_a_pipe_in_the_place_of_a_lock_is_told_in_one_line(tmp_path):
+    (tmp_path / "locks").mkdir()
+    os.mkfifo(tmp_path / "locks" / "run.lock")
+    told = r"run\.lock: is no regular file, so it can't be locked; remove it$"
+    with pytest.raises(UserError, match=told), hold_lock(tmp_path / "run"):
+        pass
+
+
 def test_a_dead_process_is_no_obstacle_and_is_not_named(tmp_path):
     dead = leave_a_stale_lock(tmp_path / "run")
     with hold_lock(tmp_path / "run"):

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from dsv3.errors import UserError
 from dsv3.sizing.memory import training_memory
 from dsv3.training import precision
-from dsv3.training.plan import check_tokens, check_unlinked, introduction, memory_note
+from dsv3.training.plan import check_tokens, check_unlinked, introduction, memory_note, read_manifest
 from dsv3.training.precision import autocast_dtype, resolved_precision
 from tests.damage import DAMAGES
 from tests.training_inputs import plan_of
@@ -130,3 +131,24 @@ def test_auto_writes_in_the_background_where_it_comes_to_shards(tmp_path, expert
     runtime = {"num_processes": 2, "sharding": "auto", "expert_parallel": expert_parallel, "async_save": True}
     chosen = plan_of(tmp_path, runtime=runtime, train={"gradient_accumulation_steps": 2}).params.runtime
     assert (chosen.sharding, chosen.async_save) == (sharding, async_save)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "where"),
+    [
+        ({"origin": 5}, "origin"),
+        ({"origin": None}, "origin"),
+        ({"origin": {"hub_id": 5}}, "origin.hub_id"),
+        ({"title": 7}, "title"),
+        ({"language": {"a": 1}}, "language"),
+        ({"license": 5}, "license"),
+        ({"prompt": ["The"]}, "prompt"),
+    ],
+)
+def test_what_the_model_card_takes_from_a_manifest_is_checked_before_the_training(tmp_path, wrong, where):
+    described = {"source": "file", "sha256": "0" * 64, "origin": {"path": "text"}, "title": None, "own": {"key": 1}}
+    (tmp_path / "manifest.json").write_text(json.dumps(described))
+    assert read_manifest(tmp_path) == described
+    (tmp_path / "manifest.json").write_text(json.dumps(described | wrong))
+    with pytest.raises(UserError, match=rf"manifest\.json: {where}: .*; run the download stage again$"):
+        read_manifest(tmp_path)
