@@ -5,14 +5,16 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from transformers.generation.streamers import BaseStreamer
 
 from dsv3.generation import decoder
 from dsv3.generation.decoder import CHUNK, Decoder, is_decodable, threads_for
 from dsv3.generation.sampling import generate, generation_config
+from dsv3.generation.speculative import generate_speculatively
 from dsv3.params.sample import SampleParams
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
-from tests.drafting_model import YARN
+from tests.drafting_model import YARN, drafting_model
 from tests.training_inputs import MICRO
 
 FORMS = {
@@ -47,6 +49,11 @@ def built(**changes) -> DeepseekV3ForCausalLM:
     return model
 
 
+def settings(**changes) -> SampleParams:
+    defaults = {"prompts": [""], "max_new_tokens": 60, "temperature": 0.8, "top_k": 0, "top_p": 0.9}
+    return SampleParams(**{**defaults, "num_return_sequences": 1, "speculative": False, **changes})
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("changes", FORMS.values(), ids=FORMS)
 def test_logits_are_the_models_however_many_tokens_are_read_at_once(changes):
@@ -68,8 +75,7 @@ def test_logits_are_the_models_however_many_tokens_are_read_at_once(changes):
 @pytest.mark.parametrize("changes", [{"do_sample": False}, {"do_sample": True, "top_k": 40}, {"do_sample": True}])
 def test_tokens_are_those_that_transformers_draws_with_the_same_seed(changes):
     model = built()
-    defaults = {"prompts": [""], "max_new_tokens": 60, "temperature": 0.8, "top_k": 0, "top_p": 0.9}
-    params = SampleParams(**{**defaults, "num_return_sequences": 1, "speculative": False, **changes})
+    params = settings(**changes)
     for seed in range(3):
         torch.manual_seed(seed)
         found = generate(model, [1, 2, 3], params, NO_END)
@@ -128,5 +134,30 @@ def test_a_small_model_is_read_by_one_thread_and_a_large_one_by_all(monkeypatch)
             assert torch.get_num_threads() == 3
             raise ZeroDivisionError
         assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_texts_are_written_in_such_a_block():
+    """With drafts and without."""
+    seen = []
+
+    class Noted(BaseStreamer):
+        def put(self, value):
+            seen.append(torch.get_num_threads())
+
+        def end(self):
+            seen.append("end")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        params = settings(do_sample=False, speculative=False)
+        generate(built(), [1, 2, 3], params, NO_END, Noted())
+        assert seen == [1] * (params.max_new_tokens + 1) + ["end"]
+        seen.clear()
+        model = drafting_model("sometimes")
+        generate_speculatively(model, [1, 2, 3], params, NO_END, lambda _: seen.append(torch.get_num_threads()))
+        assert set(seen) == {1}
     finally:
         torch.set_num_threads(before)
