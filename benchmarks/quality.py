@@ -21,10 +21,11 @@ from benchmarks.results import Cell, JsonOption, Result, Table, publish
 from benchmarks.timing import best_device, conditions
 from dsv3.cli import ParamsOption, command
 from dsv3.data.meta import check_shards, open_stream, read_meta
-from dsv3.evaluation.sliding_window import SPLITS, PositionLoss, SplitScore, check_fits, score_split
+from dsv3.evaluation.sliding_window import SPLITS, PositionLoss, check_fits, score_split
 from dsv3.export.loading import check_model, load_model
 from dsv3.params.evaluate import EvaluateParams
 from dsv3.params.read import read_params
+from dsv3.scores import SplitScore
 
 ROOT = Path(__file__).parent.parent
 

@@ -24,6 +24,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dsv3.errors import DiskFull, UserError, is_disk_full, one_line
 
+REMEDY = "dvc checkout brings an output back, dvc repro makes it"
+"""What to do where a stage's output is damaged."""
 CHUNK_BYTES = 1 << 20
 BEGINNING_BYTES = 1 << 10
 """What is read of a file to know its kind."""
@@ -277,12 +279,15 @@ def read_regular(path: Path, encoding: str = "utf-8") -> str:
         return file.read().decode(encoding)
 
 
-def read_json(path: Path) -> Any:
-    """Return the JSON value in `path`, behind a byte order mark; raise `UserError` where it holds none."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`, behind a byte order mark; raise `UserError` where it holds none."""
     try:
-        return json.loads(read_regular(path, "utf-8-sig"))
+        value = json.loads(read_regular(path, "utf-8-sig"))
     except (ValueError, RecursionError) as error:  # JSON's and UTF-8's, and brackets without end
-        raise UserError(f"{path}: not JSON ({error}); dvc checkout brings an output back, dvc repro makes it") from None
+        raise UserError(f"{path}: not JSON ({error}); {REMEDY}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: is {one_line(value)[:60]}; must be a JSON object; {REMEDY}")
+    return value
 
 
 def read_model(path: Path, model: type[Content], remedy: str) -> Content:
@@ -305,12 +310,12 @@ def check_weights(folder: Path) -> None:
 
     for file in sorted(folder.glob("*.safetensors")):
         if not file.is_file():
-            raise UserError(f"{file}: is no regular file; dvc checkout brings an output back, dvc repro makes it")
+            raise UserError(f"{file}: is no regular file; {REMEDY}")
         try:
             with safe_open(file, framework="numpy"):
                 pass
         except SafetensorError as error:
-            message = f"{file}: damaged or cut off ({error}); dvc checkout brings an output back, dvc repro makes it"
+            message = f"{file}: damaged or cut off ({error}); {REMEDY}"
             raise UserError(message) from None
 
 

@@ -26,7 +26,8 @@ from dsv3.artifacts import write_text
 from dsv3.cli import command
 from dsv3.errors import UserError, one_line
 from dsv3.params.architecture import read_architecture
-from dsv3.params.read import Params, read_params, read_yaml, schema_text
+from dsv3.params.pipeline import read_outputs
+from dsv3.params.read import Params, read_params, schema_text
 from dsv3.params.runtime import TrackerName
 from dsv3.sizing.machines import has_nvidia_driver
 from dsv3.sizing.memory import GIB, training_memory, without_moments
@@ -104,9 +105,7 @@ def check_outputs() -> Finding:
 
 def pipeline_outputs() -> list[Path]:
     """Return what the stages of dvc.yaml write."""
-    stages = read_yaml(Path("dvc.yaml"))["stages"].values()
-    outs = [out for stage in stages for kind in ("outs", "metrics", "plots") for out in stage.get(kind, [])]
-    return [Path(next(iter(out)) if isinstance(out, dict) else out) for out in outs]
+    return [path for paths in read_outputs(Path("dvc.yaml")).values() for path in paths]
 
 
 def check_home() -> Finding:
@@ -137,7 +136,7 @@ def check_params() -> Finding:
 
 def check_schema() -> Finding:
     """Check that the schema that editors read is the one that the code defines."""
-    is_ok = SCHEMA.is_file() and SCHEMA.read_text(encoding="utf-8") == schema_text()
+    is_ok = SCHEMA.is_file() and SCHEMA.read_bytes() == schema_text().encode()
     message = f"{SCHEMA} is {'current' if is_ok else 'out of date'}"
     return Finding("schema", is_ok, message, "run: python -m dsv3.doctor --write-schema")
 

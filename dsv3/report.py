@@ -6,15 +6,17 @@ Alone it reads dvc.yaml and the small files that it names, says which stages hav
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from dsv3.artifacts import read_json
+from dsv3.artifacts import REMEDY, read_json
 from dsv3.cli import run_app
 from dsv3.comparison import WORKSPACE, comparison, read_runs
-from dsv3.errors import UserError
-from dsv3.params.read import read_params, read_yaml
+from dsv3.errors import UserError, one_line
+from dsv3.params.pipeline import read_outputs
+from dsv3.params.read import read_params
+from dsv3.tracking.recorder import read_record
 from dsv3.tracking.shown import missing_views, rebuilding
 from dsv3.tracking.stages import SHOWN, TRAINING
 
@@ -36,25 +38,29 @@ def stage_outputs(pipeline: Path) -> dict[str, list[Path]]:
 
     Metrics come last: Git holds them, so that they are there in a clone where no stage has run.
     """
-    stages = read_yaml(pipeline)["stages"]
-    return {name: [pipeline.parent / path for path in _paths(stage)] for name, stage in stages.items()}
-
-
-def _paths(stage: Mapping[str, Any]) -> list[str]:
-    entries = [*stage.get("outs", []), *stage.get("metrics", [])]
-    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]  # with flags: a mapping
+    outputs = read_outputs(pipeline, ("outs", "metrics"))
+    return {name: [pipeline.parent / path for path in paths] for name, paths in outputs.items()}
 
 
 def results_rows(outputs: Mapping[str, Sequence[Path]]) -> list[tuple[str, str]]:
     """Return (what, value) for each number that a newcomer asks for and that has been found so far."""
-    record = _read(outputs.get(TRAINING, ()), "run.json")
-    stages = [(shown.lines, _read(outputs.get(stage, ()), "metrics.json")) for stage, shown in SHOWN.items()]
-    return [line for lines, metrics in stages if lines is not None for line in lines(metrics, record)]
+    run = _found(outputs.get(TRAINING, ()), "run.json")
+    record = read_record(run) if run else {}
+    found: list[tuple[str, str]] = []
+    for stage, shown in SHOWN.items():
+        if shown.lines is not None:
+            metrics = _found(outputs.get(stage, ()), "metrics.json")
+            try:
+                found += shown.lines(read_json(metrics) if metrics else {}, record)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:  # a name that lacks, or is no number
+                reason = one_line(f"{type(error).__name__}: {error}")
+                raise UserError(f"{metrics or run}: is not what {stage} writes ({reason}); {REMEDY}") from None
+    return found
 
 
-def _read(outputs: Sequence[Path], name: str) -> dict[str, Any]:
-    """Return the content of the output of that name; nothing where it is not there."""
-    return next((read_json(path) for path in outputs if path.name == name and path.is_file()), {})
+def _found(outputs: Sequence[Path], name: str) -> Path | None:
+    """Return the output of that name; None where it is not there."""
+    return next((path for path in outputs if path.name == name and path.is_file()), None)
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:

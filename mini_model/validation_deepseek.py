@@ -117,7 +117,7 @@ def check_variant(config: Any) -> None:
     for name, value in other_variants(config).items():
         published, *others = VARIANTS[name]
         if value not in others:
-            choices = "".join(f" or {other!r}" for other in others)
+            choices = "".join(f", or {other!r}" for other in others)
             raise ValueError(f"{name} is {value!r:.60}; must be {published!r}, the router of DeepSeek-V3{choices}")
 
 

@@ -23,7 +23,7 @@ from tokenizers.trainers import BpeTrainer
 from dsv3.artifacts import read_regular, sha256_file, write_json
 from dsv3.data.files import local_path
 from dsv3.data.words import repeated, word_counts
-from dsv3.errors import UserError
+from dsv3.errors import UserError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
@@ -118,6 +118,22 @@ def copy_pretrained(name: str, directory: Path) -> None:
     config.pop("auto_map", None)  # code that does not come along
     config = {key: _content(value) if key.endswith("_token") else value for key, value in config.items()}
     write_json(directory / CONFIG_FILE, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    try:
+        special_tokens(read_tokenizer(directory), directory)
+        check_loads(directory)
+    except UserError as error:
+        raise UserError(str(error).replace(str(directory), name)) from None  # the place that the user knows
+
+
+def check_loads(directory: Path) -> None:
+    """Raise `UserError` where transformers, by which a model's users read and write, can't use the tokenizer."""
+    from transformers import AutoTokenizer  # imports torch; only a tokenizer that is brought is checked
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer.decode(tokenizer("a")["input_ids"])
+    except Exception as error:  # of any type, by what is wrong
+        raise UserError(f"{directory}: transformers can't use it ({one_line(error)[:200]}); {REMEDY}") from None
 
 
 def _json_object(path: Path) -> dict[str, Any]:

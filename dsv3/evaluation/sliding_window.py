@@ -14,7 +14,6 @@ Nats per token depend on the tokenizer. Nats per character and bits per byte do 
 Letters: B sequences, S positions, V vocab_size, E n_routed_experts
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +31,7 @@ from dsv3.errors import UserError
 from dsv3.evaluation.expert_load import ExpertLoad, router_summary
 from dsv3.evaluation.mtp_acceptance import MTPAcceptance
 from dsv3.params.evaluate import EvaluateParams
+from dsv3.scores import SplitScore
 
 Floats = npt.NDArray[np.float64]
 PositionIds = Callable[[Tensor], Tensor | None]
@@ -54,37 +54,6 @@ class SlidingWindow:
     start: int
     length: int
     num_scored: int
-
-
-@dataclass(frozen=True)
-class SplitScore:
-    """Sums over one split, which add up over splits."""
-
-    nats: float
-    tokens: int
-    characters: int
-    bytes: int
-
-    def __add__(self, other: "SplitScore") -> "SplitScore":
-        return SplitScore(
-            self.nats + other.nats,
-            self.tokens + other.tokens,
-            self.characters + other.characters,
-            self.bytes + other.bytes,
-        )
-
-    def metrics(self) -> dict[str, float | int]:
-        """Return the ratios and counts, under the names of the metrics table."""
-        nats_per_token = self.nats / self.tokens
-        return {
-            "nats_per_token": nats_per_token,
-            "perplexity": math.exp(nats_per_token),
-            "nats_per_char": self.nats / self.characters,
-            "bits_per_byte": self.nats / math.log(2) / self.bytes,
-            "tokens": self.tokens,
-            "characters": self.characters,
-            "bytes": self.bytes,
-        }
 
 
 @dataclass

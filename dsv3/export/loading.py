@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from dsv3.artifacts import read_json, sha256_file
+from dsv3.artifacts import REMEDY, read_json, sha256_file
 from dsv3.errors import UserError
 from dsv3.export.model_folder import CODE_FILES
-from dsv3.export.weights import REMEDY, check_config_model_type, check_model_weights, read_model_config, short_line
+from dsv3.export.weights import check_config_model_type, check_model_weights, read_model_config, short_line
 from mini_model import modeling_deepseek
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 

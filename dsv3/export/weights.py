@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
-from dsv3.artifacts import check_weights, read_json, read_model, read_regular, sha256_file
+from dsv3.artifacts import REMEDY, check_weights, read_json, read_model, read_regular, sha256_file
 from dsv3.errors import UserError, one_line
 from dsv3.params.section import error_line
 from mini_model.configuration_deepseek import DeepseekV3Config
@@ -30,7 +30,6 @@ UNSUMMED = ("README.md", "__pycache__", SUMS)
 DTYPES = {"F32", "F16", "BF16"}
 QUANTIZED_DTYPES = DTYPES | {"F8_E4M3"}
 SCALE = "_scale_inv"
-REMEDY = "dvc checkout brings an output back, dvc repro makes it"
 
 
 FIELDS: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """The architecture as its JSON file states it, read without torch.
 
 The field names are Hugging Face's. `mini_model/configuration_deepseek.py` is the class that ships with the weights;
-this one exists because that one imports torch, which three of the six stages must not. Both are checked by
+this one exists because that one imports torch, which download, tokenize and estimate_size must not. Both are checked by
 `mini_model/validation_deepseek.py`; this one adds the types, which the shipped class leaves to transformers.
 """
 

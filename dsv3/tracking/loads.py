@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dsv3.artifacts import REMEDY
+from dsv3.errors import UserError, one_line
 from dsv3.tracking.events import Distribution, Event, Figure, Heatmap, Row
 from dsv3.tracking.metrics import TABLES
 
@@ -40,7 +42,10 @@ class ExpertLoads:
 def picture(event: Figure | Heatmap) -> Image.Image:
     """Return what the event shows, in RGB."""
     if isinstance(event, Figure):
-        return Image.open(event.path).convert("RGB")
+        try:
+            return Image.open(event.path).convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, by what is wrong
+            raise UserError(f"{event.path}: is no picture ({one_line(error)}); {REMEDY}") from None
     return Image.fromarray(pixels(event.rows))
 
 

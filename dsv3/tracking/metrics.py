@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
+from dsv3.scores import SCORES
+
 T = TypeVar("T")
 
 Cell = int | float | str
@@ -24,8 +26,6 @@ class Metric:
     description: str
     is_text: bool = False
     """Whether it is a name, or several numbers, instead of a number: never a curve."""
-    is_score: bool = False
-    """Whether `evaluate` says it of every split, and trackers draw it."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,7 @@ METRICS = MappingProxyType(
         "sequence_loss": Metric("", "sequence-wise balance loss before its weight"),
         "best_loss": Metric("nats/token", "lowest validation loss so far"),
         "best_step": Metric("", "step of the lowest validation loss"),
-        "nats_per_token": Metric("nats/token", "cross-entropy over a whole split", is_score=True),
-        "perplexity": Metric("", "exp(nats_per_token)", is_score=True),
-        "nats_per_char": Metric(
-            "nats/char", "cross-entropy per character: comparable across tokenizers", is_score=True
-        ),
-        "bits_per_byte": Metric(
-            "bits/byte", "cross-entropy per byte of UTF-8: comparable across tokenizers and scripts", is_score=True
-        ),
+        **{name: Metric(score.unit, score.description) for name, score in SCORES.items()},
         "tokens": Metric("tokens", "tokens that were scored"),
         "characters": Metric("characters", "characters that the scored tokens spell"),
         "bytes": Metric("bytes", "bytes that the scored tokens spell"),

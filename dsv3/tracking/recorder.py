@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from dsv3.artifacts import read_model, reporting_full_disk, write_text
+from dsv3.artifacts import REMEDY, read_model, reporting_full_disk, write_text
 from dsv3.errors import UserError
 from dsv3.params.read import Params
 from dsv3.params.runtime import RuntimeParams
@@ -219,8 +219,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """Return the content of a run.json; `UserError` where there is none, or something else."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; run dvc repro train")
-    remedy = "dvc checkout brings an output back, dvc repro makes it"
-    return read_model(path, Record, remedy).model_dump(exclude_unset=True)
+    return read_model(path, Record, REMEDY).model_dump(exclude_unset=True)
 
 
 def shown_repo(runtime: RuntimeParams) -> str:

@@ -2,10 +2,10 @@
 
 import csv
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from dsv3.artifacts import read_json
+from dsv3.artifacts import REMEDY, read_json, read_regular
 from dsv3.errors import UserError
 from dsv3.tracking.events import Distribution, Event, Figure, Result, Row, Text
 from dsv3.tracking.metrics import METRICS, TABLES, Cell, renamed
@@ -28,7 +28,8 @@ SPECULATION = re.compile(
 def train_events(run: Path, step: int) -> Iterator[Event]:
     """Yield the rows and the result of the training whose run.json that is, which ended at `step`."""
     folder = run.parent
-    rows = [Row(table, cells) for table in TABLES for cells in read_table(folder / f"{table}.tsv")]
+    tables = {name: read_table(folder / f"{name}.tsv", table.index) for name, table in TABLES.items()}
+    rows = [Row(name, cells) for name, table in tables.items() for cells in table]
     yield from in_order(rows)
     yield from _result("train", folder, step)
 
@@ -40,7 +41,7 @@ def evaluate_events(metrics: Path, step: int) -> Iterator[Event]:
     for figure in sorted((folder / "figures").glob("*.png")):
         yield Figure(figure.stem, figure, step, {"subset": HELDOUT})
     loads: dict[int, list[float]] = {}
-    for row in read_table(folder / "expert_load.tsv"):
+    for row in read_table(folder / "expert_load.tsv", ("layer", "load_share")):
         loads.setdefault(int(row["layer"]), []).append(float(row["load_share"]))
     for layer, heights in loads.items():
         yield Distribution("load_share", heights, step, {"subset": HELDOUT, "layer": layer})
@@ -49,7 +50,10 @@ def evaluate_events(metrics: Path, step: int) -> Iterator[Event]:
 def sample_events(page: Path, step: int) -> Iterator[Event]:
     """Yield each text of the page that `sample` wrote, and what it says of drafts."""
     if page.is_file():
-        text = page.read_text(encoding="utf-8")
+        try:
+            text = read_regular(page)
+        except ValueError as error:
+            raise UserError(f"{page}: is not UTF-8 ({error}); {REMEDY}") from None
         if found := SPECULATION.search(text.partition("\n## ")[0]):
             drafted, accepted = (int(found[name].replace(",", "")) for name in ("drafted", "accepted"))
             acceptance = {"draft_acceptance": accepted / drafted} if drafted else {}
@@ -59,20 +63,33 @@ def sample_events(page: Path, step: int) -> Iterator[Event]:
             yield Text("sample", match["text"], step, {"prompt": match["prompt"], **number})
 
 
-def read_table(path: Path) -> list[dict[str, Cell]]:
-    """Return the rows of a table that the recorder wrote, without their empty cells; none where there is no file."""
+def read_table(path: Path, index: Iterable[str]) -> list[dict[str, Cell]]:
+    """Return the rows of a table that the recorder wrote, without their empty cells; none where there is no file.
+
+    Raises `UserError` for anything else, such as a row that lacks one of the `index` columns.
+    """
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t")
         try:
-            return [
+            table = [
                 {name: cell if METRICS[name].is_text else float(cell) for name, cell in renamed(row).items() if cell}
                 for row in rows
             ]
-        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            for row in table:
+                _check_row(row, index)
+        except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
             where, reason = f"{path}:{rows.line_num}", f"{type(error).__name__}: {error}"
-            raise UserError(f"{where}: is no row of a table ({reason}); dvc checkout brings it back") from None
+            raise UserError(f"{where}: is no row of a table ({reason}); {REMEDY}") from None
+    return table
+
+
+def _check_row(row: Mapping[str, Cell], index: Iterable[str]) -> None:
+    """Raise `KeyError`, `ValueError` or `OverflowError` where trackers could not place a row, or draw its shares."""
+    for name in index:
+        _ = row[name] if METRICS[name].is_text else int(row[name])
+    _ = [float(share) for share in str(row.get("load_shares", "")).split()]
 
 
 def in_order(rows: Iterable[Row]) -> list[Row]:

@@ -9,10 +9,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from dsv3.artifacts import REMEDY
 from dsv3.errors import UserError
 from dsv3.params.read import read_yaml
+from dsv3.scores import SCORES
 from dsv3.tracking.events import Event
-from dsv3.tracking.metrics import METRICS
 from dsv3.tracking.results import evaluate_events, sample_events, train_events
 
 Lines = list[tuple[str, str]]
@@ -20,9 +21,6 @@ Lines = list[tuple[str, str]]
 
 TRAINING = "train"
 """The stage that begins a run; the others add to it."""
-
-SCORES = tuple(name for name, metric in METRICS.items() if metric.is_score)
-"""What `evaluate` says of every split."""
 
 
 def model_lines(size: Mapping[str, Any], record: Mapping[str, Any]) -> Lines:
@@ -44,7 +42,7 @@ def training_lines(train: Mapping[str, Any], record: Mapping[str, Any]) -> Lines
         dirty = " with uncommitted changes" if dvc.get("git_dirty") else ""
         lines.append(("text", f"{dvc.get('data_source') or 'unknown'}"))
         lines.append(("run", f"{record['name']} (Aim {record['aim_run_hash'] or 'off'})"))
-        lines.append(("commit", f"{str(dvc.get('git_sha') or 'none')[:12]}{dirty}"))
+        lines.append(("commit", f"{(dvc.get('git_sha') or 'none')[:12]}{dirty}"))
     if train:
         steps = f"{train['tokens_seen']:,} in {train['step']:,} steps, {train['epoch']:.2f} epochs"
         lines.append(("tokens seen", steps))
@@ -104,9 +102,9 @@ SHOWN: Mapping[str, Shown] = MappingProxyType(
             "metrics.json",
             evaluate_events,
             charts={
-                "validation": ("val", SCORES),
-                "test": ("test", SCORES),
-                "heldout": ("heldout", SCORES),
+                "validation": ("val", tuple(SCORES)),
+                "test": ("test", tuple(SCORES)),
+                "heldout": ("heldout", tuple(SCORES)),
                 "mtp.depth_1": ("heldout", ("mtp_acceptance",)),
             },
             lines=score_lines,
@@ -118,12 +116,20 @@ SHOWN: Mapping[str, Shown] = MappingProxyType(
 
 
 def charted(stage: str, metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:
-    """Return (subset, name, value) of what is drawn of a stage's metrics; what they lack is left out."""
+    """Return (subset, name, value) of what is drawn of a stage's metrics; what they lack is left out.
+
+    Raises `UserError` for what a stage never writes, as in a file that was damaged.
+    """
     found: list[tuple[str, str, float]] = []
     for section, (subset, names) in SHOWN[stage].charts.items() if stage in SHOWN else ():
         values: Mapping[str, Any] = metrics
         for key in filter(None, section.split(".")):
             values = values.get(key, {})
+            if not isinstance(values, Mapping):
+                raise UserError(f"metrics.json of {stage}: {section} is {values!r:.60}; must be a mapping; {REMEDY}")
+        for name in names:
+            if not isinstance(value := values.get(name, 0.0), int | float):
+                raise UserError(f"metrics.json of {stage}: {name} is {value!r:.60}; must be a number; {REMEDY}")
         found += [(subset, name, float(values[name])) for name in names if name in values]
     return found
 

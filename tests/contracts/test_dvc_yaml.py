@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import subprocess
 from dataclasses import fields
 
 import pytest
@@ -140,6 +141,18 @@ def test_only_metrics_and_plots_stay_out_of_the_cache():
     for name, stage in STAGES.items():
         for entry in stage.get("outs", []):
             assert isinstance(entry, str), f"{name}: {entry} has flags"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_git_ignores_what_dvc_holds_and_nothing_else(name: str):
+    # Then DVC writes no .gitignore of its own, and a new stage needs none.
+    stage = STAGES[name]
+    entries = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])]
+    options = [next(iter(entry.items())) if isinstance(entry, dict) else (entry, {}) for entry in entries]
+    held = {path for path, flags in options if flags.get("cache", True)}
+    command = ["git", "check-ignore", "--no-index", *(path for path, _ in options)]
+    ignored = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False).stdout
+    assert set(ignored.splitlines()) == held
 
 
 @pytest.mark.parametrize("name", NAMES)

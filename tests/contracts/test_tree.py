@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 
 from dsv3.params.data import REQUIRED_KEY
 from dsv3.params.optimizers import OPTIMIZERS
+from dsv3.scores import SCORES
 from dsv3.tracking.metrics import METRICS
 from mini_model.validation_deepseek import VARIANTS
 from tests.committed import committed_text, git, is_written
@@ -73,6 +74,7 @@ def test_every_metric_of_the_vocabulary_is_computed_somewhere():
 ROWS = {
     "tests/mini_model/test_router.py": VARIANTS["scoring_func"] + VARIANTS["topk_method"],
     "tests/dsv3/training/test_optimizer.py": tuple(OPTIMIZERS),
+    "tests/dsv3/test_scores.py": tuple(SCORES),
     "tests/dsv3/data/test_": tuple(REQUIRED_KEY),  # or in the test of its module
 }
 """Beginning of the names of the tests -> the rows of a table that they ask about."""

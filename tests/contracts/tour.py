@@ -43,7 +43,7 @@ git clone <address> dsv3-lab && cd dsv3-lab
 make repro
 ```
 
-It installs what is pinned, runs six stages, and ends with:
+It installs what is pinned, runs every stage, and ends with:
 
 ```text
 {report}

@@ -131,6 +131,10 @@ def test_json_that_is_damaged_is_one_line_with_the_remedy(tmp_path):
         (tmp_path / "run.json").write_bytes(content)
         with pytest.raises(UserError, match=r"run\.json: not JSON \(.*\); dvc checkout brings an output back"):
             read_json(tmp_path / "run.json")
+    for content in ("[]", "3", "null", '"text"'):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(UserError, match=r"run\.json: is .*; must be a JSON object; dvc checkout brings an output"):
+            read_json(tmp_path / "run.json")
 
 
 def test_digests_are_sha_256(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dsv3.artifacts import write_json
+from dsv3.errors import UserError
 from dsv3.report import report, stage_outputs
 
 ROOT = Path(__file__).parents[2]
@@ -21,8 +22,14 @@ def pipeline(tmp_path) -> Path:
     record = {
         "aim_run_hash": "abc",
         "name": "union-brig",
+        "experiment": "deepseek-v3",
+        "tags": [],
+        "fingerprint": "f1",
+        "step": 400,
         "params": {"model": {"config": "mini_model/config_nano.json"}},
         "dvc": {"git_sha": "0123456789abcdef", "git_dirty": False, "data_source": "plays"},
+        "env": {},
+        "size": {},
     }
     write_json(folder / "train" / "run.json", record)
     train = {"tokens_seen": 1500000, "step": 400, "epoch": 4.0, "device": "cpu", "num_processes": 1}
@@ -79,6 +86,49 @@ def test_a_stage_is_known_by_its_first_output_and_by_its_metrics_only_where_it_h
     paths = {"a": ["x", "y"], "b": ["x", "m.json", "n.json"], "c": ["m.json", "n.json"]}
     expected = {stage: [tmp_path / name for name in names] for stage, names in paths.items()}
     assert stage_outputs(tmp_path / "dvc.yaml") == expected
+
+
+DAMAGES = {
+    "another type": "3",
+    "a list": "[]",
+    "cut off": "{",
+    "texts for numbers": lambda text: text.replace(": ", ': "x').replace(",\n", '",\n').replace("\n}", '"\n}'),
+    "numbers for mappings": '{"heldout": 1, "router": 2, "mtp": 3, "params": 4, "dvc": 5, "parameters_total": {}}',
+    "not UTF-8": b'{"a": "\xff"}',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "name", ["train/run.json", "train/metrics.json", "evaluate/metrics.json", "estimate_size/metrics.json"]
+)
+def test_results_that_are_damaged_are_one_line_with_the_remedy(pipeline, name, damage):
+    path, content = pipeline.parent / "results" / name, DAMAGES[damage]
+    content = content(path.read_text()) if callable(content) else content
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(
+        UserError, match=r"\.json: .*; dvc checkout brings an output back, dvc repro makes it$"
+    ) as error:
+        report(pipeline)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        ("{}", "stages: "),
+        ("[]", "the file: "),
+        ("stages: 5", "stages: "),
+        ("stages: {a: 3}", "stages.a: "),
+        ("stages: {a: {outs: 3}}", "stages.a.outs: "),
+        ("stages: {a: {outs: [3]}}", "stages.a.outs.0"),
+    ],
+)
+def test_a_pipeline_that_is_none_is_one_line(tmp_path, content, where):
+    (tmp_path / "dvc.yaml").write_text(content)
+    with pytest.raises(UserError) as error:
+        report(tmp_path / "dvc.yaml")
+    assert str(error.value).startswith(f"{tmp_path / 'dvc.yaml'}: {where}") and "\n" not in str(error.value)
 
 
 def test_nothing_at_all_is_no_error(tmp_path):

@@ -1,4 +1,4 @@
-"""Full disks: any of the six stages on a small file system of its own, with any number of bytes free.
+"""Full disks: any stage on a small file system of its own, with any number of bytes free.
 
 The file system is a tmpfs, which needs the right to mount one. Where that is missing, nothing is tried, and it is said.
 """
@@ -99,7 +99,7 @@ def start(trainings: Trainings, disk: Path, stage: str, full_at: int = 0) -> Pro
 
 
 class Pipeline:
-    """The six stages run once, with room: what each began with, how much it wrote, and what it gave."""
+    """The stages run once, with room: what each began with, how much it wrote, and what it gave."""
 
     def __init__(self, trainings: Trainings, with_aim: bool) -> None:
         self.trainings = trainings

@@ -88,7 +88,7 @@ def damaged_one(trainings: Trainings, draw: random.Random, form: str, damage: st
 
 
 def full_disks(tally: Tally, number: int) -> Named:
-    """All six stages, with and without Aim, with `number` amounts of free space from none to enough."""
+    """All stages, with and without Aim, with `number` amounts of free space from none to enough."""
     del tally
     for with_aim, stage, part in product([False, True] if disks.HAS_AIM else [False], disks.STAGES, range(number)):
         name = f"{stage}, with Aim" if with_aim else stage
@@ -105,7 +105,7 @@ def filled(trainings: Trainings, draw: random.Random, with_aim: bool, stage: str
 
 
 def full_at_each_write(tally: Tally, number: int) -> Named:
-    """All six stages, with and without Aim: the disk is full from each of a stage's changes of its files on."""
+    """All stages, with and without Aim: the disk is full from each of a stage's changes of its files on."""
     del number
     for with_aim, stage in product([False, True] if disks.HAS_AIM else [False], disks.STAGES):
         name = f"{stage}, with Aim" if with_aim else stage

@@ -121,6 +121,16 @@ def test_a_pretrained_folder_is_copied_and_its_special_tokens_are_found_in_its_c
                 ("model_max_length", "true", "a number"),
             )
         ),
+        *(
+            ("good", f'{{"eos_token": "{END_OF_TEXT}", "{name}": {value}}}', ": transformers can't use it .*; bring ")
+            for name, value in (
+                ("padding_side", '"up"'),
+                ("additional_special_tokens", "5"),
+                ("added_tokens_decoder", "5"),
+                ("model_input_names", "5"),
+                ("split_special_tokens", '"x"'),
+            )
+        ),
         (EMPTY, f'{{"eos_token": "{END_OF_TEXT}"}}', "tokenizer.json: has no tokens; bring another"),
     ],
 )
@@ -136,8 +146,8 @@ def test_a_folder_that_is_no_tokenizer_is_told_in_one_line(folder, tmp_path, tok
             (source / name).write_text(text)
     with pytest.raises(UserError, match=message) as error:
         copy_pretrained(str(source), tmp_path / "copy")
-        special_tokens(read_tokenizer(tmp_path / "copy"), tmp_path / "copy")
     assert "\n" not in str(error.value)
+    assert str(source) in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "config.json"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dsv3.errors import UserError
 from dsv3.evaluation.expert_load import ExpertLoad, router_summary
-from dsv3.evaluation.sliding_window import PositionLoss, SplitScore, check_fits, evaluate, score_split, sliding_windows
+from dsv3.evaluation.sliding_window import PositionLoss, check_fits, evaluate, score_split, sliding_windows
 from dsv3.params.evaluate import EvaluateParams
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
@@ -104,16 +104,6 @@ def test_a_model_with_equal_logits_scores_the_logarithm_of_the_vocabulary(model)
     nats = score_split(zero, tokens_of(50), settings(), positions)
     assert nats / 49 == pytest.approx(math.log(272), rel=1e-6)
     assert positions.means() == pytest.approx([math.log(272)] * 16, rel=1e-6)
-
-
-def test_heldout_is_the_sum_of_both_splits_and_units_are_right():
-    one, two = SplitScore(100.0, 40, 80, 160), SplitScore(50.0, 10, 20, 40)
-    both = (one + two).metrics()
-    assert both["nats_per_token"] == 150 / 50
-    assert both["perplexity"] == pytest.approx(math.exp(3.0))
-    assert both["nats_per_char"] == 150 / 100
-    assert both["bits_per_byte"] == pytest.approx(150 / math.log(2) / 200)
-    assert (both["tokens"], both["characters"], both["bytes"]) == (50, 100, 200)
 
 
 def test_an_evaluation_holds_every_number_of_the_metrics_file(model):

@@ -20,7 +20,7 @@ from mini_model.modeling_deepseek import SCORING
 from mini_model.validation_deepseek import VARIANTS
 from tests.training_inputs import MICRO, write_inputs
 
-OTHERS = {"scoring_func": "made_up", "topk_method": "greedy", "moe_layer_freq": 2}
+OTHERS = {"scoring_func": "made_up", "topk_method": "made_up", "moe_layer_freq": 2}
 PROGRAM = """
 import sys, torch
 from transformers import AutoModelForCausalLM

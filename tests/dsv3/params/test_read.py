@@ -275,7 +275,7 @@ def test_an_architecture_that_cannot_route_is_refused_when_the_parameters_are_re
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("scoring_func", "tanh"), ("topk_method", "greedy"), ("moe_layer_freq", 2)]
+    ("name", "value"), [("scoring_func", "no such"), ("topk_method", "no such"), ("moe_layer_freq", 2)]
 )
 def test_another_router_than_the_models_is_refused_when_the_parameters_are_read(name, value):
     path = Path("mini_model/config_nano.json")

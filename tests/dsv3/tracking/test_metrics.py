@@ -1,8 +1,7 @@
 import pytest
 
-from dsv3.evaluation.sliding_window import SplitScore
 from dsv3.tracking.metrics import METRICS, TABLES, curve_names, names_of, place, unknown_names
-from dsv3.tracking.stages import SCORES, SHOWN, charted
+from dsv3.tracking.stages import SHOWN, charted
 
 
 def test_every_metric_says_what_it_is_and_names_carry_their_units():
@@ -64,8 +63,3 @@ def test_an_unknown_name_is_found():
 def test_the_names_of_a_result_are_those_of_its_values_at_any_depth():
     result = {"test": {"loss": 1.0}, "mtp": {"depth_1": {"los": 2.0}}, "perplexity": 3.0, "router": {}}
     assert sorted(names_of(result)) == ["los", "loss", "perplexity"]
-
-
-def test_what_evaluate_says_of_a_split_is_drawn_but_for_counts():
-    said = SplitScore(nats=8.0, tokens=4, characters=8, bytes=8).metrics()
-    assert set(said) - {"tokens", "characters", "bytes"} == set(SCORES)

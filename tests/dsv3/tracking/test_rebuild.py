@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 import sys
@@ -132,12 +133,51 @@ def test_a_tracker_that_cannot_be_imported_is_a_mistake_here(project, results, m
         main("wandb", results)
 
 
+PICTURE = "evaluate/figures/loss_by_position.png"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("samples.md", content) for content in (b"caf\xe9", "pipe")),
+        *(
+            (f"results/train/{table}.tsv", content)
+            for table in ("history", "router")
+            for content in (b"\xff", b"loss\n1.0\n", b"step\tloss\n\t1.0\n", b"step\tloss\nnan\t1\n", b"a\tb\n1\t2\n")
+        ),
+        ("results/train/history.tsv", b"step\tloss\ninf\t1\n"),
+        ("results/train/router.tsv", b"step\tlayer\tload_shares\n1\t1\ta b\n"),
+        ("results/train/fp8.tsv", b"step\tmodule\trelative_error\n1\tmodel\t0.1\n"),
+        *(("results/evaluate/expert_load.tsv", content) for content in (b"layer\texpert\n1\t0\n", b"layer\n\xff\n")),
+        *(
+            ("results/evaluate/metrics.json", content)
+            for content in (b"[]", b"3", b"{", b"\xff", b'{"heldout": 3}', b'{"heldout": {"perplexity": "x"}}')
+        ),
+        ("results/train/metrics.json", b"[]"),
+        ("results/train/run.json", b"{}"),
+        *((f"results/{PICTURE}", content) for content in (b"", b"no picture", b"\x89PNG\r\n\x1a\n")),
+    ],
+)
+def test_results_that_are_damaged_are_one_line(project, results, params, name, content):
+    pytest.importorskip("tensorboard")
+    (project / name).parent.mkdir(exist_ok=True)
+    (project / name).unlink(missing_ok=True)
+    if content == "pipe":
+        os.mkfifo(project / name)  # is no page, and is not waited for
+        rebuild(results, project / "samples.md", params, load_tracker("tensorboard", params.runtime))
+        return
+    (project / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"; dvc checkout brings an output back, dvc repro makes it$") as error:
+        rebuild(results, project / "samples.md", params, load_tracker("tensorboard", params.runtime))
+    assert name.rpartition("/")[2] in str(error.value) and "\n" not in str(error.value)
+
+
 def test_empty_cells_are_left_out(results):
-    assert read_table(results / "train" / "history.tsv") == [
+    assert read_table(results / "train" / "history.tsv", ["step"]) == [
         {"step": 10.0, "loss": 4.0},
         {"step": 20.0, "loss": 3.5, "grad_norm": 1.0},
     ]
-    assert read_table(results / "nothing.tsv") == []
+    assert read_table(results / "nothing.tsv", ["step"]) == []
 
 
 def test_without_a_training_there_is_nothing_to_build(tmp_path, params):

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from dsv3.errors import UserError, is_disk_full
+from dsv3.params.optimizers import OPTIMIZERS
 from dsv3.training import checkpoint
 from dsv3.training.launch import check_sharding
 from dsv3.training.optimizer import balanced_owners, rows_per_process
@@ -58,8 +59,7 @@ def case(
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "muon": case(2),
-    "adamw": case(2, optim="adamw"),
+    **{name: case(2, optim=name) for name in OPTIMIZERS},
     "bf16 moments": case(2, optim="adamw", adam_moments_dtype="bf16"),
     "checkpointing": case(2, gradient_checkpointing=True),
     "kept after the forward pass": case(2, reshard_after_forward=False),
