@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, TypeVar
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dsv3.errors import DiskFull, UserError, is_disk_full, one_line
+from dsv3.errors import DiskFull, UserError, is_disk_full, one_line, system_errno
 
 REMEDY = "dvc checkout brings an output back, dvc repro makes it"
 """What to do where a stage's output is damaged."""
@@ -188,10 +188,11 @@ def replacing_directory(path: Path, contents: Sequence[str] = ("*",)) -> Iterato
 
 @contextmanager
 def reporting_full_disk(path: Path) -> Iterator[None]:
-    """Turn a full disk, met within the block while `path` is written, into a `DiskFull` that names its folder.
+    """Turn what the disk refuses, within the block while `path` is written, into an error that names the place.
 
-    What is half-written still lies beside it, and is part of the room that was too small. torch's archive writer has
-    several texts, of which none names the reason: on a disk without room it is taken to be that.
+    A full disk, or a file that may not be so large, is `DiskFull`; what is half-written still lies beside it, and is
+    part of the room that was too small. torch's archive writer has several texts, of which none names the reason: on a
+    disk without room it is taken to be that. What else the system refuses a library of Rust is `OSError`.
     """
     try:
         yield
@@ -200,7 +201,13 @@ def reporting_full_disk(path: Path) -> Iterator[None]:
     except Exception as error:
         folder = next(each for each in path.parents if each.is_dir())
         free = shutil.disk_usage(folder).free
+        is_of_torch = isinstance(error, RuntimeError) and "inline_container" in str(error)
         if not is_disk_full(error) and not (isinstance(error, RuntimeError) and free < CHUNK_BYTES):
+            if is_of_torch or (number := system_errno(error)) == errno.EFBIG:
+                line = f"{path.parent}: {path.name} can't be written ({one_line(error)}), with {free:,} bytes free"
+                raise DiskFull(f"{line}; raise ulimit -f, or use a disk with larger files") from None
+            if number and not isinstance(error, OSError):
+                raise OSError(number, os.strerror(number), str(path)) from None
             raise
         room = free + allocated_bytes(temporary_name(path))
         line = f"{path.parent}: the disk is full: {path.name} needs more than the {room:,} bytes that are free"

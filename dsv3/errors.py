@@ -6,6 +6,7 @@ and keeps its traceback.
 """
 
 import errno
+import re
 import signal
 from typing import Any
 
@@ -21,18 +22,26 @@ class UserError(Exception):
 
 
 class DiskFull(UserError):
-    """There is no room for what is written: where, how much there is, the remedy."""
+    """There is no room for what is written, or a file may not be so large: where, how much there is, the remedy."""
+
+
+def system_errno(error: BaseException) -> int:
+    """Return the number of the system's error, which Rust's libraries state in a text; 0 for an error of others."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether the system had no room for a file; safetensors says so in a text of its own type."""
-    is_known = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    """Return whether the system had no room for a file; libraries say so in texts of their own types."""
+    is_known = system_errno(error) in (errno.ENOSPC, errno.EDQUOT)
     return is_known or any(text in str(error) for text in ("No space left on device", "Disk quota exceeded"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory could not be had; torch says so in a type for GPUs and in texts, safetensors in a text."""
-    is_known = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    is_known = isinstance(error, MemoryError) or system_errno(error) == errno.ENOMEM
     texts = ("can't allocate memory", "Cannot allocate memory")
     return is_known or type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in texts)
 

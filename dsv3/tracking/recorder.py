@@ -7,6 +7,7 @@ killed run keeps its history; a resumed run gets its rows from the checkpoint, a
 database that a clone of the repository does not have.
 """
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from dsv3.tracking.stages import valid_events
 from dsv3.tracking.tracker import OpenTrackers, open_trackers
 
 Cells = dict[str, Cell]
+
+logger = logging.getLogger(__name__)
 
 
 class RecordedVersion(BaseModel):
@@ -161,7 +164,8 @@ def add_to_run(run: Path, params: Params, events: Iterable[Event]) -> None:
     """Show what a later stage made in the trackers: in the run of the training that wrote `run` (its run.json).
 
     A stage of another experiment, or with other parameters, has a run of its own (`later_identity`). A run that is new,
-    or lost, is first given the training's rows and what other stages left that is still valid.
+    or lost, is first given the training's rows and what other stages left that is still valid; of what is damaged, a
+    line is logged.
     """
     events = list(events)
     for event in events:
@@ -170,8 +174,12 @@ def add_to_run(run: Path, params: Params, events: Iterable[Event]) -> None:
     record = read_record(run)
     identity, run_hash = later_run(record, params, os.environ.get("DVC_EXP_NAME"))
     trackers = open_trackers(params.runtime, identity, run_hash, "add")
-    trackers.write_missing(train_events(run, record["step"]))
-    trackers.write_missing(valid_events(Path("dvc.lock"), identity.params, record["step"]))
+    step = record["step"]
+    for earlier in (train_events(run, step), valid_events(Path("dvc.lock"), identity.params, step)):
+        try:
+            trackers.write_missing(earlier)
+        except UserError as error:  # a view is no reason to lose what this stage has computed
+            logger.warning("the trackers lack what an earlier stage left: %s", error)
     for event in events:
         trackers.write(event)
     trackers.close("finished")

@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -286,6 +288,35 @@ def test_what_is_written_in_a_folder_is_named_and_not_the_folder(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
+WRITERS = {
+    "system": lambda path: path.write_bytes(bytes(1 << 18)),
+    "safetensors": lambda path: save_file({"weight": np.zeros(1 << 16)}, path),
+    "torch": lambda path: torch.save({"weight": torch.zeros(1 << 16)}, path),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("replace", [replacing, replacing_directory])
+def test_a_file_that_may_not_be_so_large_is_told_and_leaves_nothing(tmp_path, writer, replace):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        match = rf"{tmp_path}: new can't be written .*; raise ulimit -f"
+        with pytest.raises(DiskFull, match=match), replace(tmp_path / "new") as path:
+            WRITERS[writer](path / "file" if replace is replacing_directory else path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EACCES])
+def test_what_the_system_refuses_a_library_is_told_as_the_systems_error(tmp_path, number):
+    text = f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
+    with pytest.raises(OSError) as error, replacing(tmp_path / "new"):
+        raise SafetensorError(text)
+    assert (error.value.errno, error.value.filename) == (number, str(tmp_path / "new"))
+
+
 def test_allocated_bytes_are_those_of_all_files_below(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").write_bytes(b"x" * 10_000)
@@ -294,9 +325,12 @@ def test_allocated_bytes_are_those_of_all_files_below(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["PytorchStreamWriter failed writing file data/0", "unexpected pos 39744 vs 39632"])
-def test_torchs_writer_fails_for_a_full_disk_or_for_reasons_of_its_own(tmp_path, monkeypatch, text):
+def test_torchs_writer_fails_for_a_full_disk_or_for_too_large_a_file(tmp_path, monkeypatch, text):
     error = RuntimeError(f"[enforce fail at inline_container.cc:672] . {text}")
-    with pytest.raises(RuntimeError), replacing(tmp_path / "new"):
+    with (
+        pytest.raises(DiskFull, match=rf"{tmp_path}: new can't be written .*{text}.*; raise"),
+        replacing(tmp_path / "new"),
+    ):
         raise error
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
     with pytest.raises(UserError, match="the disk is full"), replacing(tmp_path / "new"):

@@ -89,6 +89,23 @@ def test_later_stages_add_to_the_same_folder(bare_project, identity, runtime, pa
     assert list(found.Histograms("load_share/1")[0].histogram_value.bucket) == [3.0, 1.0]
 
 
+def test_a_later_stage_is_shown_though_what_the_training_left_is_damaged_which_is_said(
+    bare_project, identity, runtime, params, monkeypatch, caplog
+):
+    monkeypatch.delenv("DVC_EXP_NAME")
+    training = open_recorder(bare_project / "results", runtime, identity)
+    training.log("history", {"step": 10, "loss": 4.0})
+    training.close("finished")
+    write_json(bare_project / "results" / "run.json", training.run_record())
+    shutil.rmtree(bare_project / "runs")
+    (bare_project / "results" / "history.tsv").write_text("loss\n1.0\n")
+    own = params.model_copy(update={"runtime": runtime})
+    add_to_run(bare_project / "results" / "run.json", own, [Result("evaluate", {"test": SCORES}, 10)])
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("the trackers lack what an earlier stage left: ") and "history.tsv:2: is no row" in line
+    assert [event.value for event in events(bare_project).Scalars("evaluate/test/nats_per_char")] == [1.5]
+
+
 def test_an_evaluation_with_other_parameters_has_a_folder_of_its_own_with_the_trainings_curves(
     bare_project, identity, runtime, params, monkeypatch
 ):
