@@ -88,18 +88,14 @@ def test_this_project_and_the_code_beside_it_compute_it(tmp_path):
     assert torch.equal(load_model(model, torch.device("cpu"))(input_ids=torch.arange(20)[None]).logits, expected)
     assert load_tokenizer(model)("the king").input_ids
 
-    # The files as one who follows the recipe would have changed them.
-    edits = {
-        "modeling_deepseek.py": (
-            '{"sigmoid": torch.sigmoid',
-            '{"sigmoid": torch.sigmoid, "made_up": lambda x: x.softmax(-1)',
-        ),
-        "validation_deepseek.py": ('("sigmoid",', '("sigmoid", "made_up",'),
+    # The rows that the recipe's follower would have added, behind the tables.
+    rows = {
+        "modeling_deepseek.py": 'SCORING["made_up"] = lambda x: x.softmax(-1)',
+        "validation_deepseek.py": 'VARIANTS["scoring_func"] = (*VARIANTS["scoring_func"], "made_up")',
     }
-    for name, (old, new) in edits.items():
-        text = (model / name).read_text()
-        assert text.count(old) == 1, name
-        (model / name).write_text(text.replace(old, new))
+    for name, row in rows.items():
+        with (model / name).open("a", encoding="utf-8") as file:
+            file.write(f"\n{row}\n")
     again = tmp_path / "again"
     words = [sys.executable, "-c", PROGRAM, model, tmp_path / "logits.pt", again]
     done = subprocess.run(list(map(str, words)), cwd=tmp_path, capture_output=True, text=True, check=False)
