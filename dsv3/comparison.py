@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dsv3.artifacts import REMEDY
 from dsv3.errors import UserError
 from dsv3.markdown import escaped
 from dsv3.statistics import Sample
@@ -76,14 +77,26 @@ def read_runs(names: Sequence[str]) -> list[Run]:
 
 
 def _of_revision(found: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return what DVC found in the files of a revision, all files together; names of one commit share an entry."""
-    files = next((each.get("data", {}) for names, each in found.items() if name in names.split(",")), {})
+    """Return what DVC found in the files of a revision, all files together; names of one commit share an entry.
+
+    Files that are not there have nothing; raises `UserError` for one that DVC can't read.
+    """
+    entry = next((each for names, each in found.items() if name in names.split(",")), {})
+    files: Mapping[str, Any] = entry.get("data", {})
+    errors = {"": entry.get("error"), **{path: file.get("error") for path, file in files.items()}}
+    for path, error in errors.items():
+        if error is not None and not isinstance(error, FileNotFoundError):
+            raise UserError(f"{name}: {path or 'dvc.yaml'}: {error}; git checkout brings a file back")
     return {key: value for file in files.values() for key, value in file.get("data", {}).items()}
 
 
 def _run(name: str, params: Mapping[str, Any], numbers: Mapping[str, Any]) -> Run:
     shaping = {key: value for key, value in params.items() if key != "runtime"}
-    return Run(name, flat(shaping), {key: numbers[key] for key in HEADLINE if key in numbers})
+    found = {key: numbers[key] for key in HEADLINE if key in numbers}
+    for key, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{name}: headline.json: {key} is {value!r:.60}; must be a number; {REMEDY}")
+    return Run(name, flat(shaping), found)
 
 
 def flat(nested: Mapping[str, Any]) -> dict[str, Any]:

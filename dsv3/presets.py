@@ -23,7 +23,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from dsv3.artifacts import write_text
 from dsv3.cli import ParamsOption, run_app
-from dsv3.errors import UserError
+from dsv3.errors import UserError, one_line
 from dsv3.params.read import read_yaml, validated
 
 FOLDER = Path(__file__).resolve().parents[1] / "presets"
@@ -53,15 +53,22 @@ def read_preset(name: str) -> Overlay:
     """Return what the preset changes; raise `UserError` where there is none of that name."""
     if name not in preset_names():
         raise UserError(f"{name} is no preset; known: {', '.join(preset_names())}")
-    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
-    sections: dict[str, dict[str, Any]] = round_trip().load(text)  # numbers remember how they are written
+    path = FOLDER / f"{name}.yaml"
+    stated = read_yaml(path)
+    if not isinstance(stated, dict) or not all(isinstance(values, dict) and values for values in stated.values()):
+        raise UserError(f"{path}: is no preset; must hold sections of params.yaml with their keys")
+    for section, values in stated.items():
+        for key, value in values.items():
+            if isinstance(value, dict | list):
+                raise UserError(f"{path}: {section}.{key} is {value!s:.60}; must be one value")
+    sections = round_trip().load(path.read_text(encoding="utf-8"))  # numbers remember how they are written
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
 def purpose(name: str) -> str:
     """Return the first sentence of the comment at the top of the preset."""
-    lines = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    return lines[0].removeprefix("# ")
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8", errors="replace")
+    return one_line(text.partition("\n")[0]).removeprefix("# ")
 
 
 def flags(overlay: Overlay) -> list[str]:
@@ -79,7 +86,7 @@ def _override(value: Any) -> str:
 
 def own_values(pairs: list[str], params: Path) -> Overlay:
     """Return texts like `train.max_steps=10` as an overlay; raise `UserError` for one that names no parameter."""
-    known = read_yaml(params)
+    known = _sections(params)
     overlay = {}
     for pair in pairs:
         name, is_pair, value = pair.partition("=")
@@ -94,14 +101,26 @@ def own_values(pairs: list[str], params: Path) -> Overlay:
 def merged(values: dict[str, Any], overlay: Overlay) -> dict[str, Any]:
     """Return `values`, changed in place, with the overlay's values in it."""
     for name, value in overlay.items():
-        section, key = name.split(".")
+        section, _, key = name.partition(".")
+        if not isinstance(values.get(section), dict):
+            raise UserError(
+                f"params.yaml has no section {section}, for {name}; git checkout params.yaml brings it back"
+            )
         values[section][key] = value
+    return values
+
+
+def _sections(params: Path) -> dict[str, Any]:
+    """Return the values in the file `params`; raise `UserError` where they are no mapping."""
+    values = read_yaml(params)
+    if not isinstance(values, dict):
+        raise UserError(f"{params}: is {values!s:.60}; must hold sections; git checkout {params} brings it back")
     return values
 
 
 def apply_preset(overlay: Overlay, params: Path) -> None:
     """Write the overlay into the file `params`, whose comments and order stay; nothing if the result is not valid."""
-    validated(merged(read_yaml(params), overlay), params)
+    validated(merged(_sections(params), overlay), params)
     yaml = round_trip()
     commented = yaml.load(params.read_text(encoding="utf-8"))
     text = StringIO()

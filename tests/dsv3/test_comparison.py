@@ -1,8 +1,11 @@
+import json
+import subprocess
 from dataclasses import replace
 
 import pytest
+from dvc.repo import Repo
 
-from dsv3.comparison import LEGEND, Run, comparison, difference, flat, grouped, with_interval
+from dsv3.comparison import LEGEND, Run, comparison, difference, flat, grouped, read_runs, with_interval
 from dsv3.errors import UserError
 from dsv3.statistics import Sample
 
@@ -97,6 +100,46 @@ def test_many_runs_and_long_values_stay_within_the_terminal():
     assert all(f"experiment-{at}" in text for at in range(7))
     for part in text.split("\n\n"):
         assert part.count("\ntrain.optim") == 1
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository of DVC with one parameter and one headline number, which are not committed."""
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    Repo.init().close()
+    stage = {"cmd": "true", "params": ["seed"], "metrics": [{"headline.json": {"cache": False}}]}
+    (tmp_path / "dvc.yaml").write_text(json.dumps({"stages": {"a": stage}}))
+    (tmp_path / "params.yaml").write_text("seed: 1\n")
+    (tmp_path / "headline.json").write_text('{"heldout": 1.5}')
+    return tmp_path
+
+
+def test_a_run_is_what_dvc_reads_and_one_without_results_has_no_numbers(repository):
+    assert read_runs(["workspace"]) == [Run("workspace", {"seed": 1}, {"heldout": 1.5})]
+    (repository / "headline.json").unlink()
+    assert read_runs(["workspace"]) == [Run("workspace", {"seed": 1}, {})]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "headline.json",
+            '{"heldout": "x"}',
+            "^workspace: headline.json: heldout is 'x'; must be a number; dvc checkout",
+        ),
+        ("headline.json", '{"heldout": true}', "^workspace: headline.json: heldout is True; must be a number"),
+        ("headline.json", '{"heldout": {"a": 1}}', "^workspace: headline.json: heldout is .*; must be a number"),
+        ("headline.json", "{", "^workspace: headline.json: .*; git checkout brings a file back$"),
+        ("params.yaml", "{", "^workspace: .*params.yaml.*; git checkout brings a file back$"),
+        ("dvc.yaml", "{", "dvc.yaml"),
+    ],
+)
+def test_what_dvc_cannot_read_is_one_line_instead_of_a_dash(repository, name, content, message):
+    (repository / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_runs(["workspace"])
 
 
 def test_runs_without_results_are_a_users_mistake():

@@ -99,6 +99,44 @@ def test_an_unknown_preset_is_answered_with_the_known_ones():
         read_preset("huge")
 
 
+@pytest.mark.parametrize("content", [b"[]", b"{}", b"3", b"", b"train: 3", b"seed: 1", b"{", b"\xff", b"a: &a [*a]"])
+def test_damaged_parameters_are_one_line(content):
+    Path("params.yaml").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        apply_preset(read_preset("quality_cpu"), Path("params.yaml"))
+    assert "params.yaml" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError) as error:
+        presets.own_values(["train.max_steps=1"], Path("params.yaml"))
+    assert "params.yaml" in str(error.value) and "\n" not in str(error.value)
+    assert Path("params.yaml").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        *((text, "is no preset; must hold sections") for text in (b"", b"[]", b"3", b"train: 3", b"train: {}")),
+        *(
+            (b"train: {max_steps: %s}" % text, "train.max_steps is .*; must be one value")
+            for text in (b"[1]", b"{a: 1}")
+        ),
+        (b"{", "not YAML"),
+        (b"\xff", "is not UTF-8"),
+        (b"a.b: {c: 1}", "params.yaml has no section a, for a.b.c"),
+        (b"train: {x.y: 1}", "train.x.y is no parameter"),
+        (b"train: {3: 4}", "train.3 is no parameter"),
+    ],
+)
+def test_a_file_that_is_no_preset_is_one_line_and_is_listed_with_the_others(monkeypatch, tmp_path, content, message):
+    monkeypatch.setattr(presets, "FOLDER", tmp_path / "presets")
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets" / "mine.yaml").write_bytes(content)
+    assert preset_names() == ["mine"]
+    assert "\n" not in purpose("mine")
+    with pytest.raises(UserError, match=message) as error:
+        apply_preset(read_preset("mine"), Path("params.yaml"))
+    assert "\n" not in str(error.value)
+
+
 def test_flags_are_what_dvc_exp_run_takes_and_read_back_as_the_same_values():
     """`-S` takes Hydra's grammar, whose scalars are YAML's."""
     overlay = {"train.use_fp8": True, "data.path": None, "train.learning_rate": 2.5e-4, "train.optim": "adamw"}
