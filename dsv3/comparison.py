@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv3.artifacts import REMEDY
-from dsv3.errors import UserError
+from dsv3.errors import UserError, one_line
 from dsv3.markdown import escaped
 from dsv3.statistics import Sample
 from dsv3.tracking.metrics import HEADLINE
@@ -79,14 +79,16 @@ def read_runs(names: Sequence[str]) -> list[Run]:
 def _of_revision(found: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return what DVC found in the files of a revision, all files together; names of one commit share an entry.
 
-    Files that are not there have nothing; raises `UserError` for one that DVC can't read.
+    Files that are not there have nothing; raises `UserError` for a revision, or a file of it, that DVC can't read.
     """
+    from dvc.utils.serialize import ParseError
+
     entry = next((each for names, each in found.items() if name in names.split(",")), {})
     files: Mapping[str, Any] = entry.get("data", {})
-    errors = {"": entry.get("error"), **{path: file.get("error") for path, file in files.items()}}
-    for path, error in errors.items():
-        if error is not None and not isinstance(error, FileNotFoundError):
-            raise UserError(f"{name}: {path or 'dvc.yaml'}: {error}; git checkout brings a file back")
+    errors = [(path, error) for path, file in files.items() if isinstance(error := file.get("error"), ParseError)]
+    for path, error in [("dvc.yaml", entry.get("error")), *errors]:
+        if error is not None:
+            raise UserError(f"{name}: {path}: {one_line(error)}; git checkout brings a file back")
     return {key: value for file in files.values() for key, value in file.get("data", {}).items()}
 
 
