@@ -163,14 +163,15 @@ def check_routing(config: Any) -> None:
         raise ValueError(f"n_group is {groups}; must divide n_routed_experts ({experts})")
     size = experts // groups
     if groups > 1 and size < GROUP_SCORE_TERMS:
-        raise ValueError(f"n_group is {groups}; leaves {size} experts per group, must leave at least 2")
+        most = experts // GROUP_SCORE_TERMS
+        raise ValueError(f"n_group is {groups}; must be <= {most}, half of n_routed_experts ({experts}), or 1")
     if config.topk_group > groups:
         raise ValueError(f"topk_group is {config.topk_group}; must be <= n_group ({groups})")
     reachable = config.topk_group * size
     if config.num_experts_per_tok > reachable:
+        where = f"topk_group ({config.topk_group}) of n_group ({groups}) groups of n_routed_experts ({experts})"
         raise ValueError(
-            f"num_experts_per_tok is {config.num_experts_per_tok}; must be <= {reachable}, "
-            f"the experts of topk_group ({config.topk_group}) groups"
+            f"num_experts_per_tok is {config.num_experts_per_tok}; must be <= {reachable}, the experts of {where}"
         )
 
 

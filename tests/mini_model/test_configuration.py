@@ -14,11 +14,12 @@ SHIPPED = sorted((PROJECT / "mini_model").glob("config*.json"))
     ("overrides", "message"),
     [
         ({"n_group": 3}, "n_group is 3; must divide n_routed_experts (8)"),
-        ({"n_group": 8, "topk_group": 8}, "n_group is 8; leaves 1 experts per group, must leave at least 2"),
+        ({"n_group": 8, "topk_group": 8}, "n_group is 8; must be <= 4, half of n_routed_experts (8), or 1"),
         ({"topk_group": 5}, "topk_group is 5; must be <= n_group (4)"),
         (
             {"topk_group": 1, "num_experts_per_tok": 3},
-            "num_experts_per_tok is 3; must be <= 2, the experts of topk_group (1) groups",
+            "num_experts_per_tok is 3; must be <= 2, the experts of topk_group (1) of n_group (4) groups of "
+            "n_routed_experts (8)",
         ),
         ({"n_group": 0}, "n_group is 0; must be >= 1"),
         ({"qk_rope_head_dim": 3}, "qk_rope_head_dim is 3; must be a multiple of 2"),
@@ -33,6 +34,19 @@ def test_an_architecture_that_cannot_route_is_refused_in_one_line(micro_config, 
     with pytest.raises(ValueError) as caught:
         micro_config(**overrides)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("name", ["n_routed_experts", "n_group", "topk_group", "num_experts_per_tok"])
+def test_the_one_field_that_was_changed_is_named(micro_config, name):
+    others = {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
+    refused = 0
+    for value in range(1, 20):
+        try:
+            micro_config(**{**others, name: value})
+        except ValueError as error:
+            refused += 1
+            assert name in str(error), str(error)
+    assert 0 < refused < 19
 
 
 @pytest.mark.parametrize(("file", "parameters"), [("config.json", 5_691_664_384), ("config_tiny.json", 142_435_584)])

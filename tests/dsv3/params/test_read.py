@@ -193,9 +193,13 @@ def test_a_file_that_is_missing_or_no_yaml_is_one_line():
     ("changes", "line"),
     [
         ({"n_group": 3}, "n_group is 3; must divide n_routed_experts (8)"),
-        ({"n_group": 8}, "n_group is 8; leaves 1 experts per group, must leave at least 2"),
+        ({"n_group": 8}, "n_group is 8; must be <= 4, half of n_routed_experts (8), or 1"),
         ({"topk_group": 3}, "topk_group is 3; must be <= n_group (2)"),
-        ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5; must be <= 4, the experts of topk_group (1) groups"),
+        (
+            {"num_experts_per_tok": 5},
+            "num_experts_per_tok is 5; must be <= 4, the experts of topk_group (1) of n_group (2) groups of "
+            "n_routed_experts (8)",
+        ),
         ({"qk_rope_head_dim": 31}, "qk_rope_head_dim is 31; must be a multiple of 2"),
         ({"n_routed_experts": 0}, "n_routed_experts is 0; must be >= 1"),
         ({"q_lora_rank": 0}, "q_lora_rank is 0; must be >= 1"),
