@@ -105,7 +105,8 @@ class Architecture(BaseModel):
             raise ValueError(f"{name} is no field of this architecture{suggestion(name, cls.model_fields)}")
         for name in sorted(set(fields) & HARMLESS):
             if not _is_json(fields[name]):
-                raise ValueError(f"{name} holds what JSON does not have, such as NaN; leave it out")
+                value = json.dumps(fields[name])
+                raise ValueError(f"{name} is {value:.60}; must be finite numbers and whole characters; leave it out")
         return fields
 
     @model_validator(mode="after")

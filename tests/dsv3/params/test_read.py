@@ -213,10 +213,16 @@ def test_a_file_that_is_missing_or_no_yaml_is_one_line():
         ({"norm_topk_prob": "true"}, "norm_topk_prob is 'true'; input should be a valid boolean"),
         (
             {"aux_loss_alpha": float("nan")},
-            "aux_loss_alpha holds what JSON does not have, such as NaN; leave it out",
+            "aux_loss_alpha is NaN; must be finite numbers and whole characters; leave it out",
         ),
-        ({"id2label": {"0": float("inf")}}, "id2label holds what JSON does not have, such as NaN; leave it out"),
-        ({"_name_or_path": "\ud800"}, "_name_or_path holds what JSON does not have, such as NaN; leave it out"),
+        (
+            {"id2label": {"0": float("inf")}},
+            'id2label is {"0": Infinity}; must be finite numbers and whole characters; leave it out',
+        ),
+        (
+            {"_name_or_path": "\ud800"},
+            '_name_or_path is "\\ud800"; must be finite numbers and whole characters; leave it out',
+        ),
         ({"n_routed_expert": 4}, "n_routed_expert is no field of this architecture; did you mean n_routed_experts?"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; must be one of 'silu'"),
         ({"model_type": "llama"}, "model_type is 'llama'; must be one of 'deepseek_v3' or 'deepseek_v3_variant'"),
