@@ -200,10 +200,10 @@ def reporting_full_disk(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         folder = next(each for each in path.parents if each.is_dir())
-        free = shutil.disk_usage(folder).free
+        free, number = shutil.disk_usage(folder).free, system_errno(error)
         is_of_torch = isinstance(error, RuntimeError) and "inline_container" in str(error)
         if not is_disk_full(error) and not (isinstance(error, RuntimeError) and free < CHUNK_BYTES):
-            if is_of_torch or (number := system_errno(error)) == errno.EFBIG:
+            if is_of_torch or number == errno.EFBIG:
                 line = f"{path.parent}: {path.name} can't be written ({one_line(error)}), with {free:,} bytes free"
                 raise DiskFull(f"{line}; raise ulimit -f, or use a disk with larger files") from None
             if number and not isinstance(error, OSError):
@@ -304,11 +304,16 @@ def read_model(path: Path, model: type[Content], remedy: str) -> Content:
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror}); {remedy}") from None
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"{path}: {where}: {first['msg']}; {remedy}") from None
+        raise invalid(path, error, remedy) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); {remedy}") from None
+
+
+def invalid(path: Path, error: ValidationError, remedy: str) -> UserError:
+    """Return what is told of a file whose content is not as its model says: the first place, and what is wrong."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = one_line(".".join(map(str, first["loc"])) or "the file")
+    return UserError(f"{path}: {where}: {first['msg']}; {remedy}")
 
 
 def check_weights(folder: Path) -> None:

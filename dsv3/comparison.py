@@ -85,10 +85,10 @@ def _of_revision(found: Mapping[str, Any], name: str) -> dict[str, Any]:
 
     entry = next((each for names, each in found.items() if name in names.split(",")), {})
     files: Mapping[str, Any] = entry.get("data", {})
-    errors = [(path, error) for path, file in files.items() if isinstance(error := file.get("error"), ParseError)]
-    for path, error in [("dvc.yaml", entry.get("error")), *errors]:
-        if error is not None:
-            raise UserError(f"{name}: {path}: {one_line(error)}; git checkout brings a file back")
+    errors = {f" {path}:": file.get("error") for path, file in files.items()} | {"": entry.get("error")}
+    for where, error in errors.items():
+        if isinstance(error, ParseError) or (error is not None and not where):  # of the whole, DVC names the place
+            raise UserError(f"{name}:{where} {one_line(error)}; git checkout brings a file back")
     return {key: value for file in files.values() for key, value in file.get("data", {}).items()}
 
 

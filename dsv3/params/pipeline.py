@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from dsv3.errors import UserError, one_line
+from dsv3.artifacts import invalid
 from dsv3.params.read import read_yaml
 
 Entry = str | dict[str, Any]
@@ -32,9 +32,7 @@ def read_outputs(pipeline: Path, kinds: Iterable[str] = ("outs", "metrics", "plo
     try:
         stages = Pipeline.model_validate(read_yaml(pipeline)).stages
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = one_line(".".join(map(str, first["loc"])) or "the file")
-        raise UserError(f"{pipeline}: {where}: {first['msg']}; git checkout brings the file back") from None
+        raise invalid(pipeline, error, "git checkout brings the file back") from None
     return {name: [_path(entry) for kind in kinds for entry in getattr(stage, kind)] for name, stage in stages.items()}
 
 

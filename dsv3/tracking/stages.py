@@ -127,10 +127,10 @@ def charted(stage: str, metrics: Mapping[str, Any]) -> list[tuple[str, str, floa
             values = values.get(key, {})
             if not isinstance(values, Mapping):
                 raise UserError(f"metrics.json of {stage}: {section} is {values!r:.60}; must be a mapping; {REMEDY}")
-        for name in names:
-            if not isinstance(value := values.get(name, 0.0), int | float):
+        for name in filter(values.__contains__, names):
+            if not isinstance(value := values[name], int | float):
                 raise UserError(f"metrics.json of {stage}: {name} is {value!r:.60}; must be a number; {REMEDY}")
-        found += [(subset, name, float(values[name])) for name in names if name in values]
+            found.append((subset, name, float(value)))
     return found
 
 

@@ -132,8 +132,8 @@ def test_a_run_is_what_dvc_reads_and_one_without_results_has_no_numbers(reposito
         ("headline.json", '{"heldout": true}', "^workspace: headline.json: heldout is True; must be a number"),
         ("headline.json", '{"heldout": {"a": 1}}', "^workspace: headline.json: heldout is .*; must be a number"),
         ("headline.json", "{", "^workspace: headline.json: .*; git checkout brings a file back$"),
-        ("params.yaml", "{", "^workspace: .*params.yaml.*; git checkout brings a file back$"),
-        ("dvc.yaml", "{", "dvc.yaml"),
+        ("params.yaml", "{", "^workspace: unable to read: .*params.yaml.*; git checkout brings a file back$"),
+        ("dvc.yaml", "{", "^workspace: .*dvc.yaml.*; git checkout brings a file back$"),
     ],
 )
 def test_what_dvc_cannot_read_is_one_line_instead_of_a_dash(repository, name, content, message):
