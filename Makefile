@@ -1,6 +1,6 @@
 # One word per need; `make help` lists them. Everything runs in .venv, which the first one that needs it makes.
 .DEFAULT_GOAL := help
-.PHONY: help setup repro compare test test-ui soak check audit format ui bench ablations clean
+.PHONY: help setup repro compare test test-ui soak check audit format ui bench ablations scaling clean
 
 BIN := .venv/bin
 # The first that runs and can make an environment: a name on the PATH may be a shim without a Python behind it. Those
@@ -73,6 +73,11 @@ JOBS ?= 1
 ablations: setup ## train the recipe without each of its parts (hours; JOBS=2: two at a time), write docs/ablations.md
 	$(BIN)/python -m benchmarks.study run ablations --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.study report ablations
+
+SET ?=
+scaling: setup ## train smaller and larger models for longer and shorter (hours), fit a law, write docs/scaling.md
+	$(BIN)/python -m benchmarks.study run scaling --jobs $(JOBS) $(addprefix -S ,$(SET))
+	$(BIN)/python -m benchmarks.study report scaling
 
 clean: ## remove caches and all checkpoints, those to go on from among them; data, results, runs and .venv stay
 	rm -rf .checkpoints .pytest_cache .ruff_cache .hypothesis .import_linter_cache .triton_cache

@@ -70,6 +70,7 @@ def report(
     from benchmarks.studies.pages import replace_section
     from benchmarks.studies.report import section
     from benchmarks.studies.results import checked_with_dvc, read_results
+    from benchmarks.studies.scaling import section as law_section
     from dsv3.evaluation.figures import save_figure
 
     study = read_study(name)
@@ -81,7 +82,8 @@ def report(
         save_figure(figure(study, results), picture)
     recorded = {message for message in messages.values() if not message.startswith("dvc: ")}  # DVC's own words
     conditions = how or "; ".join(sorted(recorded)) or "on a machine that was not recorded"
-    text = section(name, study, results, conditions, picture.relative_to(page.parent).as_posix())
+    write_section = law_section if study.figure == "law" and results else section
+    text = write_section(name, study, results, conditions, picture.relative_to(page.parent).as_posix())
     replace_section(page, name, text)
     typer.echo(f"{page}: {len(results)} of {len(run_names(name, study))} runs, {len(messages)} compared with DVC")
 

@@ -38,8 +38,8 @@ class Study(_Closed):
 
     document: str
     """The page whose marked section the report fills."""
-    figure: Literal["dots", "curves"]
-    """dots: final scores of many variants; curves: the course of a few."""
+    figure: Literal["dots", "curves", "law"]
+    """dots: final scores of many variants; curves: the course of a few; law: a grid of sizes and lengths, fitted."""
     baseline: str
     """The variant that the others are compared with."""
     goal_percent: float | None = None

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.studies.definition import Study
 from benchmarks.studies.report import emulated, finished
 from benchmarks.studies.results import Result
+from benchmarks.studies.scaling import can_fit, fit, runs_of
 from benchmarks.studies.statistics import mean_curve, of_variant, pairs, relative_gap
 from dsv3.evaluation.figures import BLUE, STYLE, VERMILION
 from dsv3.statistics import Sample
@@ -26,7 +28,7 @@ LINEAR_NATS = 0.02
 def figure(study: Study, results: Sequence[Result]) -> Figure:
     """Return the study's figure."""
     with mpl.rc_context(STYLE):
-        return {"dots": dots, "curves": curves}[study.figure](study, results)
+        return {"dots": dots, "curves": curves, "law": law}[study.figure](study, results)
 
 
 def dots(study: Study, results: Sequence[Result]) -> Figure:
@@ -105,4 +107,25 @@ def curves(study: Study, results: Sequence[Result]) -> Figure:
     )
     for axes in (loss, gap):
         axes.legend(facecolor="white", edgecolor="none", framealpha=0.9)
+    return figure
+
+
+def law(study: Study, results: Sequence[Result]) -> Figure:
+    """Return each run's loss against the tokens it read, and the fitted law as a line per size."""
+    runs = runs_of(results)
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    fitted = fit(runs) if can_fit(runs) else None
+    for number, size in enumerate(np.unique(runs.parameters)):
+        own = runs.take(runs.parameters == size)
+        color, marker = (BLUE, VERMILION, GREEN, "black")[number % 4], MARKERS[number % len(MARKERS)]
+        label = f"N = {size / 1e6:.2f} million"
+        axes.plot(own.tokens / 1e6, own.loss, marker, color=color, fillstyle="none", markersize=5, label=label)
+        if fitted is not None:
+            tokens = np.geomspace(runs.tokens.min(), runs.tokens.max(), 100)
+            loss = fitted.loss(np.full_like(tokens, size), tokens, np.full_like(tokens, own.unique_tokens[0]))
+            axes.plot(tokens / 1e6, loss, color=color, linewidth=1)
+    axes.set(xscale="log", xlabel="tokens read, millions", ylabel="held-out loss, nats/char", title="Lines: the law")
+    axes.axvline(runs.unique_tokens[0] / 1e6, color="grey", linewidth=0.8, linestyle=":", label="the text once")
+    axes.legend(facecolor="white", edgecolor="none", framealpha=0.9)
     return figure

@@ -43,8 +43,11 @@ class Result:
     num_parameters: int
     num_active: int
     """Parameters that a token uses."""
+    num_embedding: int
+    """Parameters of the embedding, of which a token reads one row."""
     num_steps: int
     num_tokens: int
+    num_epochs: float
     computed: str
     """How linear layers multiplied, emulations labelled."""
     conditions: str
@@ -89,7 +92,8 @@ def _copy(source: str, destination: str) -> None:
 
 def _result(run: Any, name: str, variant: str, seed: int) -> Result:
     """Return what the Aim run holds."""
-    train, evaluate, size, dvc, env = (run[key] for key in ("train", "evaluate", "size", "dvc", "env"))
+    keys = ("train", "evaluate", "size", "dvc", "env", "architecture")
+    train, evaluate, size, dvc, env, architecture = (run[key] for key in keys)
     heldout, router = evaluate["heldout"], evaluate["router"]
     curves = _curves(run)
     last_batches = [list(curve.values())[-1] for (name, *_), curve in curves.items() if name == "max_vio"]
@@ -106,8 +110,10 @@ def _result(run: Any, name: str, variant: str, seed: int) -> Result:
         tokens_per_s=train["tokens_per_s"],
         num_parameters=size["parameters_total"],
         num_active=size["parameters_active"],
+        num_embedding=architecture["vocab_size"] * architecture["hidden_size"],
         num_steps=train["step"],
         num_tokens=train["tokens_seen"],
+        num_epochs=train["epoch"],
         computed=f"{train['precision']}, {train['experts']} on {train['device']}",
         conditions=f"commit `{(dvc['git_sha'] or 'unknown')[:7]}`, text `{dvc['data_source']}` (SHA-256 "
         f"`{(dvc['corpus_sha256'] or 'unknown')[:8]}`), torch {env['torch']}",

@@ -24,7 +24,7 @@ def record(root, name: str, experiment: str = "study", score: float = 1.5, statu
         experiment=experiment,
         tags=(),
         params={},
-        architecture={},
+        architecture={"vocab_size": 8, "hidden_size": 2},
         dvc={"exp_name": name, "git_sha": "abcdef0123", "data_source": "plays", "corpus_sha256": "0123456789"},
         env={"torch": "2"},
         size={"parameters_total": 9, "parameters_active": 5},
@@ -37,7 +37,7 @@ def record(root, name: str, experiment: str = "study", score: float = 1.5, statu
         trackers.write(Row("router", {"step": step, "layer": 2, "max_vio": 6.0 / step}))
     trackers.write(Row("validation", {"step": 20, "loss": 4.25}))
     chosen = {"precision": "fp32", "experts": "cpu", "device": "cpu"}
-    train = {"step": 20, "tokens_seen": 40, "tokens_per_s": 7.0, "validation": {"loss": 4.25}, **chosen}
+    train = {"step": 20, "tokens_seen": 40, "epoch": 0.5, "tokens_per_s": 7.0, "validation": {"loss": 4.25}, **chosen}
     trackers.write(Result("train", train, 20))
     heldout = dict.fromkeys(("nats_per_token", "perplexity", "bits_per_byte"), 2.0) | {"nats_per_char": score}
     trackers.write(
@@ -57,6 +57,7 @@ def test_the_finished_runs_of_the_study_are_read_and_the_latest_of_a_name_counts
     assert (base.max_vio, base.max_vio_batch, base.dead_experts) == (0.75, pytest.approx(0.3), 1)
     assert base.losses == {10: 5.0, 20: 4.5}
     assert base.validation_losses == {20: 4.25}
+    assert (base.num_embedding, base.num_tokens, base.num_epochs) == (16, 40, 0.5)
     assert base.conditions == "commit `abcdef0`, text `plays` (SHA-256 `01234567`), torch 2"
 
 
