@@ -1,4 +1,4 @@
-"""Linear layers whose three products run in FP8 on the GPU: the grouped kernels with one group.
+"""Linear layers whose three products run in FP8 on the GPU: the grouped kernels with one group, or cuBLAS.
 
 Letters: R rows, I inputs, O outputs.
 """
@@ -12,11 +12,10 @@ from dsv3.fp8.definition import BLOCK
 from dsv3.fp8.linear import Operands, Product
 from dsv3.fp8.quantize import Quantized, padded
 from dsv3.fp8.recipe import RECIPES, Recipe
+from dsv3.kernels.dense_gemm import dense_gemm, dense_wgrad
 from dsv3.kernels.op import linear_op, op, sum_in_place
 from dsv3.kernels.triton_launch import (
     Schedule,
-    grouped_gemm,
-    grouped_wgrad,
     quantize_columns,
     quantize_rows,
     quantize_weight,
@@ -82,7 +81,7 @@ def _forward(x_RI: Tensor, weights: list[Tensor], operands: list[Tensor], recipe
     rows = quantize_rows(padded(x_RI, 1).contiguous(), RECIPES[recipe].power_of_two_scales)
     products = []
     for number, weight_OI in enumerate(weights):
-        y_RO = grouped_gemm(rows, None, forward_operand(operands, number), tiles, len(x_RI), x_RI.dtype)
+        y_RO = dense_gemm(rows, forward_operand(operands, number), tiles, len(x_RI), x_RI.dtype)
         products.append(y_RO[:, : len(weight_OI)].contiguous())
     return products
 
@@ -96,12 +95,12 @@ def _backward(grads: list[Tensor], x_RI: Tensor, operands: list[Tensor], recipe:
     for number, grad_RO in enumerate(grads):
         grad = padded(grad_RO, 1).contiguous()
         rows = quantize_rows(grad, scales)
-        grad_x_RI = grouped_gemm(rows, None, dgrad_operand(operands, number), tiles, len(x_RI), x_RI.dtype)
+        grad_x_RI = dense_gemm(rows, dgrad_operand(operands, number), tiles, len(x_RI), x_RI.dtype)
         grad_xs.append(grad_x_RI[:, :num_inputs].contiguous())
         if x_IR is None:
             grad_weights.append((grad_RO.bfloat16().t() @ x_RI.bfloat16()).float())
             continue
-        grad_OI = grouped_wgrad(quantize_columns(grad, tiles, None, scales), x_IR, tiles, torch.float32)[0]
+        grad_OI = dense_wgrad(quantize_columns(grad, tiles, None, scales), x_IR, tiles, len(x_RI))
         grad_weights.append(grad_OI[: grad_RO.shape[1], :num_inputs].contiguous())
     return sum_in_place(grad_xs), grad_weights
 

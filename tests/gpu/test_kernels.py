@@ -7,7 +7,7 @@ import torch
 
 from dsv3.fp8 import quantize
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE, Recipe
-from dsv3.kernels import grouped_mm, reference
+from dsv3.kernels import dense_gemm, grouped_mm, reference
 from tests.dsv3.kernels.cases import ROUTINGS, case, errors, results
 from tests.gpu.conftest import poison
 
@@ -22,6 +22,8 @@ below; after 128 products the sum goes to fp32. A model of that in float64 errs 
 inner length, and by 5e-4 where one feature is 1000 times larger and everything is aligned to it. The tolerance allows
 one bit less and twice that. A wrong scale errs by 1e-2 or more, another rounding of one operand by 3e-2.
 """
+BF16_RESULT = 4e-3
+"""Relative difference of a product in bf16 from one in fp32: a rounding of 2^-9, and what the tensor cores cut off."""
 FLIPS = 2e-2
 """Relative difference between device and emulation after a second quantization: sums that differ by 1e-4 round to the
 next e4m3 number, 9 % away, in one of about a thousand cases, which makes 3e-3 per quantization. FP8 itself errs by
@@ -87,6 +89,15 @@ def test_a_long_inner_dimension_errs_no_more_than_a_short_one(checks, fp8_device
     groups = [checks.Groups((64,), 64, num_inputs=length, num_outputs=128) for length in lengths]
     short, long = (checks.gemm_errors(group, fp8_device, outlier=1.0)["forward"] for group in groups)
     assert long < 2 * short + 1e-6
+
+
+def test_cublas_is_trusted_on_hopper_and_gives_what_our_kernels_give(checks, fp8_device):
+    if fp8_device.type != "cuda" or torch.cuda.get_device_capability(fp8_device) != (9, 0):
+        pytest.skip("cuBLAS multiplies 128 x 128 blocks on Hopper alone")
+    assert dense_gemm.cublas_agrees(fp8_device)
+    for num_inputs in (128, 640, 4096):
+        found = checks.dense_errors(fp8_device, num_inputs)
+        assert max(found.values()) < BF16_RESULT, (num_inputs, found)
 
 
 @pytest.mark.parametrize("shape", [(130, 160, 200), (1, 128, 128), (4096, 2048, 576)])

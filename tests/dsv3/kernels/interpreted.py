@@ -18,7 +18,7 @@ import torch  # noqa: E402 (the patch comes first)
 
 from dsv3.fp8 import quantize  # noqa: E402
 from dsv3.fp8.recipe import Recipe  # noqa: E402
-from dsv3.kernels import triton_fp8, triton_launch, triton_linear  # noqa: E402
+from dsv3.kernels import dense_gemm, triton_fp8, triton_launch, triton_linear  # noqa: E402
 from tests.dsv3.kernels import kernel_checks as checks  # noqa: E402
 from tests.dsv3.kernels.cases import Case, case  # noqa: E402
 
@@ -82,6 +82,42 @@ def mutation_effects() -> dict[str, float]:
     return effects
 
 
+MISREADINGS = {
+    "as documented": lambda a, b, is_wgrad: (a, b),
+    "rows' scales columns first": lambda a, b, is_wgrad: (a if is_wgrad else a.t().reshape(a.shape), b),
+    "weight's scales transposed": lambda a, b, is_wgrad: (a, b if is_wgrad else b.t().reshape(b.shape)),
+    "weight's scales forgotten": lambda a, b, is_wgrad: (a, b if is_wgrad else torch.full_like(b, 0.005)),
+    "rows' scale of the first block": lambda a, b, is_wgrad: (a if is_wgrad else a[:, :1].expand_as(a), b),
+    "gradient's scales tiles first in wgrad": lambda a, b, is_wgrad: (a.t().reshape(a.shape) if is_wgrad else a, b),
+    "input's scale of the first tile in wgrad": lambda a, b, is_wgrad: (a, b[:, :1].expand_as(b) if is_wgrad else b),
+}
+"""How cuBLAS could read the scales that it is given, the right way first."""
+
+
+def check_dense() -> dict[str, object]:
+    """Return how far torch's dense product, as it is documented, lies from ours, and which misreadings are trusted."""
+    found: dict[str, object] = {}
+    for name, misread in MISREADINGS.items():
+
+        def product(a, b, scale_a, kind_a, scale_b, kind_b, output_dtype, misread=misread):
+            scale_a, scale_b = misread(scale_a, scale_b, kind_a == kind_b)
+            return checks.scaled_mm(a, b, scale_a, kind_a, scale_b, kind_b, output_dtype)
+
+        dense_gemm.F.scaled_mm = product
+        dense_gemm.cublas_agrees.cache_clear()
+        if name == "as documented":
+            found["errors"] = checks.dense_errors(CPU)
+        found[name] = dense_gemm.cublas_agrees(CPU)
+
+    def refused(*arguments, **options):
+        raise RuntimeError("only supported in CUDA for SM90")
+
+    dense_gemm.F.scaled_mm = refused
+    dense_gemm.cublas_agrees.cache_clear()
+    found["refused"] = dense_gemm.cublas_agrees(CPU)
+    return found
+
+
 def check_operators() -> list[str]:
     """Check the operators' schemas, shapes of fake tensors and gradients under compilation; return what was checked."""
     inputs = case("one token", hidden_size=128, intermediate_size=128, num_experts=2)
@@ -126,6 +162,7 @@ def main() -> None:
         "linear": checks.linear_errors(ODD_LINEAR, recipe, CPU),
     }
     found["operators"] = check_operators()
+    found["dense"] = check_dense()
     found["mutations"] = mutation_effects()
     json.dump(found, sys.stdout)
 

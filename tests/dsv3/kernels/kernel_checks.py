@@ -15,13 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from dsv3.fp8 import definition, quantize
 from dsv3.fp8.definition import BLOCK
 from dsv3.fp8.linear import Product
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE, Recipe
 from dsv3.fp8.rounding import fp8_rounding
-from dsv3.kernels import cpu, emulated_linear, triton_experts, triton_launch, triton_linear
+from dsv3.kernels import cpu, dense_gemm, emulated_linear, triton_experts, triton_launch, triton_linear
 from tests.dsv3.kernels.cases import Case, errors, results
 
 SPECIAL = [0.0, -0.0, 1e-45, -1e-40, 2.0**-100, 2.0**-101, 1e4, -1e4, 3.4e38, 448.0, 464.0, 1.0, math.inf, -math.inf]
@@ -246,3 +247,40 @@ def linear_errors(sizes: tuple[int, int, int], recipe: Recipe, device: torch.dev
 
     emulated = run(emulated_linear.product(fp8_rounding(recipe)), torch.device("cpu"))
     return errors(run(triton_linear.product(recipe), device), emulated)
+
+
+def scaled_mm(
+    a: Tensor, b: Tensor, scale_a: Tensor, kind_a: object, scale_b: Tensor, kind_b: object, output_dtype: torch.dtype
+) -> Tensor:
+    """Return what torch says that `F.scaled_mm` returns for blocks of these kinds: the product of what they stand for.
+
+    `scale_a` is (R, I / 128); `scale_b` is (O, I / 128) for 1 x 128 blocks, (I / 128, padded to a multiple of four,
+    O / 128) for 128 x 128.
+    """
+    assert kind_a == F.ScalingType.BlockWise1x128
+    rows = a.float() * scale_a.repeat_interleave(BLOCK, 1)
+    if kind_b == F.ScalingType.BlockWise1x128:
+        scale_IO = scale_b.t().repeat_interleave(BLOCK, 0)
+    else:
+        assert kind_b == F.ScalingType.BlockWise128x128
+        scale_IO = scale_b[: a.shape[1] // BLOCK].repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    return (rows @ (b.float() * scale_IO)).to(output_dtype)
+
+
+def dense_errors(device: torch.device, num_inputs: int = 640) -> dict[str, float]:
+    """Return the relative difference of cuBLAS's products from ours."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad, weight = (
+        (torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator)).to(device)
+        for rows, columns in ((256, num_inputs), (256, 384), (384, num_inputs))
+    )
+    quantized, tiles = triton_launch.quantize_weight(weight[None], False), triton_linear.whole_schedule(256, device)
+    both = {}
+    for name, rows, operand in (("forward", x, quantized.forward), ("dgrad", grad, quantized.transposed)):
+        quantized_rows = triton_launch.quantize_rows(rows, False)
+        ours = triton_launch.grouped_gemm(quantized_rows, None, operand, tiles, 256, torch.float32)
+        both[name] = dense_gemm.cublas_gemm(quantized_rows, operand), ours
+    columns = [triton_launch.quantize_columns(rows, tiles, None, False) for rows in (grad, x)]
+    ours = triton_launch.grouped_wgrad(columns[0], columns[1], tiles, torch.float32)[0]
+    both["wgrad"] = dense_gemm.cublas_wgrad(columns[0], columns[1], 256), ours
+    return {name: ((their.float() - our).norm() / our.norm()).item() for name, (their, our) in both.items()}

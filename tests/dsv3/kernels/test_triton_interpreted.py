@@ -12,6 +12,8 @@ pytest.importorskip("triton", reason="triton is installed with CUDA builds of to
 
 TOLERANCE = 1e-6
 """fp32 sums of at most 256 products, in another order; an operand rounded differently would show as 1e-4 or more."""
+BF16_ROUNDING = 2**-8
+"""A result in bf16 against one in fp32."""
 BF16_WGRAD_TOLERANCE = 2**-8
 """Both operands and the sum are rounded to bf16, by 2^-9 of a number at most each, and mostly not the same way."""
 ROUTINGS = [
@@ -82,6 +84,19 @@ def test_a_weight_gradient_that_is_not_quantized_takes_bf16_operands(found, kind
 def test_the_operators_pass_opcheck(found):
     """Shapes and dtypes that they promise to torch.compile are those that the kernels give, forward and backward."""
     assert found["operators"] == ["weight", "experts", "experts, SwiGLU in FP8", "linear"]
+
+
+def test_torchs_dense_products_take_our_operands_as_it_documents_them(found):
+    """Five blocks of inputs, so that the weight's scales are padded to eight."""
+    assert set(found["dense"]["errors"]) == {"forward", "dgrad", "wgrad"}
+    assert max(found["dense"]["errors"].values()) < BF16_ROUNDING, found["dense"]
+
+
+def test_torchs_dense_products_are_trusted_only_where_they_give_what_ours_give(found):
+    trusted = {name for name, agrees in found["dense"].items() if agrees is True}
+    distrusted = {name for name, agrees in found["dense"].items() if agrees is False}
+    assert trusted == {"as documented"}
+    assert len(distrusted) == 7, "six ways to misread the scales, and a device that is refused"
 
 
 def test_every_mutation_of_the_kernels_is_noticed(found):
