@@ -36,7 +36,10 @@ def list_studies(context: typer.Context) -> None:
 @app.command()
 def run(
     name: StudyArgument,
-    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time; each gets its share of the cores.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of each training; its share of the cores by default.")
+    ] = None,
     set_param: Annotated[
         list[str] | None, typer.Option("--set-param", "-S", help="Passed on to every dvc exp run.")
     ] = None,
@@ -52,7 +55,7 @@ def run(
         for run, (variant, seed) in run_names(name, study).items()
         if run not in done
     }
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = threads or max(1, (os.cpu_count() or 1) // jobs)
     typer.echo(f"{name}: {len(missing)} runs to make, {jobs} at a time, {threads} thread(s) each")
     train(missing, jobs, threads, f"{jobs} at a time, {threads} thread(s) each, {processor()}")
 
