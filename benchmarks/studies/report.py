@@ -31,7 +31,7 @@ def section(name: str, study: Study, results: Sequence[Result], how: str, figure
     if not results:
         return f"No run of this study has finished yet: `python -m benchmarks.study run {name}` makes them.\n"
     parts = [
-        conditions(name, study, results, how),
+        f"{conditions(study, results, how)}\n\n{how_to_read(name, study)}",
         table(HEADER, (variant_row(study, results, variant) for variant in finished(study, results))),
         f"![{name}]({figure})",
         "\n".join(f"- {sentence(study, results, variant)}" for variant in finished(study, results)),
@@ -46,15 +46,21 @@ def finished(study: Study, results: Sequence[Result]) -> list[str]:
     return [variant for variant in study.variants if of_variant(results, variant)]
 
 
-def conditions(name: str, study: Study, results: Sequence[Result], how: str) -> str:
-    """Return what the numbers depend on, how many runs there are of how many, and how to read the table."""
+def conditions(study: Study, results: Sequence[Result], how: str) -> str:
+    """Return what the numbers depend on, and how many runs there are of how many."""
     total = len(study.seeds) * len(study.variants)
     steps, tokens = _range(results, lambda r: r.num_steps), _range(results, lambda r: r.num_tokens)
     conditions = "; ".join(sorted({result.conditions for result in results}))
     missing = "" if len(results) == total else " **The study is not complete.**"
     return (
         f"{len(results)} of {total} runs have finished.{missing} Each trained for {steps} steps on {tokens} tokens: "
-        f"{conditions}; {how}.\n\n"
+        f"{conditions}; {how}."
+    )
+
+
+def how_to_read(name: str, study: Study) -> str:
+    """Return how the table of differences is to be read."""
+    return (
         f"± is the standard deviation over the seeds. Differences and speeds are taken seed by seed against "
         f"`{study.baseline}`. Speeds are indicative only: the trainings ran beside each other. MaxVio is the worst "
         f"layer's. A run is named `{name}-<variant>-<seed>`, in `dvc exp show` and in Aim."

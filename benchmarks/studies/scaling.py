@@ -161,7 +161,8 @@ def cheapest(law: Law, flops: float, unique_tokens: float) -> tuple[float, float
 def section(name: str, study: Study, results: Sequence[Result], how: str, figure: str) -> str:
     """Return the generated part of the study's page."""
     runs = runs_of(results)
-    parts = [conditions(name, study, results, how), losses(results), f"![{name}]({figure})"]
+    reading = "Held-out nats/char, ± the standard deviation over the seeds; N: parameters that a token multiplies with."
+    parts = [f"{conditions(study, results, how)}\n\n{reading}", losses(results), f"![{name}]({figure})"]
     if can_fit(runs):
         law, laws = fit(runs), resampled(runs)
         parts += [numbers(law, laws), "\n".join(f"- {line}" for line in sentences(study, results, law, laws))]
