@@ -15,6 +15,7 @@ import socket
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -108,11 +109,27 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_replaceable(path: Path, contents: Sequence[str]) -> None:
-    """Raise `UserError` unless `path` is free, or a folder in which every name matches one of `contents`.
+@dataclass(frozen=True)
+class Contents:
+    """The names in a folder that is written, and replaced, as a whole; glob patterns."""
 
-    A folder that is replaced as a whole loses everything in it, so only what an earlier run wrote may be there.
-    `contents` are the names that are written, as glob patterns.
+    always: str
+    """What each of them holds."""
+    others: tuple[str, ...] = ()
+
+    def is_foreign(self, name: str) -> bool:
+        """Return whether no such folder holds anything of that name."""
+        return not any(fnmatch(name, pattern) for pattern in (self.always, *self.others))
+
+
+ANYTHING = Contents("*")
+
+
+def check_replaceable(path: Path, contents: Contents) -> None:
+    """Raise `UserError` unless `path` is free, or a folder that holds nothing or what an earlier run wrote.
+
+    A folder that is replaced as a whole loses everything in it. Somebody's own file may have a name that we write, too:
+    without what each of our folders holds, the folder is another's.
     """
     if Path.cwd().is_relative_to(path.resolve()):
         raise UserError(f"{path}: holds the working directory; name a folder that holds nothing else")
@@ -120,7 +137,13 @@ def check_replaceable(path: Path, contents: Sequence[str]) -> None:
         if path.exists() or path.is_symlink():
             raise UserError(f"{path}: is no folder; name one that may be written")
         return
-    foreign = sorted(entry.name for entry in path.iterdir() if not any(fnmatch(entry.name, name) for name in contents))
+    names = sorted(entry.name for entry in path.iterdir())
+    foreign = [name for name in names if contents.is_foreign(name)]
+    if not foreign and names and not any(fnmatch(name, contents.always) for name in names):
+        raise UserError(
+            f"{path}: holds {names[0]} and no {contents.always}, so it was not written here and would be lost; "
+            "name another folder"
+        )
     if foreign:
         others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise UserError(
@@ -158,13 +181,13 @@ def check_replaceable_file(path: Path, beginning: re.Pattern[bytes], kind: str) 
 
 
 @contextmanager
-def replacing_directory(path: Path, contents: Sequence[str] = ("*",)) -> Iterator[Path]:
+def replacing_directory(path: Path, contents: Contents = ANYTHING) -> Iterator[Path]:
     """Yield an empty temporary directory beside `path`; put it in the place of `path` on success, else remove it.
 
     All of it gets the permissions that the umask gives: safetensors writes files for their owner alone, and a copy has
     those of its source.
 
-    Raises `UserError`, before anything is written, where `path` holds what matches none of `contents`.
+    Raises `UserError`, before anything is written, where `path` holds something else than `contents`.
     """
     check_replaceable(path, contents)
     path = path.absolute()

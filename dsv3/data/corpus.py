@@ -17,13 +17,13 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dsv3.artifacts import open_regular, read_model, sha256_file, write_json
+from dsv3.artifacts import Contents, open_regular, read_model, sha256_file, write_json
 from dsv3.errors import UserError
 
 TEXT_FILE = "text.txt"
 DOCUMENTS_FILE = "documents.jsonl"
 MANIFEST_FILE = "manifest.json"
-CORPUS_FILES = (TEXT_FILE, DOCUMENTS_FILE, MANIFEST_FILE)
+CORPUS_FILES = Contents(MANIFEST_FILE, (TEXT_FILE, DOCUMENTS_FILE))
 """All that a corpus folder may hold."""
 CHUNK_CHARACTERS = 1 << 20
 

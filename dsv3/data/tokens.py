@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dsv3.artifacts import replacing_directory, sha256_file, sha256_lines, write_json
+from dsv3.artifacts import Contents, replacing_directory, sha256_file, sha256_lines, write_json
 from dsv3.data.corpus import Chunk, Measure, check_data_file, read_chunks, read_measure
 from dsv3.data.encoding import Encoded, encode_groups, groups, pieces
 from dsv3.data.shards import token_dtype, write_shards
@@ -35,8 +35,8 @@ TRAINED = "byte_level_bpe"
 METRICS_BEGINNING = re.compile(rb'\{\s*"vocab_size": \d+,\s*"vocabulary_used": ')
 """What the metrics begin with, as JSON."""
 
-TOKEN_FILES = ("tokenizer", "meta.json", "train_*.bin", "validation_*.bin", "test_*.bin")
-"""All that a token folder may hold, as glob patterns."""
+TOKEN_FILES = Contents("meta.json", ("tokenizer", "train_*.bin", "validation_*.bin", "test_*.bin"))
+"""All that a token folder may hold."""
 
 ONE_PROCESS_CHARACTERS = 64_000_000
 """Up to here one process with threads is faster than starting others."""

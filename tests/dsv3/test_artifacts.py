@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from dsv3 import artifacts
 from dsv3.artifacts import (
+    Contents,
     allocated_bytes,
     check_not_mixed,
     check_replaceable,
@@ -157,7 +158,8 @@ def test_json_is_readable_by_people(tmp_path):
     assert (tmp_path / "value.json").read_text(encoding="utf-8") == json.dumps({"a": 1}, indent=2) + "\n"
 
 
-CONTENTS = ("text.txt", "*.json")
+NAMES = ("text.txt", "*.json")
+CONTENTS = Contents("manifest.json", NAMES)
 
 
 def test_what_an_earlier_run_wrote_is_replaced(tmp_path):
@@ -177,6 +179,23 @@ def test_a_folder_with_anything_else_in_it_is_refused_and_kept(tmp_path):
     ):
         pass
     assert names(tmp_path) == ["manifest.json", "notes", "thesis.txt"]
+
+
+def test_a_folder_of_somebodys_own_that_has_a_name_of_ours_is_refused_and_kept(tmp_path):
+    (tmp_path / "text.txt").write_text("precious")
+    told = f"{tmp_path}: holds text.txt and no manifest.json, so it was not written here and would be lost"
+    with pytest.raises(UserError, match=re.escape(told)), replacing_directory(tmp_path, CONTENTS):
+        pass
+    assert (tmp_path / "text.txt").read_text() == "precious"
+
+
+def test_an_empty_folder_may_be_filled(tmp_path):
+    with replacing_directory(tmp_path / "new", CONTENTS) as folder:
+        (folder / "manifest.json").touch()
+    (tmp_path / "empty").mkdir()
+    with replacing_directory(tmp_path / "empty", CONTENTS) as folder:
+        (folder / "manifest.json").touch()
+    assert names(tmp_path / "empty") == names(tmp_path / "new") == ["manifest.json"]
 
 
 @pytest.mark.parametrize("name", [".", "..", "here"])
@@ -199,19 +218,19 @@ def test_a_file_or_a_link_is_no_folder_to_be_replaced(tmp_path):
 
 def test_a_free_name_may_be_taken(tmp_path):
     check_replaceable(tmp_path / "new", CONTENTS)
-    check_not_mixed(tmp_path / "new", CONTENTS)
+    check_not_mixed(tmp_path / "new", NAMES)
     check_replaceable_file(tmp_path / "new", PAGE, "page")
 
 
 def test_files_are_not_written_over_their_like_beside_others(tmp_path):
     for name in ("notes.md", ".gitignore"):
         (tmp_path / name).touch()
-    check_not_mixed(tmp_path, CONTENTS)  # none would be replaced
+    check_not_mixed(tmp_path, NAMES)  # none would be replaced
     (tmp_path / "metrics.json").touch()
     with pytest.raises(UserError, match=r"holds metrics\.json, which would be replaced, beside notes\.md"):
-        check_not_mixed(tmp_path, CONTENTS)
+        check_not_mixed(tmp_path, NAMES)
     (tmp_path / "notes.md").unlink()
-    check_not_mixed(tmp_path, CONTENTS)
+    check_not_mixed(tmp_path, NAMES)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
