@@ -126,6 +126,9 @@ def law(study: Study, results: Sequence[Result]) -> Figure:
             loss = fitted.loss(np.full_like(tokens, size), tokens, np.full_like(tokens, own.unique_tokens[0]))
             axes.plot(tokens / 1e6, loss, color=color, linewidth=1)
     axes.set(xscale="log", xlabel="tokens read, millions", ylabel="held-out loss, nats/char", title="Lines: the law")
+    lengths = np.unique(runs.tokens) / 1e6
+    axes.set_xticks(lengths, [f"{length:.2g}" for length in lengths])
+    axes.set_xticks([], minor=True)
     axes.axvline(runs.unique_tokens[0] / 1e6, color="grey", linewidth=0.8, linestyle=":", label="the text once")
     axes.legend(facecolor="white", edgecolor="none", framealpha=0.9)
     return figure

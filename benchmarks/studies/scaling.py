@@ -225,8 +225,8 @@ def trust(runs: Runs, law: Law) -> list[str]:
     beyond = float(np.mean(missed(runs.take(dearest), fit(runs.take(~dearest)))))
     return [
         f"The law misses a run by {error:.4f} nats/char (root mean square over {len(runs.loss)} runs).",
-        f"Fitted without the {int(dearest.sum())} runs of most compute, it predicts them {abs(beyond):.4f} nats/char "
-        f"too {'low' if beyond > 0 else 'high'}.",
+        f"Fitted without what took most compute ({int(dearest.sum())} of the runs), it predicts that {abs(beyond):.4f} "
+        f"nats/char too {'low' if beyond > 0 else 'high'}.",
     ]
 
 
@@ -253,14 +253,15 @@ def best_sizes(study: Study, results: Sequence[Result], law: Law, laws: Sequence
     if base is None:
         return []
     size, unique = base.num_active - base.num_embedding, base.num_tokens / base.num_epochs
-    lines: list[str] = []
+    longest, lines = max(r.num_epochs for r in results), list[str]()
     for epochs in NUM_EPOCHS:
         flops = FLOPS_PER_PARAMETER * size * unique * epochs
         best, tokens = cheapest(law, flops, unique)
         sizes = interval([cheapest(one, flops, unique)[0] / 1e6 for one in laws])
+        doubt = "; no run read the text so often" if tokens / unique > longest else ""
         lines.append(
             f"With the compute of `{study.baseline}`'s model (N = {size / 1e6:.3g} million) after {epochs} epoch(s), "
             f"6 N D = {flops:.2g} FLOPs, the law is lowest at N = {best / 1e6:.3g} million ({sizes}), read for "
-            f"{tokens / unique:.2g} epochs."
+            f"{tokens / unique:.2g} epochs{doubt}."
         )
     return lines

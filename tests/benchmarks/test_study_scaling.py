@@ -113,7 +113,8 @@ def test_the_page_says_how_far_the_law_can_be_trusted(monkeypatch):
     exact = section("study", STUDY, grid(), "on paper", "figure.png")
     assert "| α, exponent of the parameters | 0.4 | 0.4 to 0.4 |" in exact
     assert "misses a run by 0.0000 nats/char" in exact
-    assert "Fitted without the 3 runs of most compute, it predicts them 0.0000 nats/char too" in exact
+    assert "Fitted without what took most compute (3 of the runs), it predicts that 0.0000 nats/char too" in exact
+    assert "epochs; no run read the text so often." in exact.splitlines()[-1], "20 epochs, where runs had 4"
     assert "Not determined" not in exact
     fresh = section("study", STUDY, grid(law=replace(TRUE, repetitions=1e6)), "on paper", "figure.png")
     assert "Not determined by these runs: R." in fresh, "tokens that never grow old put R at the search's bound"
