@@ -83,7 +83,7 @@ STAND_INS = {
     "make ablations": ("make --dry-run ablations", "trainings of hours"),
     "make scaling": ("make --dry-run scaling", "trainings of hours"),
     "tokenize.vocab_size=1024": ("tokenize.vocab_size=270", "the laboratory's model has 272 words"),
-    "flags quality_cpu": (f"flags quality_cpu {SMALL} -S tokenize.vocab_size=270", "a preset sets its own sizes"),
+    "xargs -r dvc exp run -n quality": ("xargs -r -n 2 echo", "the preset's sizes are not the laboratory's"),
     "python -m dsv3.export fp8 --power-of-two-scales": (
         "python -m dsv3.export fp8 --power-of-two-scales outputs/final_model outputs/final_model_fp8",
         "named without its folders",
