@@ -44,7 +44,7 @@ class Result:
     num_active: int
     """Parameters that a token uses."""
     num_embedding: int
-    """Parameters of the embedding, of which a token reads one row."""
+    """Parameters of which a token reads one row and multiplies with none: the embedding's, unless it is the head."""
     num_steps: int
     num_tokens: int
     num_epochs: float
@@ -110,7 +110,9 @@ def _result(run: Any, name: str, variant: str, seed: int) -> Result:
         tokens_per_s=train["tokens_per_s"],
         num_parameters=size["parameters_total"],
         num_active=size["parameters_active"],
-        num_embedding=architecture["vocab_size"] * architecture["hidden_size"],
+        num_embedding=0
+        if architecture["tie_word_embeddings"]
+        else architecture["vocab_size"] * architecture["hidden_size"],
         num_steps=train["step"],
         num_tokens=train["tokens_seen"],
         num_epochs=train["epoch"],

@@ -40,9 +40,9 @@ LARGEST_DIFFERENCE = 0.01
 """Between two products, by the norm: both may round to bf16 (0.002), a wrong scale is of the size of the result."""
 
 
-def dense_gemm(a_RI: Quantized, b_OI: Quantized, tiles: Schedule, num_rows: int, dtype: torch.dtype) -> Tensor:
+def dense_gemm(a_RI: Quantized, b_OI: Quantized, tiles: Schedule, dtype: torch.dtype) -> Tensor:
     """Return y (R, O) in `dtype`: rows times the transpose of `b_OI`, a stack (1, O, I) of one weight."""
-    device = b_OI.values.device
+    device, num_rows = b_OI.values.device, len(a_RI.values)
     if dtype == torch.bfloat16 and cublas_takes(device, num_rows) and cublas_agrees(device):
         return cublas_gemm(a_RI, b_OI)
     return grouped_gemm(a_RI, None, b_OI, tiles, num_rows, dtype)

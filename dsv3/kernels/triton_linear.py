@@ -81,7 +81,7 @@ def _forward(x_RI: Tensor, weights: list[Tensor], operands: list[Tensor], recipe
     rows = quantize_rows(padded(x_RI, 1).contiguous(), RECIPES[recipe].power_of_two_scales)
     products = []
     for number, weight_OI in enumerate(weights):
-        y_RO = dense_gemm(rows, forward_operand(operands, number), tiles, len(x_RI), x_RI.dtype)
+        y_RO = dense_gemm(rows, forward_operand(operands, number), tiles, x_RI.dtype)
         products.append(y_RO[:, : len(weight_OI)].contiguous())
     return products
 
@@ -95,7 +95,7 @@ def _backward(grads: list[Tensor], x_RI: Tensor, operands: list[Tensor], recipe:
     for number, grad_RO in enumerate(grads):
         grad = padded(grad_RO, 1).contiguous()
         rows = quantize_rows(grad, scales)
-        grad_x_RI = dense_gemm(rows, dgrad_operand(operands, number), tiles, len(x_RI), x_RI.dtype)
+        grad_x_RI = dense_gemm(rows, dgrad_operand(operands, number), tiles, x_RI.dtype)
         grad_xs.append(grad_x_RI[:, :num_inputs].contiguous())
         if x_IR is None:
             grad_weights.append((grad_RO.bfloat16().t() @ x_RI.bfloat16()).float())

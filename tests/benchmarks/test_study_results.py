@@ -14,7 +14,9 @@ from tests.benchmarks.studies_made_up import RESULT
 NAMES = {"study-base-1": ("base", 1), "study-other-1": ("other", 1)}
 
 
-def record(root, name: str, experiment: str = "study", score: float = 1.5, status: str = "finished") -> None:
+def record(
+    root, name: str, experiment: str = "study", score: float = 1.5, status: str = "finished", is_tied: bool = False
+) -> None:
     """Leave a run in Aim as train and evaluate do."""
     pytest.importorskip("aim", reason="Aim has no wheels for this Python")
     from dsv3.tracking.aim import AimTracker
@@ -24,7 +26,7 @@ def record(root, name: str, experiment: str = "study", score: float = 1.5, statu
         experiment=experiment,
         tags=(),
         params={},
-        architecture={"vocab_size": 8, "hidden_size": 2},
+        architecture={"vocab_size": 8, "hidden_size": 2, "tie_word_embeddings": is_tied},
         dvc={"exp_name": name, "git_sha": "abcdef0123", "data_source": "plays", "corpus_sha256": "0123456789"},
         env={"torch": "2"},
         size={"parameters_total": 9, "parameters_active": 5},
@@ -47,7 +49,7 @@ def record(root, name: str, experiment: str = "study", score: float = 1.5, statu
 
 
 def test_the_finished_runs_of_the_study_are_read_and_the_latest_of_a_name_counts(tmp_path):
-    record(tmp_path, "study-other-1")
+    record(tmp_path, "study-other-1", is_tied=True)
     record(tmp_path, "study-base-1", score=1.75)
     record(tmp_path, "study-base-1", score=1.25)
     record(tmp_path, "study-base-1", score=1.0, status="interrupted")
@@ -58,6 +60,7 @@ def test_the_finished_runs_of_the_study_are_read_and_the_latest_of_a_name_counts
     assert base.losses == {10: 5.0, 20: 4.5}
     assert base.validation_losses == {20: 4.25}
     assert (base.num_embedding, base.num_tokens, base.num_epochs) == (16, 40, 0.5)
+    assert other.num_embedding == 0, "a tied embedding is the head, with which a token multiplies"
     assert base.conditions == "commit `abcdef0`, text `plays` (SHA-256 `01234567`), torch 2"
 
 

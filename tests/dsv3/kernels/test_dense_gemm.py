@@ -91,6 +91,6 @@ def test_ours_multiply_where_cublas_does_not_or_is_not_trusted(takes, agrees, ch
     monkeypatch.setattr(dense_gemm, "grouped_gemm", lambda *arguments: "ours")
     monkeypatch.setattr(dense_gemm, "grouped_wgrad", lambda *arguments: ["ours"])
     rows, weight = operand(256, 128, 1), operand(128, 128, 128)
-    assert dense_gemm.dense_gemm(rows, weight, None, 256, torch.bfloat16) == chosen
-    assert dense_gemm.dense_gemm(rows, weight, None, 256, torch.float32) == "ours", "cuBLAS writes bf16 there"
+    assert dense_gemm.dense_gemm(rows, weight, None, torch.bfloat16) == chosen
+    assert dense_gemm.dense_gemm(rows, weight, None, torch.float32) == "ours", "cuBLAS writes bf16 there"
     assert dense_gemm.dense_wgrad(rows, rows, None, 256) == chosen
