@@ -147,8 +147,8 @@ class TrainParams(Section):
     (dvc repro -f train). null: new weights."""
 
     teachers: list[Annotated[str, Field(min_length=1), AfterValidator(usable_name)]]
-    """Exported models, folders or Hub ids, from whose mean prediction the training learns too (distillation): of the
-    same vocabulary and tokenizer, of any size. As with init_from, DVC does not see that their files change."""
+    """Exported models, folders or Hub ids, from whose predictions, in turn, the training learns too (distillation): of
+    the same vocabulary and tokenizer, of any size. As with init_from, DVC does not see that their files change."""
 
     distillation_weight: float = Field(ge=0, le=1)
     """With teachers: their share of the loss, the text's own being the rest."""

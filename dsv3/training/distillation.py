@@ -4,16 +4,20 @@ The text names one next token per position. A trained model, a teacher, says of 
 which holds more of the language than one draw from it. Several teachers' mean is better than each; one student that
 learns from it keeps most of what they gain together, at the cost of one model when it is used. The loss is
 
-    (1 - w) · CE(text) + w · CE(mean of the teachers' probabilities),    w = train.distillation_weight
+    (1 - w) · CE(text) + w · CE(a teacher's probabilities),    w = train.distillation_weight
 
-for every head: an MTP module of depth k predicts token i + k + 1 at position i, of which the teachers speak at i + k.
-Teachers read the text's own tokens, whatever noise the student reads (`dsv3.training.regularization`), in evaluation
-mode, and learn nothing.
+where micro-batch n of the run is teacher n mod K's. Cross-entropy is linear in the probabilities, so the K teachers in
+turn ask for what their mean asks for, and a micro-batch costs one teacher's forward pass instead of K: more teachers
+cost memory, and no time. What we give up: a little more noise from one micro-batch to the next.
 
-Two things would cost less. The probabilities could be computed once and read in every epoch; an epoch's blocks begin
-elsewhere each time (`dsv3.data.batches`), so other contexts would be meant. A few most probable tokens could stand for
-all; with a small vocabulary that saves little. What we give up: logits and probabilities of a micro-batch exist whole
-(T x V numbers), and each process holds every teacher.
+It is so for every head: an MTP module of depth k predicts token i + k + 1 at position i, of which the teachers speak at
+i + k. Teachers read the text's own tokens, whatever noise the student reads (`dsv3.training.regularization`), in
+evaluation mode, and learn nothing.
+
+Two more things would cost less. The probabilities could be computed once and read in every epoch; an epoch's blocks
+begin elsewhere each time (`dsv3.data.batches`), so other contexts would be meant. A few most probable tokens could
+stand for all; with a small vocabulary that saves little. What else we give up: logits and probabilities of a
+micro-batch exist whole (T x V numbers), and each process holds every teacher.
 
 Letters: B sequences, S positions, T tokens, D hidden_size, V vocab_size
 """
@@ -87,13 +91,14 @@ class Distillation:
             self.probabilities_BSV = None
 
     @torch.no_grad()
-    def mean_probabilities(self, tokens_BS: Tensor, position_ids: Tensor | None) -> Tensor:
-        """Return the mean over the teachers of each token's probability at each position, (B, S, V), fp32."""
-        total_BSV = torch.zeros((), device=tokens_BS.device)
-        for teacher in self.teachers:
-            logits = teacher(input_ids=tokens_BS, position_ids=position_ids, use_cache=False).logits
-            total_BSV = total_BSV + logits.softmax(dim=-1, dtype=torch.float32)
-        return total_BSV / len(self.teachers)
+    def probabilities(self, number: int, tokens_BS: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Return each token's probability at each position by the teacher of the run's micro-batch of that number.
+
+        (B, S, V), fp32. The number does not depend on how many processes there are, or where a training was resumed.
+        """
+        teacher = self.teachers[number % len(self.teachers)]
+        logits = teacher(input_ids=tokens_BS, position_ids=position_ids, use_cache=False).logits
+        return logits.softmax(dim=-1, dtype=torch.float32)
 
     def cross_entropy(self, hidden_TD: Tensor, head_weight_VD: Tensor, labels_T: Tensor) -> Tensor:
         """Return the mean loss of the labels that are not -100; outside of `teaching` the text's alone."""

@@ -62,12 +62,12 @@ class Run:
         replacement = TokenReplacement(share, meta["vocab_size"], meta["bos_token_id"], self.plan.params.seed)
         return replacement.of_micro_batch(number, tokens_BS)
 
-    def teaching(self, tokens_BS: Tensor) -> AbstractContextManager[None]:
-        """Return the block in which losses are those of a micro-batch that reads these tokens, by the teachers too."""
+    def teaching(self, number: int, tokens_BS: Tensor) -> AbstractContextManager[None]:
+        """Return the block in which losses are by a teacher too, of the run's micro-batch of that number and tokens."""
         if self.distillation is None:
             return nullcontext()
         with self.accelerator.autocast():
-            probabilities = self.distillation.mean_probabilities(tokens_BS, self.position_ids(tokens_BS))
+            probabilities = self.distillation.probabilities(number, tokens_BS, self.position_ids(tokens_BS))
         return self.distillation.teaching(probabilities)
 
     def position_ids(self, tokens_BS: Tensor) -> Tensor | None:
@@ -161,7 +161,7 @@ def micro_batch_output(
     on the number of processes nor on where a training was resumed.
     """
     torch.manual_seed(run.plan.params.seed * 1_000_003 + number)
-    with run.teaching(tokens[:, :-1]):
+    with run.teaching(number, tokens[:, :-1]):
         return forward(
             input_ids=run.input_ids(number, tokens[:, :-1]),
             position_ids=run.position_ids(tokens[:, :-1]),

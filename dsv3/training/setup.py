@@ -183,7 +183,7 @@ def prepare_model(plan: TrainingPlan, device: torch.device) -> tuple[DeepseekV3F
         precision=conversion.precision,
         experts=experts,
         attention=attention_kernel(plan.architecture, train, device),
-        cross_entropy="distilled" if plan.teachers else "chunked" if is_chunked else "plain",
+        cross_entropy="distilled, one teacher in turn" if plan.teachers else "chunked" if is_chunked else "plain",
         sharding=sharding,
         high_precision_linears=tuple(conversion.high_precision),
     )

@@ -5,6 +5,8 @@ import time
 
 import pytest
 
+from benchmarks import study
+from benchmarks.studies import training
 from benchmarks.studies.training import LOGS, experiments, train
 from dsv3.errors import Interrupted, UserError
 
@@ -64,6 +66,18 @@ def test_a_signal_lets_what_runs_save_and_starts_nothing_more(fake_dvc, number):
     with pytest.raises(Interrupted, match="the same command goes on"):
         train({"slow1": [], "slow2": [], "later": []}, num_at_once=2, num_threads=1, message="")
     assert sorted(calls(fake_dvc)) == ["saved slow1", "saved slow2", "start slow1 1", "start slow2 1"]
+
+
+@pytest.mark.parametrize(("jobs", "threads", "expected"), [(2, None, 3), (2, 1, 1), (1, 4, 4), (9, None, 1)])
+def test_a_training_has_its_share_of_the_cores_or_the_threads_that_are_asked_for(monkeypatch, jobs, threads, expected):
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    given = []
+    monkeypatch.setattr(training, "train", lambda *arguments: given.append(arguments))
+    study.run("ablations", jobs=jobs, threads=threads, set_param=["data.source=plays"])
+    runs, at_once, num_threads, message = given[0]
+    assert (at_once, num_threads) == (jobs, expected)
+    assert message.startswith(f"{jobs} at a time, {expected} thread(s) each, ")
+    assert all(flags[-2:] == ["-S", "data.source=plays"] for flags in runs.values()) and len(runs) == 30
 
 
 def test_without_dvc_on_the_path_the_remedy_is_told(monkeypatch):

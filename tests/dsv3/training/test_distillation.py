@@ -13,7 +13,7 @@ from dsv3.sizing.memory import training_memory
 from dsv3.training import hooks
 from dsv3.training.distillation import Distillation
 from dsv3.training.initial_weights import check_not_replaced
-from dsv3.training.loop import accumulate_gradients
+from dsv3.training.loop import accumulate_gradients, micro_batch_output
 from dsv3.training.session import Outputs, run_training
 from dsv3.training.setup import prepare_model, run_fingerprint
 from mini_model.modeling_deepseek import IGNORED_LABEL, cross_entropy
@@ -41,7 +41,7 @@ def of_teachers(teachers, weight=0.5, **train):
 
 
 def expected_loss(model, teachers, tokens, weight, mtp_weight):
-    """The equations of the module's essay, from whole logits and without any code of it."""
+    """The equations of the module's essay with the teachers' mean, from whole logits and without any code of it."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     model.eval()
     state = model.model(input_ids=inputs, use_cache=False).last_hidden_state
@@ -64,7 +64,7 @@ def test_the_loss_is_that_of_the_equation_for_every_head_and_so_are_its_gradient
     train = of_teachers(teachers, weight, sequence_loss_weight=0.0, gradient_accumulation_steps=1)
     run = started_run(tmp_path, architecture=architecture, train=train)
     tokens = next(run.micro_batches())
-    expected = expected_loss(run.model, teachers, tokens, weight, 0.3)
+    expected = expected_loss(run.model, teachers[:1], tokens, weight, 0.3)  # micro-batch 0 is the first teacher's
     expected.backward()
     parameters = {name: parameter for name, parameter in run.model.named_parameters() if parameter.grad is not None}
     gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
@@ -77,6 +77,22 @@ def test_the_loss_is_that_of_the_equation_for_every_head_and_so_are_its_gradient
     assert text == pytest.approx(alone, rel=1e-5)  # the text's alone is recorded
     for name, gradient in gradients.items():
         assert torch.allclose(parameters[name].grad, gradient, atol=1e-6), name
+
+
+def test_the_teachers_in_turn_ask_for_what_their_mean_asks_for(tmp_path, teachers):
+    train = of_teachers(teachers, 0.7, sequence_loss_weight=0.0, per_device_train_batch_size=2)
+    run = started_run(tmp_path, train=train)
+    tokens = next(run.micro_batches())
+    expected_loss(run.model, teachers, tokens, 0.7, 0.3).backward()
+    expected = {name: weight.grad.clone() for name, weight in run.model.named_parameters() if weight.grad is not None}
+    run.model.zero_grad()
+    first, second = (micro_batch_output(run, run.model, number, tokens, 0.3).loss / 2 for number in (4, 5))
+    weights = {name: weight for name, weight in run.model.named_parameters() if name in expected}
+    first.backward()
+    assert not torch.allclose(2 * weights["lm_head.weight"].grad, expected["lm_head.weight"], atol=1e-6)
+    second.backward()
+    for name, gradient in expected.items():
+        assert torch.allclose(weights[name].grad, gradient, atol=1e-6), name
 
 
 def test_positions_without_a_target_teach_nothing(teachers):
@@ -95,8 +111,10 @@ def test_positions_without_a_target_teach_nothing(teachers):
 
 def test_the_teachers_read_the_texts_tokens_and_learn_nothing(tmp_path, teachers):
     run = started_run(tmp_path, train=of_teachers(teachers, token_replacement=0.5))
-    seen, own = [], run.distillation.mean_probabilities
-    run.distillation.mean_probabilities = lambda tokens, positions: seen.append(tokens) or own(tokens, positions)
+    seen, own = [], run.distillation.probabilities
+    run.distillation.probabilities = lambda number, tokens, positions: (
+        seen.append(tokens) or own(number, tokens, positions)
+    )
     before = [parameter.clone() for teacher in run.distillation.teachers for parameter in teacher.parameters()]
     accumulate_gradients(run, run.micro_batches(), 0.0)
     batches = run.micro_batches()
