@@ -39,6 +39,17 @@ ROOT = Path(__file__).parent.parent
 MEBIBYTE = 1 << 20
 STATUS = Path("/proc/self/status")
 """What Linux says of a process; elsewhere time alone is measured."""
+MEASURED = {
+    "precision": "fp32",
+    "use_fp8": False,
+    "adam_moments_dtype": "fp32",
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "hidden_dropout": 0.0,
+    "ema_decay": 0.0,
+    "teachers": [],
+}
+"""Parameters of the training that is measured (`benchmarks.train_step`), and so of the one that is predicted."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +74,7 @@ class Point:
     def predicted_bytes(self) -> int:
         """Return the peak that the sizing stage predicts."""
         sizes = {"per_device_train_batch_size": self.batch, "block_size": self.block, "optim": self.optim}
-        fixed = {"precision": "fp32", "adam_moments_dtype": "fp32", "gradient_accumulation_steps": 1}
-        params = read_params(Path(self.params)).train.model_copy(update={**sizes, **fixed})
+        params = read_params(Path(self.params)).train.model_copy(update={**sizes, **MEASURED})
         return training_memory(Architecture(**self.architecture()), params, "cpu").peak_bytes
 
 

@@ -21,7 +21,7 @@ from benchmarks.results import Cell, JsonOption, Result, Table, publish
 from benchmarks.timing import best_device, conditions
 from dsv3.cli import ParamsOption, command
 from dsv3.data.meta import check_shards, open_stream, read_meta
-from dsv3.evaluation.sliding_window import SPLITS, PositionLoss, check_fits, score_split
+from dsv3.evaluation.sliding_window import SPLITS, PositionLoss, check_fits, positions_of, score_split
 from dsv3.export.loading import check_model, load_model
 from dsv3.params.evaluate import EvaluateParams
 from dsv3.params.read import read_params
@@ -34,9 +34,10 @@ def scores(model: PreTrainedModel, tokens: Path, params: EvaluateParams) -> dict
     """Return the score of each half of the held-out text, and of both."""
     meta = read_meta(tokens)
     found: dict[str, SplitScore] = {}
+    position_ids = positions_of(params, meta.bos_token_id)
     for split in SPLITS:
         stream, size = open_stream(tokens, meta, split), meta.splits[split]
-        nats = score_split(model, stream, params, PositionLoss.zeros(params.block_size))
+        nats = score_split(model, stream, params, PositionLoss.zeros(params.block_size), position_ids=position_ids)
         found[split] = SplitScore(nats, len(stream) - 1, size.characters, size.bytes)
     return found | {"heldout": found["validation"] + found["test"]}
 

@@ -28,6 +28,7 @@ from dsv3.cli import ParamsOption, command
 from dsv3.data.corpus import TEXT_FILE
 from dsv3.errors import UserError
 from dsv3.params.read import Params, read_params
+from dsv3.training.averaging import averaged_weights
 from dsv3.training.interruption import Interruption
 from dsv3.training.loop import Run, train
 from dsv3.training.plan import read_training_plan
@@ -64,7 +65,8 @@ def our_result(params: Params, tokens: Path) -> tuple[float, float]:
     train(run, [], _no_checkpoint)
     seconds = time.perf_counter() - start
     apart = params.evaluate.model_copy(update={"stride": params.evaluate.block_size})
-    score = scores(run.model.eval(), tokens, apart)["heldout"].metrics()
+    with averaged_weights(run.model, run.optimizer):  # what the pipeline exports, where params.yaml asks for averages
+        score = scores(run.model.eval(), tokens, apart)["heldout"].metrics()
     return seconds, float(score["nats_per_char"])
 
 

@@ -93,7 +93,7 @@ def our_step(setting: Setting, optim: str = "adamw", recipe: Recipe | None = Non
         model.activation_checkpointing_enable()
     if compiles:
         model.compile()
-    params = setting.train_params(optim=optim)
+    params = setting.train_params(optim=optim, ema_decay=0.0)
     optimizer = Optimizer(parameter_groups(model, params), params, torch.float32 if is_emulated else dtype)
     tokens = setting.tokens(model.config.vocab_size)
 

@@ -32,6 +32,11 @@ class SplitScore:
         return {name: score.formula(self) for name, score in SCORES.items()} | counts
 
 
+def perplexity(nats_per_token: float) -> float:
+    """Return the exponential, cut off at e^700, for a number of more than e^709 does not fit 64 bits."""
+    return math.exp(min(nats_per_token, 700.0))
+
+
 @dataclass(frozen=True)
 class Score:
     """How good a model's prediction of a text is, as one number."""
@@ -44,7 +49,7 @@ class Score:
 SCORES = MappingProxyType(
     {
         "nats_per_token": Score("nats/token", "cross-entropy over a whole split", lambda sums: sums.nats / sums.tokens),
-        "perplexity": Score("", "exp(nats_per_token)", lambda sums: math.exp(sums.nats / sums.tokens)),
+        "perplexity": Score("", "exp(nats_per_token)", lambda sums: perplexity(sums.nats / sums.tokens)),
         "nats_per_char": Score(
             "nats/char",
             "cross-entropy per character: comparable across tokenizers",

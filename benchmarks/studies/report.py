@@ -144,8 +144,9 @@ def _goal(study: Study, results: Sequence[Result], variant: str) -> Iterable[str
         doubt = ""
         if half is not None and abs(gap.mean) < goal <= abs(gap.mean) + half:
             doubt = ", though the interval reaches beyond it"
-        elif half is not None and goal <= abs(gap.mean) < half:
-            doubt = ", though zero lies within the interval"
+        elif half is not None and abs(gap.mean) - half < goal <= abs(gap.mean):
+            holds_zero = abs(gap.mean) < half
+            doubt = f", though {'zero lies within the interval' if holds_zero else 'the interval reaches within it'}"
         yield (
             f"{what} lies {gap.mean:+.3f} % ({interval}) from `{study.baseline}`'s, "
             f"{verdict} the goal of {goal:g} %{doubt}."

@@ -95,6 +95,8 @@ def _result(run: Any, name: str, variant: str, seed: int) -> Result:
     keys = ("train", "evaluate", "size", "dvc", "env", "architecture")
     train, evaluate, size, dvc, env, architecture = (run[key] for key in keys)
     heldout, router = evaluate["heldout"], evaluate["router"]
+    if not router:
+        raise UserError(f"{name}: its model has no router, and a study compares their loads; leave {variant} out of it")
     curves = _curves(run)
     last_batches = [list(curve.values())[-1] for (name, *_), curve in curves.items() if name == "max_vio"]
     return Result(

@@ -171,6 +171,13 @@ class Evaluation:
         return "".join(lines)
 
 
+def positions_of(params: EvaluateParams, bos_token_id: int) -> PositionIds:
+    """Return what gives a window's positions: restarting with each document where they are not to see each other."""
+    if params.cross_document_attention:
+        return lambda _: None
+    return partial(document_positions, bos_token_id=bos_token_id)
+
+
 def evaluate(
     model: PreTrainedModel,
     streams: Mapping[str, TokenSequence],
@@ -182,8 +189,7 @@ def evaluate(
     positions = PositionLoss.zeros(params.block_size)
     scores: dict[str, SplitScore] = {}
     acceptance = MTPAcceptance(model) if model.config.num_nextn_predict_layers else None
-    per_document: PositionIds = partial(document_positions, bos_token_id=meta["bos_token_id"])
-    position_ids: PositionIds = (lambda _: None) if params.cross_document_attention else per_document
+    position_ids = positions_of(params, meta["bos_token_id"])
     with ExpertLoad(model) as load:
         for split, stream in streams.items():
             nats = score_split(model, stream, params, positions, progress, acceptance, position_ids)

@@ -49,7 +49,9 @@ METRICS = MappingProxyType(
         "tokens_seen": Metric("tokens", "training tokens consumed so far"),
         # Losses, always natural logarithms
         "loss": Metric("nats/token", "cross-entropy of the next token, without any auxiliary loss"),
-        "total_loss": Metric("nats/token", "what is minimized: loss + weighted MTP and sequence-wise losses"),
+        "total_loss": Metric(
+            "nats/token", "what is minimized: loss (and teachers') + weighted MTP and sequence-wise losses"
+        ),
         "mtp_loss": Metric("nats/token", "cross-entropy of multi-token prediction, mean over its depths"),
         "sequence_loss": Metric("", "sequence-wise balance loss before its weight"),
         "best_loss": Metric("nats/token", "lowest validation loss so far"),

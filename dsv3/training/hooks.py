@@ -15,6 +15,7 @@ from tqdm import tqdm
 from dsv3.errors import DiskFull, UserError
 from dsv3.kernels.weight_cache import cached_weights
 from dsv3.progress import Progress
+from dsv3.scores import perplexity
 from dsv3.tracking.recorder import Recorder
 from dsv3.training.averaging import averaged_weights
 from dsv3.training.background import Background
@@ -66,8 +67,10 @@ def history_row(run: Run, sums: StepSums) -> Row:
     if params.sequence_loss_weight:
         row["sequence_loss"] = sums.mean("sequence_loss")
     if run.model.config.num_nextn_predict_layers:
-        row["mtp_loss"] = sums.mean("mtp_loss")
-        row["mtp_loss_weight"] = mtp_loss_weight(step - 1, params, plan.budget)
+        weights = [mtp_loss_weight(one, params, plan.budget) for one in range(step - sums.num_steps, step)]
+        row["mtp_loss_weight"] = weights[-1]
+        if all(weights):  # where lambda is 0 the modules are not asked
+            row["mtp_loss"] = sums.mean("mtp_loss")
     return row
 
 
@@ -143,7 +146,7 @@ def validation_row(run: Run, nats: float, loss: float) -> Row:
         "step": run.state.step,
         "tokens_seen": run.plan.tokens_before(run.state.step),
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
+        "perplexity": perplexity(loss),
         "nats_per_char": nats / run.plan.meta["splits"]["validation"]["characters"],
         "best_loss": run.state.best_loss if run.state.best_loss is not None else loss,
         "best_step": run.state.best_step,

@@ -160,7 +160,7 @@ def micro_batch_output(
     Random numbers (dropout, replaced tokens) are a function of the micro-batch's number in the run: they depend neither
     on the number of processes nor on where a training was resumed.
     """
-    torch.manual_seed(run.plan.params.seed * 1_000_003 + number)
+    torch.manual_seed((run.plan.params.seed * 1_000_003 + number) % 2**64)  # torch takes no more bits
     with run.teaching(number, tokens[:, :-1]):
         return forward(
             input_ids=run.input_ids(number, tokens[:, :-1]),

@@ -338,14 +338,19 @@ def export_and_record(
 def final_metrics(run: Run, recorder: Recorder, chosen: Choices) -> dict[str, Any]:
     """Return the content of results/train/metrics.json."""
     rows = recorder.state()
-    last, validation = rows["history"][-1], rows["validation"][-1]
+    last, is_best = rows["history"][-1], run.plan.params.train.load_best_model_at_end
+    exported_step = run.state.best_step if is_best else run.state.step
+    exported, latest = validation_of(recorder, exported_step), rows["validation"][-1]
     return {
         "step": run.state.step,
         "tokens_seen": last["tokens_seen"],
         "epoch": last["epoch"],
         "loss": last["loss"],
-        "validation": {name: validation[name] for name in ("loss", "nats_per_char", "best_loss", "best_step")},
-        "exported_step": run.state.best_step if run.plan.params.train.load_best_model_at_end else run.state.step,
+        "validation": {
+            **{name: exported[name] for name in ("loss", "nats_per_char")},  # of the weights that are exported
+            **{name: latest[name] for name in ("best_loss", "best_step")},
+        },
+        "exported_step": exported_step,
         "tokens_per_s": statistics.median(float(row["tokens_per_s"]) for row in rows["history"]),
         "train_s": run.state.train_s,
         "peak_memory_bytes": last["peak_memory_bytes"],

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,10 @@ from benchmarks.nano_gpt import GPT, Recipe, batches, character_ids, nats_per_ch
 from benchmarks.page import FOLDER, PAGE, SECTIONS, page, results, step_tables
 from benchmarks.results import Result, Table, markdown
 from benchmarks.timing import median_ratio, paired_s, process_cost
+from dsv3.data.meta import open_stream, read_meta
+from dsv3.evaluation.sliding_window import SPLITS, evaluate
+from dsv3.export.loading import load_model
+from dsv3.params.read import read_params
 from tests.exported_model import write_exported
 from tests.training_inputs import ROOT
 
@@ -50,6 +55,19 @@ def test_quality_scores_both_halves_in_three_ways_and_stock_agrees(lab, tmp_path
     assert sliding != apart
     halves = sliding["validation half"], sliding["test half"]
     assert min(halves) <= sliding["held-out, nats/char"] <= max(halves)
+
+
+def test_documents_that_do_not_see_each_other_are_scored_as_evaluate_scores_them(lab, monkeypatch):
+    params = read_params(lab / "params.yaml").evaluate.model_copy(update={"cross_document_attention": False})
+    model = load_model(lab / "final_model", torch.device("cpu"))
+    frequent = int(np.bincount(open_stream(lab / "tokens", read_meta(lab / "tokens"), "test")[:]).argmax())
+    meta = read_meta(lab / "tokens").model_copy(update={"bos_token_id": frequent})
+    monkeypatch.setattr(quality, "read_meta", lambda tokens: meta)
+    streams = {split: open_stream(lab / "tokens", meta, split) for split in SPLITS}
+    expected = evaluate(model, streams, meta.model_dump(), params).scores
+    assert quality.scores(model, lab / "tokens", params) == expected
+    together = params.model_copy(update={"cross_document_attention": True})
+    assert quality.scores(model, lab / "tokens", together) != expected
 
 
 def test_generate_compares_the_tokens_of_all_contestants(lab, tmp_path):

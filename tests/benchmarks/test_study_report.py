@@ -89,6 +89,7 @@ def test_every_run_is_listed_with_its_gap_to_the_baseline_of_its_seed():
         ([4.004, 4.004, 4.005], "within the goal of 0.25 %."),
         ([4.0, 4.0, 4.02], "within the goal of 0.25 %, though the interval reaches beyond it."),
         ([4.02, 4.02, 4.021], "beyond the goal of 0.25 %."),
+        ([4.008, 4.012, 4.016], "beyond the goal of 0.25 %, though the interval reaches within it."),
         ([4.0, 4.02, 4.04], "beyond the goal of 0.25 %, though zero lies within the interval."),
     ],
 )

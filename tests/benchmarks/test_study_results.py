@@ -15,7 +15,13 @@ NAMES = {"study-base-1": ("base", 1), "study-other-1": ("other", 1)}
 
 
 def record(
-    root, name: str, experiment: str = "study", score: float = 1.5, status: str = "finished", is_tied: bool = False
+    root,
+    name: str,
+    experiment: str = "study",
+    score: float = 1.5,
+    status: str = "finished",
+    is_tied: bool = False,
+    is_dense: bool = False,
 ) -> None:
     """Leave a run in Aim as train and evaluate do."""
     pytest.importorskip("aim", reason="Aim has no wheels for this Python")
@@ -42,9 +48,8 @@ def record(
     train = {"step": 20, "tokens_seen": 40, "epoch": 0.5, "tokens_per_s": 7.0, "validation": {"loss": 4.25}, **chosen}
     trackers.write(Result("train", train, 20))
     heldout = dict.fromkeys(("nats_per_token", "perplexity", "bits_per_byte"), 2.0) | {"nats_per_char": score}
-    trackers.write(
-        Result("evaluate", {"heldout": heldout, "router": {"max_vio_global_max": 0.75, "dead_experts": 1}}, 20)
-    )
+    router = {} if is_dense else {"max_vio_global_max": 0.75, "dead_experts": 1}
+    trackers.write(Result("evaluate", {"heldout": heldout, "router": router}, 20))
     trackers.close(status)
 
 
@@ -62,6 +67,12 @@ def test_the_finished_runs_of_the_study_are_read_and_the_latest_of_a_name_counts
     assert (base.num_embedding, base.num_tokens, base.num_epochs) == (16, 40, 0.5)
     assert other.num_embedding == 0, "a tied embedding is the head, with which a token multiplies"
     assert base.conditions == "commit `abcdef0`, text `plays` (SHA-256 `01234567`), torch 2"
+
+
+def test_a_model_without_a_router_is_one_line(tmp_path):
+    record(tmp_path, "study-other-1", is_dense=True)
+    with pytest.raises(UserError, match=r"^study-other-1: its model has no router, .*; leave other out of it$"):
+        read_results(tmp_path, "study", NAMES)
 
 
 def test_without_an_aim_repository_the_remedy_is_told(tmp_path):

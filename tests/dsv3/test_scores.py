@@ -20,3 +20,7 @@ def test_sums_add_up_over_splits_and_each_score_has_its_unit():
 
 def test_every_score_says_what_it_is():
     assert all(score.description for score in SCORES.values())
+
+
+def test_a_loss_beyond_what_an_exponential_can_be_of_has_a_perplexity():
+    assert SplitScore(2000.0, 1, 1, 1).metrics()["perplexity"] == math.exp(700)

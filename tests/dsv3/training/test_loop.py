@@ -7,7 +7,9 @@ import torch
 
 from dsv3.errors import Interrupted, UserError
 from dsv3.evaluation.load_balance import max_vio
+from dsv3.training.hooks import history_row
 from dsv3.training.loop import Hook, Run, train
+from dsv3.training.state import StepSums
 from tests.training_inputs import history, no_save, started_run
 
 
@@ -19,6 +21,29 @@ def test_a_training_learns(tmp_path):
     rows = history(started_run(tmp_path, train={"max_steps": 30}))
     assert rows[0]["loss"] == pytest.approx(math.log(272), rel=0.01)  # at first every token is as likely
     assert rows[-1]["loss"] < 3.2
+
+
+@pytest.mark.parametrize("seed", [0, 20261128063000, 2**63 - 1])
+def test_every_seed_that_is_accepted_trains(tmp_path, seed):
+    assert len(history(started_run(tmp_path, seed=seed, train={"max_steps": 1, "hidden_dropout": 0.1}))) == 1
+
+
+def test_the_modules_loss_is_recorded_where_they_are_trained(tmp_path):
+    """They are from the start to 67.6 % of the steps; a row that reaches beyond holds no mean over both."""
+    run = started_run(tmp_path, train={"max_steps": 9, "mtp_loss_weight": 0.3, "mtp_loss_weight_final": 0.0})
+    rows = []
+
+    def log(run: Run) -> None:
+        sums, run.state.step_sums = run.state.step_sums, StepSums()
+        rows.append(history_row(run, sums))
+
+    train(run, [Hook(4, log)], no_save)
+    assert [(row["step"], row["mtp_loss_weight"], "mtp_loss" in row) for row in rows] == [
+        (4, 0.3, True),
+        (8, 0.0, False),
+        (9, 0.0, False),
+    ]
+    assert rows[0]["mtp_loss"] > 1
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (1, 4)])

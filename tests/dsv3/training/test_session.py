@@ -70,10 +70,9 @@ def test_the_best_weights_are_exported_when_they_are_wanted(tmp_path, monkeypatc
     monkeypatch.setattr(hooks, "log_curves", spoil)
     last = trained(tmp_path / "last", train={"max_steps": 10, "eval_steps": 2})
     best = trained(tmp_path / "best", train={"max_steps": 10, "eval_steps": 2, "load_best_model_at_end": True})
-    assert last["validation"] == best["validation"]
     assert (last["exported_step"], best["exported_step"], best["validation"]["best_step"]) == (10, 6, 6)
-    assert best["validation"]["best_loss"] < best["validation"]["loss"]
-    for name, loss in (("last", last["validation"]["loss"]), ("best", best["validation"]["best_loss"])):
+    assert best["validation"]["best_loss"] == best["validation"]["loss"] < last["validation"]["loss"]
+    for name, loss in (("last", last["validation"]["loss"]), ("best", best["validation"]["loss"])):
         card = ModelCard.load(tmp_path / name / "final_model" / "README.md")
         assert card.data.eval_results[0].metric_value == loss  # of the weights beside the card
     files = [tmp_path / name / "final_model" / "model.safetensors" for name in ("last", "best")]
@@ -246,6 +245,19 @@ def test_a_training_that_goes_on_from_another_exports_its_own_best_weights(tmp_p
     metrics = trained(tmp_path / "rest", train={**best, "resume_from_checkpoint": name, **away})
     assert 8 <= metrics["exported_step"] <= 12
     assert metrics["validation"]["best_step"] == metrics["exported_step"]
+
+
+def test_the_loss_that_is_told_is_that_of_the_weights_that_are_exported(tmp_path, capsys):
+    train = {"load_best_model_at_end": True, "eval_steps": 2, "learning_rate": 1.0, "weight_decay": 0.0}
+    metrics = trained(tmp_path, train=train)
+    rows = [line.split("\t") for line in (tmp_path / "results" / "validation.tsv").read_text().splitlines()]
+    losses = {int(row[0]): float(row[rows[0].index("loss")]) for row in rows[1:]}
+    best = min(losses, key=losses.__getitem__)
+    assert best != max(losses), "the training was to become worse"
+    assert (metrics["exported_step"], metrics["validation"]["loss"]) == (best, pytest.approx(losses[best]))
+    headline = json.loads((tmp_path / "results" / "headline.json").read_text())
+    assert headline["val_loss"] == pytest.approx(losses[best])
+    assert f"step {best}, validation {losses[best]:.4f} nats/token" in capsys.readouterr().out
 
 
 EVEN = {
