@@ -13,13 +13,14 @@ so R is the number of repetitions after which another one brings little. They di
 small as ours could not tell the two apart, so N is taken as it is. N counts the parameters that a token multiplies
 with: active ones without the embedding, of which it reads one row.
 
-For given exponents and R the law is linear in E, A and B. So the fit is a search over three numbers, each step of which
-solves a least-squares problem of three unknowns exactly: no start has to be guessed, and nothing gets stuck. The
-alternative, descent over all six as in the papers, needs many starts. We give up their Huber loss: a run that failed
-would be seen in the table. Intervals come from drawing the runs again with replacement; they cover the noise of runs,
+For given exponents and R the law is linear in E, A and B. So a grid over the three, at each point of which the others
+are solved for exactly, gives a start per R, without guessing. From each of them all six numbers descend together
+(Levenberg and Marquardt's steps): E, β and R trade for one another along a narrow oblique valley, on which a finer and
+finer grid stops early, at an R far from the best. We give up the papers' Huber loss: a run that failed would be seen in
+the table. Intervals come from drawing the runs again with replacement; they cover the noise of runs,
 not the law's being wrong, which the runs of most compute, left out of the fit and predicted, show.
 
-Letters: n runs, G points of the search.
+Letters: n runs, G points of the grid or descents from it.
 """
 
 from collections.abc import Sequence
@@ -38,9 +39,13 @@ Array = NDArray[np.float64]
 EXPONENTS = (0.05, 2.0)
 """Least and largest exponent of the search."""
 REPETITIONS = (0.5, 200.0)
-"""Least and largest R of the search; the grids are geometric."""
-NUM_PER_AXIS, NUM_ROUNDS = 12, 7
-"""Points per axis in each round of the search; each round's axes reach from neighbour to neighbour of the best."""
+"""Least and largest R of the search; the grid is geometric."""
+NUM_PER_AXIS = 12
+"""Points of the grid per axis, and so descents."""
+NUM_STEPS = 200
+"""Of a descent; more than any needs that converges."""
+LEAST_COEFFICIENT = 1e-9
+"""E, A and B descend by their logarithms, so this is their zero."""
 NUM_RESAMPLES = 200
 FLOPS_PER_PARAMETER = 6
 """Of a token in training, forward and backward."""
@@ -111,20 +116,60 @@ def distinct(tokens: Array, unique_tokens: Array, repetitions: Array | np.float6
 def fit(runs: Runs, counts: Array | None = None) -> Law:
     """Return the law of least squared error; `counts` (n) says how often each run counts, once by default."""
     weights = np.ones_like(runs.loss) if counts is None else counts
-    bounds = [np.log(EXPONENTS), np.log(EXPONENTS), np.log(REPETITIONS)]
-    limits, best = list(bounds), Law(0, 0, 0, 1, 1, 1)
-    for _ in range(NUM_ROUNDS):
-        axes = [np.linspace(low, high, NUM_PER_AXIS) for low, high in limits]
-        points = np.exp(np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3))
-        coefficients, errors = solve(runs, points, weights)
-        least = int(np.argmin(errors))
-        best = Law(*map(float, (*coefficients[least], *points[least])))
-        steps = [axis[1] - axis[0] for axis in axes]
-        limits = [
-            (max(low, center - step), min(high, center + step))
-            for (low, high), center, step in zip(bounds, np.log(points[least]), steps, strict=True)
-        ]
-    return best
+    axes = [np.geomspace(*bounds, NUM_PER_AXIS) for bounds in (REPETITIONS, EXPONENTS, EXPONENTS)]
+    repetitions, alpha, beta = (column.reshape(NUM_PER_AXIS, -1) for column in np.meshgrid(*axes, indexing="ij"))
+    points = np.stack([alpha, beta, repetitions], -1)
+    coefficients, errors = solve(runs, points.reshape(-1, 3), weights)
+    least = errors.reshape(NUM_PER_AXIS, -1).argmin(-1)  # of each R
+    rows = np.arange(NUM_PER_AXIS)
+    starts = np.concatenate([coefficients.reshape(*points.shape)[rows, least], points[rows, least]], -1)
+    laws, errors = descend(runs, starts, weights)
+    return Law(*map(float, laws[errors.argmin()]))
+
+
+def descend(runs: Runs, starts: Array, weights: Array) -> tuple[Array, Array]:
+    """Return the six numbers (G, 6) to which squared errors (G) fall from `starts` (G, 6), within the bounds."""
+    bounds = [(LEAST_COEFFICIENT, np.inf)] * 3 + [EXPONENTS, EXPONENTS, REPETITIONS]
+    low, high = np.log(np.array(bounds)).T
+    place = np.clip(np.log(np.maximum(starts, LEAST_COEFFICIENT)), low, high)
+    damping = np.full(len(place), 1e-2)
+    residual, slopes = linearized(runs, place)
+    error = (weights * residual**2).sum(-1)
+    for _ in range(NUM_STEPS):
+        gradient = np.einsum("gnp,n,gn->gp", slopes, weights, residual)
+        is_held = ((place <= low) & (gradient > 0)) | ((place >= high) & (gradient < 0))
+        free = np.where(is_held, 0.0, 1.0)
+        normal = np.einsum("gnp,n,gnq->gpq", slopes, weights, slopes) * free[:, :, None] * free[:, None, :]
+        diagonal = np.einsum("gpp->gp", normal)
+        diagonal += damping[:, None] * diagonal + 1e-15 + is_held  # in place: einsum gives a view
+        step = np.linalg.solve(normal, (-gradient * free)[..., None])[..., 0]
+        tried = np.clip(place + np.clip(step, -1, 1), low, high)
+        tried_residual, tried_slopes = linearized(runs, tried)
+        tried_error = (weights * tried_residual**2).sum(-1)
+        is_better = tried_error < error
+        place, error = np.where(is_better[:, None], tried, place), np.where(is_better, tried_error, error)
+        residual = np.where(is_better[:, None], tried_residual, residual)
+        slopes = np.where(is_better[:, None, None], tried_slopes, slopes)
+        damping = np.clip(damping * np.where(is_better, 0.3, 4.0), 1e-12, 1e12)
+    return np.where(place <= np.log(LEAST_COEFFICIENT), 0.0, np.exp(place)), error
+
+
+def linearized(runs: Runs, place: Array) -> tuple[Array, Array]:
+    """Return predicted minus found losses (G, n) at the logarithms `place` (G, 6) of the law's numbers, and slopes."""
+    floor, of_parameters, of_tokens, alpha, beta, repetitions = np.exp(place).T[..., None]
+    millions, counted = runs.parameters / 1e6, distinct(runs.tokens, runs.unique_tokens, repetitions) / 1e6
+    by_size, by_length = of_parameters * millions**-alpha, of_tokens * counted**-beta
+    again = np.maximum(runs.tokens / runs.unique_tokens - 1, 0) / repetitions
+    counted_slope = runs.unique_tokens / 1e6 * repetitions * (-np.expm1(-again) - again * np.exp(-again))
+    slopes = (
+        floor + np.zeros_like(by_size),
+        by_size,
+        by_length,
+        -by_size * alpha * np.log(millions),
+        -by_length * beta * np.log(counted),
+        -by_length * beta / counted * counted_slope,
+    )
+    return floor + by_size + by_length - runs.loss, np.stack(slopes, -1)
 
 
 def solve(runs: Runs, points: Array, weights: Array) -> tuple[Array, Array]:

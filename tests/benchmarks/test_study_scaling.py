@@ -15,10 +15,12 @@ from benchmarks.studies.scaling import (
     cheapest,
     distinct,
     fit,
+    linearized,
     losses,
     resampled,
     runs_of,
     section,
+    solve,
 )
 from tests.benchmarks.studies_made_up import RESULT
 
@@ -50,8 +52,32 @@ def grid(noise: float = 0.0, law: Law = TRUE) -> list[Result]:
     return found
 
 
-def test_the_law_that_made_the_losses_is_found_again():
-    assert astuple(fit(runs_of(grid()))) == pytest.approx(astuple(TRUE), rel=5e-3)  # the search's last step
+@pytest.mark.parametrize("repetitions", [2.0, 8.0, 20.0, 60.0, 150.0])
+@pytest.mark.parametrize("exponents", [(0.4, 0.5), (0.85, 0.17), (0.2, 0.3)])
+def test_the_law_that_made_the_losses_is_found_again(repetitions, exponents):
+    """From anywhere: E, beta and R trade for one another along a narrow valley."""
+    alpha, beta = exponents
+    law = replace(TRUE, floor=0.8, alpha=alpha, beta=beta, repetitions=repetitions)
+    assert astuple(fit(runs_of(grid(law=law)))) == pytest.approx(astuple(law), rel=1e-3)
+
+
+def test_no_grid_point_beside_the_fit_has_a_lower_error():
+    """Of noisy runs the best law is not known; the whole grid, finer than the search's, is asked."""
+    runs = runs_of(grid(noise=0.004, law=replace(TRUE, floor=0.8, alpha=0.85, beta=0.17, repetitions=60.0)))
+    law, weights = fit(runs), np.ones_like(runs.loss)
+    found = ((law.loss(runs.parameters, runs.tokens, runs.unique_tokens) - runs.loss) ** 2).sum()
+    axes = [np.geomspace(0.05, 2, 60), np.geomspace(0.05, 2, 60), np.geomspace(0.5, 200, 40)]
+    points = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
+    assert found <= solve(runs, points, weights)[1].min() * (1 + 1e-9)
+
+
+def test_slopes_are_those_of_the_errors():
+    runs, place = runs_of(grid()), np.log(np.array([astuple(TRUE)]))
+    slopes = linearized(runs, place)[1][0]
+    for number in range(6):
+        ahead, behind = (place + side * 1e-6 * np.eye(6)[number] for side in (1, -1))
+        expected = (linearized(runs, ahead)[0] - linearized(runs, behind)[0])[0] / 2e-6
+        assert slopes[:, number] == pytest.approx(expected, abs=1e-8)
 
 
 def test_a_run_that_counts_twice_is_a_run_that_is_there_twice():
