@@ -79,7 +79,7 @@ def main(
     json_path: JsonOption = None,
 ) -> None:
     """Score an exported model."""
-    check_model(model)
+    check_model(model, tokens)
     logging.set_verbosity_error()  # stock leaves MTP modules out, and says so at length
     target, settings = best_device(device), read_params(params).evaluate
     check_shards(tokens, read_meta(tokens), SPLITS)

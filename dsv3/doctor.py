@@ -267,10 +267,14 @@ def check_disk() -> Finding:
 
 
 def disk_bytes(params: Params) -> int:
-    """Return the size of `save_total_limit` checkpoints, the one that is being written, and the exported weights."""
+    """Return the size of `save_total_limit` checkpoints, the one that is being written, and the exported weights.
+
+    With `load_best_model_at_end` the best weights too, twice: older ones go once a checkpoint names their successor.
+    """
     memory = training_memory(read_architecture(Path(params.model.config)), params.train, "cpu")
     checkpoint = memory.weights_bytes + memory.optimizer_states_bytes
-    return (params.runtime.save_total_limit + 1) * checkpoint + memory.weights_bytes
+    copies = 3 if params.train.load_best_model_at_end else 1
+    return (params.runtime.save_total_limit + 1) * checkpoint + copies * memory.weights_bytes
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (

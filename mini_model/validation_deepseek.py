@@ -144,6 +144,11 @@ def check_positions(config: Any) -> None:
         if not (is_number(value) and least <= value <= most):
             bounds = f"must be a number >= {least} and <= {most:g}, or left out"
             raise ValueError(f"rope_parameters.{name} is {json.dumps(value):.60}; {bounds}")
+    if rope_type != "yarn" and rope.get("mscale_all_dim"):
+        raise ValueError(
+            f"rope_parameters.mscale_all_dim is {rope['mscale_all_dim']}; must be left out for rope_type {rope_type}: "
+            "programs disagree on whether it scales there"
+        )
     fast, slow = rope.get("beta_fast", 32), rope.get("beta_slow", 1)
     if fast < slow:
         raise ValueError(

@@ -39,7 +39,7 @@ def main(
     from dsv3.tracking.results import evaluate_events
 
     check_not_mixed(output, FILES)
-    check_model(model)
+    check_model(model, tokens)
     record = read_record(run)
     described = read_meta(tokens)
     streams = {split: open_stream(tokens, described, split) for split in SPLITS}

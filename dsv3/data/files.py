@@ -177,6 +177,11 @@ def _linked(files: Mapping[Path, Path], root: Path) -> dict[Path, Path]:
     return {file: place for place, file in sorted(files.items()) if not place.is_relative_to(inside)}
 
 
+def _refuse(error: OSError) -> None:
+    """Raise `UserError`: a folder that can't be read is not left out in silence."""
+    raise UserError(f"{error.filename}: can't be read ({error.strerror}); allow it, or move it out of data.path")
+
+
 def _walk(root: Path, skipped: dict[Path, str]) -> Iterator[tuple[Path, Path]]:
     """Yield what is in a folder and its subfolders, and where it lies; note in `skipped` the subfolders left out.
 
@@ -184,7 +189,7 @@ def _walk(root: Path, skipped: dict[Path, str]) -> Iterator[tuple[Path, Path]]:
     """
     places = {root: root.resolve()}
     seen = set(places.values())
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_refuse):
         here = places.pop(Path(folder))  # os.walk says "./name" where the path is "name"
         for name in sorted(subfolders):
             path = Path(folder) / name
@@ -418,12 +423,23 @@ def _csv_rows(file: Path, text_field: str) -> Iterator[str]:
             reader = csv.DictReader(lines, delimiter=_delimiter(header, text_field), strict=True)
             begins += 1 if reader.fieldnames else 0
             for row in reader:
+                check_cells(row, f"{file}:{begins}")
                 yield field_text(row, text_field, f"{file}:{reader.line_num}")
                 begins = reader.line_num + 1
         except csv.Error as error:
             is_open = "unexpected end" in str(error)
             reason = "a quotation mark is opened here and never closed: close or double it" if is_open else str(error)
             raise UserError(f"{file}:{begins}: is not CSV ({reason})") from None
+
+
+def check_cells(row: dict[str | None, Any], where: str) -> None:
+    """Raise `UserError` where a row has not as many cells as the header: behind a bare delimiter text would be lost."""
+    lacking, num_names = sum(cell is None for cell in row.values()), len(row) - (None in row)
+    num_cells = num_names - lacking + len(row.get(None) or ())
+    if num_cells != num_names:
+        raise UserError(
+            f"{where}: has {num_cells} cells where the header has {num_names}; quote the text, or mend the row"
+        )
 
 
 def _delimiter(header: str, text_field: str) -> str:

@@ -22,11 +22,11 @@ from tokenizers.trainers import BpeTrainer
 
 from dsv3.artifacts import read_regular, sha256_file, write_json
 from dsv3.data.files import local_path
+from dsv3.data.tokenizer_files import TOKENIZER_FILE
 from dsv3.data.words import repeated, word_counts
 from dsv3.errors import UserError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
-TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 MAP_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"

@@ -54,7 +54,8 @@ def export_fp8(model: Path, output: Path, power_of_two_scales: bool = False) -> 
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise UserError(f"{output}: is there already; remove it, or name a new folder")
     files = sorted(model.glob("*.safetensors"))
-    kept = unquantized_modules(matrix_shapes(files))
+    config = read_json(model / "config.json")
+    kept = unquantized_modules(matrix_shapes(files)) + unquantized_projections(config)
     with replacing_directory(output) as folder:
         ignored = shutil.ignore_patterns("*.safetensors", INDEX, SUMS)
         shutil.copytree(model, folder, ignore=ignored, dirs_exist_ok=True)
@@ -66,7 +67,6 @@ def export_fp8(model: Path, output: Path, power_of_two_scales: bool = False) -> 
             weight_map |= dict.fromkeys(tensors, file.name)
             total_bytes += sum(tensor.nbytes for tensor in tensors.values())
         write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-        config = read_json(model / "config.json")
         quantization = quantization_config(
             modules_to_not_convert(kept, config["num_hidden_layers"]), power_of_two_scales
         )
@@ -94,6 +94,12 @@ def unquantized_modules(shapes: dict[str, list[int]]) -> list[str]:
         partners = [f"{parent}.{partner}" for pair in FUSED if name in pair for partner in pair]
         kept.update(partner for partner in partners if partner in shapes)
     return sorted(kept)
+
+
+def unquantized_projections(config: dict[str, Any]) -> list[str]:
+    """Return the MTP modules' projections, which are stored as they are: a loader would else take them for FP8."""
+    first = config["num_hidden_layers"]
+    return [f"model.layers.{first + depth}.eh_proj" for depth in range(config.get("num_nextn_predict_layers") or 0)]
 
 
 def modules_to_not_convert(kept: list[str], num_hidden_layers: int) -> list[str]:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from dsv3.artifacts import REMEDY, read_json, sha256_file
+from dsv3.data.tokenizer_files import TOKENIZER_FILE, has_another_tokenizer
 from dsv3.errors import UserError
 from dsv3.export.model_folder import CODE_FILES
 from dsv3.export.weights import check_config_model_type, check_model_weights, read_model_config, short_line
@@ -27,8 +28,11 @@ OWN_CLASSES = {
 """What `auto_map` names in a model that was exported here."""
 
 
-def check_model(folder: Path) -> None:
-    """Raise `UserError` unless `folder` holds the configuration of a DeepSeek-V3 without code of others."""
+def check_model(folder: Path, tokens: Path | None = None) -> None:
+    """Raise `UserError` unless `folder` holds the configuration of a DeepSeek-V3 without code of others.
+
+    Where token data are named, the model's tokenizer must be theirs: ids of another one mean other words.
+    """
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(f"{folder}: holds no config.json; run dvc repro train")
@@ -40,6 +44,8 @@ def check_model(folder: Path) -> None:
             "model's folder is not run; remove it from a model of this architecture"
         )
     read_model_config(folder)
+    if tokens is not None and has_another_tokenizer(folder, tokens):
+        raise UserError(f"{folder}: its {TOKENIZER_FILE} is not that of {tokens}; name its own token data by --tokens")
 
 
 def other_code(folder: Path) -> list[str]:

@@ -177,8 +177,8 @@ def optimizer_workspace_bytes(a: Architecture, train: TrainParams, compute_bytes
     device multiplies, and a batch of equal shapes is computed at once; the product of a matrix with its own transpose
     is as wide as the matrix is high.
     """
-    optimizer, batch = OPTIMIZERS[train.optim], largest_batch_numbers(a, num_shards)
-    short, long = sorted((a.hidden_size, a.moe_intermediate_size))
+    optimizer, (batch, width) = OPTIMIZERS[train.optim], largest_batch(a, num_shards)
+    short, long = sorted((a.hidden_size, width))
     numbers = optimizer.update_copies * num_matrix_parameters(a) // num_shards + optimizer.batch_copies * batch
     numbers += optimizer.gram_copies * batch * short // long
     largest_parameter = num_largest_parameter(a) // num_shards
@@ -186,15 +186,18 @@ def optimizer_workspace_bytes(a: Architecture, train: TrainParams, compute_bytes
     return compute_bytes * numbers + FP32 * widened
 
 
-def largest_batch_numbers(a: Architecture, num_shards: int) -> int:
-    """Return the size of the largest batch of equally shaped matrices that are updated together, the experts'.
+def largest_batch(a: Architecture, num_shards: int) -> tuple[int, int]:
+    """Return the size of the largest batch of equally shaped matrices that are updated together, and their width.
 
-    Shared experts are among them where they have the routed ones' shape, unless several processes hold their rows.
+    They are the experts', or the dense layers'. Shared experts are among them where they have the routed ones' shape,
+    unless several processes hold their rows.
     """
     parts = parameters_by_part(a) + mtp_parameters_by_part(a)
     shared = parts["shared_experts"] if a.n_shared_experts == num_shards == 1 else 0
     stack = num_stack_parameters(a) // num_shards
-    return min(parts["routed_experts"] // num_shards + shared, max(MAX_BATCH_NUMBERS, stack))
+    experts = min(parts["routed_experts"] // num_shards + shared, max(MAX_BATCH_NUMBERS, stack))
+    dense = min(parts["dense_mlp"] // num_shards, max(MAX_BATCH_NUMBERS, a.hidden_size * a.intermediate_size))
+    return max((experts, a.moe_intermediate_size), (dense, a.intermediate_size))
 
 
 def inference_weights_bytes(a: Architecture, dtype: str) -> int:

@@ -97,7 +97,7 @@ def flops_metrics(a: Architecture, train: TrainParams) -> dict[str, int | float]
         "training_tokens_per_step": step_tokens,
         "training_flops_per_step": int(per_token * step_tokens),
     }
-    if train.max_steps > 0:
+    if train.max_steps > 0 and train.batch_ramp_levels == 1:  # with a ramp the plan of the training says it
         result["training_flops_total"] = int(per_token * step_tokens * train.max_steps)
     return result
 

@@ -62,6 +62,7 @@ from dsv3.artifacts import (
 )
 from dsv3.errors import UserError, one_line
 from dsv3.training.background import Background
+from dsv3.training.optimizer import AVERAGE
 from dsv3.training.sharding import is_sharded
 
 FORMAT_VERSION = 2
@@ -213,13 +214,7 @@ def raising_first_failure() -> Iterator[None]:
 def read_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Load what `write_tensors` wrote into the model and the optimizer in place, however either is cut."""
     if (folder / SHARD_INDEX).is_file():
-        tensors = named_tensors(model, optimizer)
-        with warnings.catch_warnings(), raising_first_failure():
-            warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
-            dcp.load(tensors, checkpoint_id=folder, no_dist=not is_sharded(model))
-        set_model_state_dict(model, tensors["model"])
-        if optimizer is not None:
-            set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
+        read_shards(folder, model, optimizer)
         return
     if is_sharded(model):
         whole: dict[str, Any] = dict(load_file(folder / WEIGHTS))
@@ -229,6 +224,49 @@ def read_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
         load_model(model, folder / WEIGHTS)
     if optimizer is not None:
         optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
+
+
+def read_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Load what `write_shards` wrote into the model and the optimizer in place, however either is cut.
+
+    torch asks for a state of every parameter. One that had no gradient yet (an MTP module while its weight is 0) has
+    none, nor has a training without averages one of these: they begin anew, as they do from an unsharded checkpoint.
+    """
+    tensors = named_tensors(model, optimizer)
+    states = tensors.get("optimizer", {}).get("state", {})
+    anew = unwritten(folder, states)
+    wanted = {**tensors}
+    if optimizer is not None:
+        kept = {
+            name: {part: value for part, value in state.items() if (name, part) not in anew}
+            for name, state in states.items()
+        }
+        wanted["optimizer"] = {**tensors["optimizer"], "state": {name: state for name, state in kept.items() if state}}
+    with warnings.catch_warnings(), raising_first_failure():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
+        dcp.load(wanted, checkpoint_id=folder, no_dist=not is_sharded(model))
+    set_model_state_dict(model, wanted["model"])
+    if optimizer is None:
+        return
+    for name, state in wanted["optimizer"]["state"].items():
+        states[name].update(state)
+    set_optimizer_state_dict(model, optimizer, {**wanted["optimizer"], "state": states})
+    parameters = dict(model.named_parameters())
+    for name, part in anew:
+        del optimizer.state[parameters[name]][part]
+
+
+def unwritten(folder: Path, states: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return (parameter, part of its state) that a sharded checkpoint lacks and may lack: whole states, averages."""
+    written = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    found: list[tuple[str, str]] = []
+    for name, state in states.items():
+        prefix = f"optimizer.state.{name}."
+        has_state = any(key.startswith(prefix) for key in written)
+        found += [
+            (name, part) for part in state if f"{prefix}{part}" not in written and (part == AVERAGE or not has_state)
+        ]
+    return found
 
 
 def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def history_row(run: Run, sums: StepSums) -> Row:
         "tokens_per_s": tokens_per_s(run, sums),
         "peak_memory_bytes": peak_memory_bytes(run.accelerator.device),
     }
-    row["model_flops_per_s"] = row["tokens_per_s"] * plan.flops_per_token
+    row["model_flops_per_s"] = plan.flops(range(step - sums.num_steps, step)) / sums.elapsed_s
     if params.sequence_loss_weight:
         row["sequence_loss"] = sums.mean("sequence_loss")
     if run.model.config.num_nextn_predict_layers:

@@ -6,16 +6,14 @@ trained, behind the tokenizer of the token data: ids of another one would mean o
 of the training's fingerprint (`dsv3.training.fingerprint`), so a checkpoint is resumed with the weights it began with.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from dsv3.artifacts import read_regular, sha256_file, sha256_lines
+from dsv3.artifacts import sha256_file, sha256_lines
 from dsv3.data.files import exists, local_path
-from dsv3.data.tokenizer import TOKENIZER_FILE
+from dsv3.data.tokenizer_files import TOKENIZER_FILE, has_another_tokenizer
 from dsv3.errors import UserError
 from dsv3.export.loading import load_model
 from dsv3.export.source import check_source
@@ -34,8 +32,6 @@ MAY_DIFFER = frozenset(
     }
 )
 """Fields of the configuration with which the weights compute the same."""
-TOKENIZER_PARTS = ("model", "added_tokens", "normalizer", "pre_tokenizer")
-"""What in tokenizer.json decides the ids; other programs write the rest anew."""
 HUB_FILES = ("config.json", "*.safetensors", INDEX, TOKENIZER_FILE)
 
 
@@ -106,18 +102,8 @@ def check_same_architecture(folder: Path, config: Path) -> None:
 
 def check_same_tokenizer(folder: Path, tokens: Path) -> None:
     """Raise `UserError` where `folder` has a tokenizer, and another one than the token data."""
-    own, other = folder / TOKENIZER_FILE, tokens / "tokenizer" / TOKENIZER_FILE
-    if own.is_file() and sha256_file(own) != sha256_file(other) and id_parts(own) != id_parts(other):
+    if has_another_tokenizer(folder, tokens):
         raise UserError(f"its {TOKENIZER_FILE} is not that of {tokens}; set tokenize.tokenizer to its folder")
-
-
-def id_parts(file: Path) -> list[Any]:
-    """Return what in a tokenizer.json decides the ids."""
-    try:
-        content = json.loads(read_regular(file))
-        return [content.get(part) for part in TOKENIZER_PARTS]
-    except (ValueError, RecursionError, AttributeError):
-        raise UserError(f"{file}: is no tokenizer") from None
 
 
 def check_not_replaced(train: TrainParams, model: Path) -> None:

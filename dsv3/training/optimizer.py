@@ -152,9 +152,13 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state, and cut it as the parameters are where they are sharded.
 
-        torch would make every moment of its parameter's type, and put all of them where the parameters are.
+        torch would make every moment of its parameter's type, put all of them where the parameters are, and go on with
+        the weight decay of the training that wrote them.
         """
+        own_decays = [group["weight_decay"] for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": {}})  # says what differs
+        for group, weight_decay in zip(self.param_groups, own_decays, strict=True):
+            group["weight_decay"] = weight_decay
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):

@@ -29,6 +29,7 @@ from dsv3.tracking.metrics import TABLES
 from dsv3.training.budget import Budget, budget_of
 from dsv3.training.distillation import read_teacher
 from dsv3.training.initial_weights import InitialWeights, read_initial_weights
+from dsv3.training.schedule import mtp_loss_weight
 
 RESULTS = ("run.json", "metrics.json", "headline.json", *(f"{table}.tsv" for table in TABLES))
 """What a training writes beside the model."""
@@ -83,10 +84,15 @@ class TrainingPlan:
         """Return the passes over the training tokens that the steps before `step` have made."""
         return self.sequences_before(step) / self.batches.num_blocks_per_epoch
 
-    @property
-    def flops_per_token(self) -> float:
-        """Return the arithmetic of training on one token, MTP modules included."""
-        return training_flops_per_token(self.architecture, self.params.train.block_size)
+    def flops(self, steps: range) -> float:
+        """Return the arithmetic of these steps; MTP modules count where lambda is not 0: else they are not asked."""
+        train, main = self.params.train, self.architecture.model_copy(update={"num_nextn_predict_layers": 0})
+        per_token = [training_flops_per_token(part, train.block_size) for part in (main, self.architecture)]
+        tokens = [0, 0]
+        for step in steps:
+            asks_modules = mtp_loss_weight(step, train, self.budget) != 0
+            tokens[asks_modules] += self.tokens_before(step + 1) - self.tokens_before(step)
+        return sum(flops * count for flops, count in zip(per_token, tokens, strict=True))
 
     @property
     def size(self) -> dict[str, int | float]:
@@ -103,7 +109,7 @@ class TrainingPlan:
     def summary(self) -> str:
         """Return the plan in a few lines."""
         train, size = self.params.train, self.size
-        total_tokens = self.tokens_before(self.total_steps)
+        total_tokens, total_flops = self.tokens_before(self.total_steps), self.flops(range(self.total_steps))
         return "\n".join(
             (
                 f"model    {self.params.model.config}: {size['parameters_total']:,} parameters, "
@@ -112,8 +118,8 @@ class TrainingPlan:
                 f"steps    {self.total_steps:,} of {self.tokens_per_step:,} tokens "
                 f"({self.sequences_per_step} sequences of {train.block_size}): "
                 f"{total_tokens:,} tokens, {self.epochs_before(self.total_steps):.2f} epochs",
-                f"cost     {self.flops_per_token:.3g} FLOPs per token, "
-                f"{self.flops_per_token * total_tokens:.3g} in all{', without the teachers' if self.teachers else ''}",
+                f"cost     {total_flops / total_tokens:.3g} FLOPs per token, "
+                f"{total_flops:.3g} in all{', without the teachers' if self.teachers else ''}",
                 *([f"weights  those of {self.initial_weights}"] if self.initial_weights else []),
                 *(f"teacher  {teacher}" for teacher in self.teachers),
                 *self.notes(),

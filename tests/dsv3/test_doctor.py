@@ -243,6 +243,9 @@ def test_the_disk_holds_one_checkpoint_more_than_are_kept_and_the_export():
     checkpoints = params.runtime.save_total_limit + 1
     expected = (12 * checkpoints + 4) * num_parameters(read_architecture(Path(params.model.config)))
     assert disk_bytes(params) == pytest.approx(expected, rel=0.001)
+    train = params.train.model_copy(update={"load_best_model_at_end": True})
+    best = disk_bytes(params.model_copy(update={"train": train}))
+    assert best - disk_bytes(params) == pytest.approx(expected * 8 / (12 * checkpoints + 4), rel=0.001)
 
 
 def test_aim_tells_where_runs_go_and_whether_its_interface_is_up(monkeypatch):

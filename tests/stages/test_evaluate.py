@@ -130,6 +130,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(prepared, tmp_path, capsys):
             "vocabulary of 300; must be <= 272",
         ),
         (lambda folder: set_params(folder, evaluate={"stride": 33}), r"evaluate\.stride is 33"),
+        (
+            lambda folder: edit_json(folder / "final_model" / "tokenizer.json", added_tokens=[]),
+            r"tokenizer\.json is not that of .*tokens; name its own token data by --tokens",
+        ),
     ],
 )
 def test_a_mistake_is_told_and_nothing_is_written(copy, tmp_path, damage, message):

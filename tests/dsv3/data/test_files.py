@@ -106,6 +106,9 @@ def test_another_column_is_read_where_the_parameter_names_it(tmp_path):
         ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl: document 0 holds half a character"),
         ("a.csv", b"body\nx\n", "a.csv:2: has no column text; set data.text_field to one of body"),
         ("a.csv", b"text\ncaf\xe9\n", "a.csv: is not UTF-8"),
+        ("a.csv", b"text\nfine\nHello, world\n", "a.csv:3: has 2 cells where the header has 1; quote the text"),
+        ("a.csv", b'id,text\n1,"a\nb"\n2,Hello, world, more\n', "a.csv:4: has 4 cells where the header has 2"),
+        ("a.csv", b"id,text\n1\n2,fine\n", "a.csv:2: has 1 cells where the header has 2"),
         ("a.csv", b"", "a.csv: holds no text"),
         ("a.csv", "text,n\r\nx,1\r\n".encode("utf-16"), r"a.csv: is not UTF-8 \(byte 0xff\)"),
         ("a.csv", "text,n\r\nx,1\r\n".encode("utf-16-le"), "a.csv: holds a NUL"),
@@ -151,6 +154,21 @@ def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path):
         documents(tmp_path / "a.parquet", tmp_path / "corpus")
     with pytest.raises(UserError, match=r"a.parquet: column n holds a int; must be text"):
         documents(tmp_path / "a.parquet", tmp_path / "corpus", "n")
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out_in_silence(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("a story")
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)  # root may read any folder
+    with pytest.raises(UserError, match=r"closed.*Permission denied"):
+        corpus_files(str(tmp_path))
 
 
 @pytest.mark.parametrize("path", ["nowhere", "nowhere/*.txt", "empty"])

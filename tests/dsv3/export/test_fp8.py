@@ -67,6 +67,18 @@ def test_the_configuration_names_what_is_not_quantized(folders):
     assert kept == ["lm_head", *(f"model.layers.{layer}.self_attn.kv_a_proj_with_mqa" for layer in (0, 1))]
 
 
+def test_the_projection_of_a_prediction_module_is_named_as_kept(tmp_path):
+    """It is stored as it is, and a loader converts what is not named."""
+    sizes = {**read_json(PROJECT / "mini_model/config_nano.json"), **SIZES, "num_nextn_predict_layers": 2}
+    DeepseekV3ForCausalLM(DeepseekV3Config(**sizes)).save_pretrained(tmp_path / "model")
+    export_fp8(tmp_path / "model", tmp_path / "fp8")
+    kept = read_json(tmp_path / "fp8/config.json")["quantization_config"]["modules_to_not_convert"]
+    tensors = load_file(tmp_path / "fp8/model.safetensors")
+    for name in ("model.layers.2.eh_proj", "model.layers.3.eh_proj"):
+        assert name in kept and tensors[f"{name}.weight"].dtype == torch.float32
+    assert "model.decoder.eh_proj" in kept, "as SGLang calls the first"
+
+
 def test_stock_transformers_reads_the_export_as_the_model_with_rounded_weights(folders):
     model, _, exported = folders
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(exported)]

@@ -275,6 +275,11 @@ def test_a_file_that_is_missing_or_no_yaml_is_one_line():
         ),
         ({"pad_token_id": -1}, "pad_token_id is -1; must be null, or >= 0 and < 1024, the vocab_size"),
         ({"eos_token_id": [1, 1024]}, "eos_token_id is 1024; must be null, or >= 0 and < 1024, the vocab_size"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 4, "mscale_all_dim": 1.0}},
+            "rope_parameters.mscale_all_dim is 1.0; must be left out for rope_type linear: "
+            "programs disagree on whether it scales there",
+        ),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.factor is null; must be >= 1 for rope_type yarn"),
     ],
 )

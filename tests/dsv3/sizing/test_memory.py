@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from dataclasses import fields
 
 import pytest
@@ -10,7 +11,7 @@ from dsv3.kernels.registry import register_experts
 from dsv3.kernels.weight_cache import cached_weights
 from dsv3.params.architecture import Architecture, read_architecture
 from dsv3.params.expert_backends import AUTO, BACKENDS, auto_of_native_device
-from dsv3.params.optimizers import OPTIMIZERS
+from dsv3.params.optimizers import MAX_BATCH_NUMBERS, OPTIMIZERS
 from dsv3.sizing.activations import (
     Workload,
     activation_bytes,
@@ -22,6 +23,7 @@ from dsv3.sizing.activations import (
 from dsv3.sizing.memory import (
     inference_weights_bytes,
     kv_cache_bytes_per_token,
+    largest_batch,
     num_matrix_parameters,
     training_memory,
     without_moments,
@@ -309,3 +311,17 @@ def test_served_weights_shrink_with_their_type_but_fp8_leaves_embedding_and_head
     assert bf16 == 2 * 142_435_584 + bias
     high_precision = 2 * 2 * 32000 * 768
     assert bf16 / 2 + high_precision / 2 < fp8 < bf16 / 2 + high_precision / 2 + 0.01 * bf16
+
+
+def test_the_largest_batch_of_an_all_dense_model_is_its_dense_layers():
+    """56.6 million numbers: gate, up and down of twelve layers, of one shape but for their orientation."""
+    tiny = read_architecture(PROJECT / "mini_model/config_tiny.json")
+    dense = tiny.model_copy(update={"first_k_dense_replace": tiny.num_hidden_layers})
+    with torch.device("meta"):
+        model = DeepseekV3ForCausalLM(DeepseekV3Config(**dense.model_dump()))
+    by_shape = Counter()
+    for parameter in model.model.layers.parameters():
+        if parameter.dim() == 2:
+            by_shape[tuple(sorted(parameter.shape))] += parameter.numel()
+    shape, numbers = by_shape.most_common(1)[0]
+    assert largest_batch(dense, 1) == (min(numbers, MAX_BATCH_NUMBERS), max(shape))

@@ -41,6 +41,8 @@ def test_a_run_of_known_length_has_a_total_and_another_has_none():
     assert "training_flops_total" not in unknown
     known = metrics(TINY, PARAMS.train.model_copy(update={"max_steps": 10}), PARAMS.estimate_size)
     assert known["training_flops_total"] == 10 * known["training_flops_per_step"]
+    ramped = PARAMS.train.model_copy(update={"max_steps": 10, "batch_ramp_levels": 2, "gradient_accumulation_steps": 2})
+    assert "training_flops_total" not in metrics(TINY, ramped, PARAMS.estimate_size), "steps of a ramp are smaller"
     tokens = known["training_tokens_per_step"]
     assert known["training_flops_per_step"] == tokens * known["training_flops_per_token"]
 

@@ -10,10 +10,18 @@ from dsv3.training.checkpoint import (
     delete_checkpoints,
     load_best,
     load_checkpoint,
+    named_tensors,
     prune,
+    read_tensors,
     save_best,
     save_checkpoint,
+    write_shards,
 )
+from dsv3.training.optimizer import Optimizer, parameter_groups
+from mini_model.configuration_deepseek import DeepseekV3Config
+from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
+from tests.committed import DEFAULTS
+from tests.training_inputs import MICRO
 
 LAYOUT = {"model.safetensors", "optimizer.pt", "scheduler.pt", "config.json", "trainer_state.json", "complete"}
 
@@ -44,6 +52,35 @@ def test_a_checkpoint_holds_the_files_people_look_for_and_gives_everything_back(
     assert torch.equal(model.weight, expected.weight)
     state, expected_state = optimizer.state[model.weight], expected_optimizer.state[expected.weight]
     assert torch.equal(state["exp_avg"], expected_state["exp_avg"])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_shards_without_a_state_or_without_averages_begin_these_anew(tmp_path, optim):
+    """As a checkpoint of one process does: an MTP module has no moments while its weight is 0."""
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**MICRO)).train()
+    params = DEFAULTS.train.model_copy(update={"optim": optim})
+    optimizer = Optimizer(parameter_groups(model, params), params, torch.float32)
+    tokens = torch.arange(18).view(2, 9)
+    model(tokens[:, :-1], shift_labels=tokens[:, 1:], mtp_loss_weight=0.0).loss.backward()
+    optimizer.step()
+    idle = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert any("eh_proj" in name for name in idle)
+    write_shards(tmp_path, named_tensors(model, optimizer))
+
+    averaged = params.model_copy(update={"ema_decay": 0.9})
+    other = DeepseekV3ForCausalLM(DeepseekV3Config(**MICRO)).train()
+    loaded = Optimizer(parameter_groups(other, averaged), averaged, torch.float32)
+    read_tensors(tmp_path, other, loaded)
+    theirs = dict(model.named_parameters())
+    for name, parameter in other.named_parameters():
+        assert torch.equal(parameter, theirs[name])
+        state, expected = loaded.state[parameter], optimizer.state.get(theirs[name], {})
+        assert set(state) == set(expected) and (not state) == (name in idle), name
+        assert all(torch.equal(state[part], expected[part]) for part in state)
+    another = DEFAULTS.train.model_copy(update={"optim": {"adamw": "muon", "muon": "adamw"}[optim]})
+    with pytest.raises((RuntimeError, KeyError, ValueError)):
+        read_tensors(tmp_path, other, Optimizer(parameter_groups(other, another), another, torch.float32))
 
 
 def test_what_was_loaded_does_not_change_with_its_file(tmp_path):

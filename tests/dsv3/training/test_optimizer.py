@@ -47,6 +47,21 @@ def names_by_group(model: DeepseekV3ForCausalLM, **values) -> dict[str, set[str]
     return {group["name"]: {names[id(parameter)] for parameter in group["params"]} for group in groups}
 
 
+def test_loaded_moments_do_not_bring_their_weight_decay():
+    model = micro_model()
+    written, own = optimizer_of(model, weight_decay=1.5), optimizer_of(model, weight_decay=0.1)
+    train(model, written, range(1))
+    own.load_state_dict(written.state_dict())
+    decays = {group["name"]: group["weight_decay"] for group in own.param_groups}
+    assert decays == {
+        group["name"]: group["weight_decay"] for group in optimizer_of(model, weight_decay=0.1).param_groups
+    }
+    assert max(decays.values()) == 0.1
+    assert all(
+        torch.equal(own.state[one]["step"], state["step"]) for one, state in written.state.items() if "step" in state
+    )
+
+
 def test_every_parameter_is_in_one_group_and_only_maps_go_to_muon():
     model = micro_model()
     groups = names_by_group(model, optim="muon")

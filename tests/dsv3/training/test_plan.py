@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from dsv3.errors import UserError
+from dsv3.sizing.flops import training_flops_per_token
 from dsv3.sizing.memory import training_memory
 from dsv3.training import precision
 from dsv3.training.plan import check_tokens, check_unlinked, introduction, memory_note, read_manifest
@@ -152,3 +153,16 @@ def test_what_the_model_card_takes_from_a_manifest_is_checked_before_the_trainin
     (tmp_path / "manifest.json").write_text(json.dumps(described | wrong))
     with pytest.raises(UserError, match=rf"manifest\.json: {where}: .*; run the download stage again$"):
         read_manifest(tmp_path)
+
+
+def test_modules_that_are_not_asked_are_not_counted(tmp_path):
+    """Lambda is 0 from 67.6 % of the steps on."""
+    train = {"max_steps": 10, "mtp_loss_weight": 0.3, "mtp_loss_weight_final": 0.0}
+    plan = plan_of(tmp_path, train=train)
+    with_modules = training_flops_per_token(plan.architecture, plan.params.train.block_size)
+    without = plan.architecture.model_copy(update={"num_nextn_predict_layers": 0})
+    main = training_flops_per_token(without, plan.params.train.block_size)
+    tokens = plan.tokens_per_step
+    assert plan.flops(range(7)) == pytest.approx(7 * tokens * with_modules)
+    assert plan.flops(range(10)) == pytest.approx(tokens * (7 * with_modules + 3 * main))
+    assert f"{plan.flops(range(10)):.3g} in all" in plan.summary()
