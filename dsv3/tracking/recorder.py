@@ -185,11 +185,14 @@ def add_to_run(run: Path, params: Params, events: Iterable[Event]) -> None:
     trackers.close("finished")
 
 
-def later_run(record: Mapping[str, Any], params: Params, experiment: str | None) -> tuple[RunIdentity, str | None]:
-    """Return identity and hash of the run that a later stage adds to, from the training's run.json."""
+def later_run(record: Mapping[str, Any], params: Params, experiment: str | None) -> tuple[RunIdentity, str]:
+    """Return identity and hash of the run that a later stage adds to, from the training's run.json.
+
+    A training that Aim has not seen has none in its record: its own, so that Aim makes one run of it, and finds it.
+    """
     training = identity_of(record)
     identity = later_identity(training, params, experiment)
-    return identity, record["aim_run_hash"] if identity is training else identity.own_hash
+    return identity, (record["aim_run_hash"] if identity is training else None) or identity.own_hash
 
 
 def record_of(identity: RunIdentity, run_hash: str | None, aim_repo: str, step: int) -> dict[str, Any]:

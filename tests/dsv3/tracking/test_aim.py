@@ -150,6 +150,21 @@ def test_an_experiment_that_only_evaluates_and_samples_has_one_run_of_its_own(
     assert second["dvc", "training"] == "union-brig"
 
 
+def test_the_stages_after_a_training_without_aim_share_one_run(project, identity, runtime, params, indexed):
+    path = project / "results" / "train" / "run.json"
+    recorder = open_recorder(path.parent, runtime.model_copy(update={"trackers": []}), identity)
+    recorder.log("history", {"step": 30, "loss": 4.0})
+    write_json(path, recorder.run_record())
+    recorder.close("finished")
+    own = params.model_copy(update={"runtime": runtime})
+    add_to_run(path, own, [Result("evaluate", {"heldout": SCORES}, 30)])
+    add_to_run(path, own, [Text("sample", "To be or", 30, {"prompt": "To be"})])
+    (run,) = indexed(project).iter_runs()
+    assert curve(run, "loss", {"subset": "train"}) == {30: 4.0}
+    assert curve(run, "nats_per_char", {"subset": "heldout", "stage": "evaluate"}) == {30: 1.5}
+    assert run.get_text_sequence("sample", Context({"prompt": "To be"})) is not None
+
+
 def test_a_stage_of_the_same_experiment_does_not_stretch_the_trainings_duration(
     trained, project, runtime, params, indexed
 ):

@@ -7,13 +7,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dsv3.artifacts import write_json
+from dsv3.artifacts import read_json, write_json
 from dsv3.errors import UserError
 from dsv3.tracking.aim import AimTracker
 from dsv3.tracking.rebuild import main, rebuild
 from dsv3.tracking.recorder import open_recorder
 from dsv3.tracking.results import read_table
 from dsv3.tracking.revision import applied_experiment
+from dsv3.tracking.shown import missing_views
 from dsv3.tracking.tracker import load_tracker
 from tests.committed import DEFAULTS
 
@@ -76,6 +77,20 @@ def test_a_run_that_aim_still_has_is_completed_not_doubled(project, results, par
     (run,) = indexed(project).iter_runs()
     assert run["evaluate", "heldout", "nats_per_char"] == 1.5
     assert run.end_time == before.end_time  # nor stretched
+
+
+def test_a_training_that_aim_has_not_seen_is_one_run_of_it_however_often_it_is_rebuilt(
+    project, results, params, indexed
+):
+    shutil.rmtree(project / ".aim")
+    record = read_json(results / "train" / "run.json")
+    write_json(results / "train" / "run.json", {**record, "aim_run_hash": None})
+    asked = params.model_copy(update={"runtime": params.runtime.model_copy(update={"trackers": ["aim"]})})
+    assert missing_views(results, asked) == ["aim"]
+    first, second = (rebuild(results, project / "samples.md", asked, AimTracker(str(project))) for _ in range(2))
+    (run,) = indexed(project).iter_runs()
+    assert run.hash == first == second
+    assert missing_views(results, asked) == []
 
 
 def test_fp8s_curves_of_each_operand_come_with_a_rebuild_after_they_are_asked_for(project, results, params, indexed):
