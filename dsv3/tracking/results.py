@@ -2,12 +2,14 @@
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 
 from dsv3.artifacts import REMEDY, read_json, read_regular
 from dsv3.errors import UserError
-from dsv3.tracking.events import Distribution, Event, Figure, Result, Row, Text
+from dsv3.tracking.events import Distribution, Event, Figure, Result, Row, Text, path_name
 from dsv3.tracking.metrics import METRICS, TABLES, Cell, renamed
 
 HELDOUT = "heldout"
@@ -58,9 +60,29 @@ def sample_events(page: Path, step: int) -> Iterator[Event]:
             drafted, accepted = (int(found[name].replace(",", "")) for name in ("drafted", "accepted"))
             acceptance = {"draft_acceptance": accepted / drafted} if drafted else {}
             yield Result("sample", {**acceptance, "tokens_per_pass": float(found["tokens_per_pass"])}, step)
-        for match in SAMPLE.finditer(text):
-            number = {"number": int(match["number"])} if match["number"] else {}
-            yield Text("sample", match["text"], step, {"prompt": match["prompt"], **number})
+        yield from _texts(text, step)
+
+
+def _texts(page: str, step: int) -> Iterator[Text]:
+    """Yield each continuation; its context has the prompt's ordinal where the prompt alone is another's name too.
+
+    So are a prompt that is there twice, two that the page shows alike, and two that begin alike and are cut in a path.
+    """
+    matches = list(SAMPLE.finditer(page))
+    ordinals = list(accumulate(match["number"] in (None, "1") for match in matches))
+    paths = {ordinal: _prompt_path(match) for ordinal, match in zip(ordinals, matches, strict=True)}
+    occurrences = Counter(paths.values())
+    for ordinal, match in zip(ordinals, matches, strict=True):
+        context: dict[str, str | int] = {"prompt": match["prompt"]}
+        if occurrences[paths[ordinal]] > 1:
+            context["prompt_number"] = ordinal
+        if match["number"]:
+            context["number"] = int(match["number"])
+        yield Text("sample", match["text"], step, context)
+
+
+def _prompt_path(match: re.Match[str]) -> str:
+    return path_name("sample", {"prompt": match["prompt"]})
 
 
 def read_table(path: Path, index: Iterable[str]) -> list[dict[str, Cell]]:

@@ -3,7 +3,7 @@ import pytest
 from dsv3.artifacts import write_json
 from dsv3.generation.sampling import Sample, markdown
 from dsv3.generation.speculative import DraftCounts
-from dsv3.tracking.events import Distribution, Event, Result, Row, Text
+from dsv3.tracking.events import Context, Distribution, Event, Result, Row, Text, path_name
 from dsv3.tracking.results import evaluate_events, sample_events, train_events
 from dsv3.tracking.stages import valid_events
 
@@ -19,6 +19,30 @@ def test_the_texts_of_a_page_are_found_whatever_they_contain(tmp_path, params):
         Text("sample", f"x{fenced}".rstrip("\n"), 7, {"prompt": "x", "number": 1}),
         Text("sample", "x", 7, {"prompt": "x", "number": 2}),
     ]
+
+
+def names_of_texts(tmp_path, params, prompts, continuations=("x",)) -> tuple[list[Context], list[str]]:
+    """Return the contexts of a page's texts, and their names in trackers whose names are paths."""
+    samples = [Sample(prompt, continuations, 1) for prompt in prompts]
+    (tmp_path / "page.md").write_text(markdown(samples, params.sample, 1, RECORD))
+    contexts = [event.context for event in sample_events(tmp_path / "page.md", 7) if isinstance(event, Text)]
+    return contexts, [path_name("sample", context) for context in contexts]
+
+
+@pytest.mark.parametrize("twins", [("a\n", "a"), ("To be", "To be"), ("a`b", "a'b"), ("b" * 40, f"{'b' * 40}c")])
+@pytest.mark.parametrize("continuations", [("x",), ("x", "y")])
+def test_every_prompts_text_has_a_name_of_its_own_in_every_tracker(tmp_path, params, twins, continuations):
+    contexts, paths = names_of_texts(tmp_path, params, [twins[0], "other", twins[1]], continuations)
+    number = len(continuations)
+    assert len({tuple(context.items()) for context in contexts}) == len(set(paths)) == 3 * number
+    assert [context.get("prompt_number") for context in contexts] == [1] * number + [None] * number + [3] * number
+
+
+def test_a_text_whose_prompt_is_no_others_is_named_by_it_alone(tmp_path, params):
+    assert names_of_texts(tmp_path, params, ["To be", "b" * 41]) == (
+        [{"prompt": "To be"}, {"prompt": "b" * 41}],
+        ["sample/To be", f"sample/{'b' * 40}"],
+    )
 
 
 def test_a_page_says_how_many_drafts_were_accepted_and_a_text_does_not(tmp_path, params):
