@@ -6,7 +6,7 @@ architecture and its metrics; this module only puts them next to each other.
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dsv3.artifacts import REMEDY
@@ -34,6 +34,9 @@ class Run:
     """Flat: `section.key` of params.yaml and the keys of the architecture, without `runtime`: it shapes nothing."""
     numbers: Mapping[str, float]
     """The headline numbers that it has."""
+
+    stale: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """By stage, the parameters whose values are not those that the numbers were made with."""
 
     @property
     def choices(self) -> dict[str, Any]:
@@ -71,19 +74,39 @@ def read_runs(names: Sequence[str]) -> list[Run]:
         with Repo() as repo:
             params = repo.params.show(revs=revisions, hide_workspace=False)
             numbers = repo.metrics.show(revs=revisions, hide_workspace=False)
+            locked = {found: _locked(repo) for found in repo.brancher(revs=revisions)}
     except DvcException as error:
         raise UserError(f"{error}; dvc exp list names the experiments") from None
-    return [_run(name, _of_revision(params, name), _of_revision(numbers, name)) for name in names]
+    return [_run(name, _of_revision(params, name), _of_revision(numbers, name), _entry(locked, name)) for name in names]
+
+
+def _locked(repo: Any) -> dict[str, Any]:
+    """Return the stages in dvc.lock of the revision that `repo` stands at; none where DVC can't read it.
+
+    That, DVC has then told in place of parameters and numbers.
+    """
+    from dvc.dvcfile import LOCK_FILE, Lockfile
+    from dvc.exceptions import DvcException
+
+    try:
+        return Lockfile(repo, repo.fs.join(repo.root_dir, LOCK_FILE)).load().get("stages", {})
+    except DvcException:
+        return {}
+
+
+def _entry(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return what was found in a revision; names of one commit share an entry."""
+    return next((each for names, each in found.items() if name in names.split(",")), {})
 
 
 def _of_revision(found: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return what DVC found in the files of a revision, all files together; names of one commit share an entry.
+    """Return what DVC found in the files of a revision, all files together.
 
     Files that are not there have nothing; raises `UserError` for a revision, or a file of it, that DVC can't read.
     """
     from dvc.utils.serialize import ParseError
 
-    entry = next((each for names, each in found.items() if name in names.split(",")), {})
+    entry = _entry(found, name)
     files: Mapping[str, Any] = entry.get("data", {})
     errors = {f" {path}:": file.get("error") for path, file in files.items()} | {"": entry.get("error")}
     for where, error in errors.items():
@@ -92,13 +115,23 @@ def _of_revision(found: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: value for file in files.values() for key, value in file.get("data", {}).items()}
 
 
-def _run(name: str, params: Mapping[str, Any], numbers: Mapping[str, Any]) -> Run:
+def _run(name: str, params: Mapping[str, Any], numbers: Mapping[str, Any], stages: Mapping[str, Any]) -> Run:
     shaping = {key: value for key, value in params.items() if key != "runtime"}
     found = {key: numbers[key] for key in HEADLINE if key in numbers}
     for key, value in found.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{name}: headline.json: {key} is {value!r:.60}; must be a number; {REMEDY}")
-    return Run(name, flat(shaping), found)
+    return Run(name, flat(shaping), found, stale_params(stages, shaping))
+
+
+def stale_params(stages: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return, by stage of dvc.lock, the parameters whose values are not those that it was run with."""
+    found = {}
+    for stage, entry in stages.items():
+        made_with = entry.get("params", {}).get("params.yaml", {})
+        before, now = flat(made_with), flat({name: params[name] for name in made_with if name in params})
+        found[stage] = [name for name in before | now if before.get(name) != now.get(name)]
+    return {stage: names for stage, names in found.items() if names}
 
 
 def flat(nested: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,17 +144,25 @@ def flat(nested: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def grouped(runs: Iterable[Run]) -> list[Group]:
-    """Return the runs in their order, those that differ in their seed only together."""
+    """Return the runs in their order, those that differ in their seed only together.
+
+    A run whose numbers were made with other parameters than it shows is alone: its seed may be among them.
+    """
     groups: list[Group] = []
     for run in runs:
         for at, group in enumerate(groups):
             seeds = [other.params.get("seed") for other in group.runs]
-            if run.choices == group.runs[0].choices and run.params.get("seed") not in seeds:
+            if _is_alike(run, group.runs[0]) and run.params.get("seed") not in seeds:
                 groups[at] = Group((*group.runs, run))
                 break
         else:
             groups.append(Group((run,)))
     return groups
+
+
+def _is_alike(run: Run, other: Run) -> bool:
+    """Return whether two runs differ in their seed at most."""
+    return run.choices == other.choices and not run.stale and not other.stale
 
 
 Row = tuple[str, list[list[str]]]
@@ -205,6 +246,16 @@ def markdown_table(groups: Sequence[Group]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def stale_lines(runs: Iterable[Run]) -> list[str]:
+    """Return a line for each run that shows other parameters than its numbers were made with."""
+    return [
+        f"{run.name}: params.yaml differs from what {', '.join(run.stale)} ran with (dvc.lock): "
+        f"{', '.join(dict.fromkeys(name for names in run.stale.values() for name in names))}; dvc repro"
+        for run in runs
+        if run.stale
+    ]
+
+
 def comparison(runs: Sequence[Run], markdown: bool = False) -> str:
     """Return runs side by side, as text for a terminal or as Markdown; the first is what the others are held against.
 
@@ -214,5 +265,6 @@ def comparison(runs: Sequence[Run], markdown: bool = False) -> str:
     if not number_rows(groups):
         raise UserError(f"{', '.join(run.name for run in runs)}: no headline numbers; run dvc repro, or name a run")
     notes = [] if choice_rows(groups) else ["No parameter differs."]
+    notes += stale_lines(runs)
     notes += [LEGEND] if any(len(group.runs) > 1 for group in groups) else []
     return "\n\n".join([markdown_table(groups) if markdown else terminal_table(groups), *notes])

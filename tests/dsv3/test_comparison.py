@@ -121,6 +121,48 @@ def test_a_run_is_what_dvc_reads_and_one_without_results_has_no_numbers(reposito
     assert read_runs(["workspace"]) == [Run("workspace", {"seed": 1}, {})]
 
 
+def locked(folder, **sections):
+    """Write the dvc.lock of a stage that was run with these sections of params.yaml."""
+    stage = {"cmd": "true", "params": {"params.yaml": sections}}
+    (folder / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": {"a": stage}}))
+
+
+def commit(message):
+    author = ["-c", "user.name=n", "-c", "user.email=e@x"]
+    for arguments in (["add", "."], [*author, "commit", "-q", "-m", message]):
+        subprocess.run(["git", *arguments], check=True)
+
+
+def test_parameters_that_the_numbers_were_not_made_with_are_told_in_the_workspace_and_in_commits(repository):
+    (repository / "params.yaml").write_text(
+        "seed: 1\ntrain: {learning_rate: 8.0e-3, steps: 1}\nruntime: {device: cpu}\n"
+    )
+    locked(repository, seed=1, train={"learning_rate": 0.008, "steps": 1})
+    commit("as it was run")
+    (repository / "params.yaml").write_text(
+        "seed: 2\ntrain: {learning_rate: 1.0e-1, steps: 1}\nruntime: {device: cuda}\n"
+    )
+    runs = read_runs(["HEAD", "workspace"])
+    assert [run.stale for run in runs] == [{}, {"a": ["seed", "train.learning_rate"]}]
+    note = "workspace: params.yaml differs from what a ran with (dvc.lock): seed, train.learning_rate; dvc repro"
+    for markdown in (False, True):
+        assert comparison(runs, markdown).endswith(f"\n\n{note}")
+    commit("not run")
+    assert [run.stale for run in read_runs(["HEAD", "HEAD~1"])] == [runs[1].stale, {}]
+
+
+def test_a_parameter_that_came_or_went_since_the_run_is_told(repository):
+    (repository / "params.yaml").write_text("seed: 1\ntrain: {new: 1}\n")
+    locked(repository, seed=1, train={"old": 1}, gone={"key": 1})
+    assert read_runs(["workspace"])[0].stale == {"a": ["train.old", "gone.key", "train.new"]}
+
+
+def test_a_seed_that_was_edited_and_not_run_makes_no_interval():
+    edited = replace(seeded(BASE, 2, 1.5), stale={"train": ["seed"]})
+    for runs in ([BASE, edited], [edited, BASE]):
+        assert len(grouped(runs)) == 2
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -134,6 +176,7 @@ def test_a_run_is_what_dvc_reads_and_one_without_results_has_no_numbers(reposito
         ("headline.json", "{", "^workspace: headline.json: .*; git checkout brings a file back$"),
         ("params.yaml", "{", "^workspace: unable to read: .*params.yaml.*; git checkout brings a file back$"),
         ("dvc.yaml", "{", "^workspace: .*dvc.yaml.*; git checkout brings a file back$"),
+        ("dvc.lock", "<<<<<<< HEAD", "^workspace: .*dvc.lock.*; git checkout brings a file back$"),
     ],
 )
 def test_what_dvc_cannot_read_is_one_line_instead_of_a_dash(repository, name, content, message):
