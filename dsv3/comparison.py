@@ -14,11 +14,14 @@ from dsv3.errors import UserError, one_line
 from dsv3.markdown import escaped
 from dsv3.statistics import Sample
 from dsv3.tracking.metrics import HEADLINE
+from dsv3.tracking.stages import TRAINING
 
 WORKSPACE = "workspace"
 """DVC's name for what is checked out, with its changes."""
 WIDTH = 80
 """Of a terminal."""
+SHOWN_PATHS = 3
+"""Most files in a note."""
 LEGEND = (
     "×: runs that differ in their seed only. ±: 95 % interval of their mean.\n"
     "Differences are taken between runs of the same seed, where there are such."
@@ -37,6 +40,9 @@ class Run:
 
     stale: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """By stage, the parameters whose values are not those that the numbers were made with."""
+
+    origin: Mapping[str, str | None] = field(default_factory=dict)
+    """Digests of the code and the data that the training was made from; none without a dvc.lock."""
 
     @property
     def choices(self) -> dict[str, Any]:
@@ -121,7 +127,8 @@ def _run(name: str, params: Mapping[str, Any], numbers: Mapping[str, Any], stage
     for key, value in found.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{name}: headline.json: {key} is {value!r:.60}; must be a number; {REMEDY}")
-    return Run(name, flat(shaping), found, stale_params(stages, shaping))
+    origin = {dep["path"]: dep.get("md5") for dep in stages.get(TRAINING, {}).get("deps", [])}
+    return Run(name, flat(shaping), found, stale_params(stages, shaping), origin)
 
 
 def stale_params(stages: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -161,8 +168,9 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
 
 
 def _is_alike(run: Run, other: Run) -> bool:
-    """Return whether two runs differ in their seed at most."""
-    return run.choices == other.choices and not run.stale and not other.stale
+    """Return whether two runs, of the same code and data, differ in their seed at most."""
+    is_same = (run.choices, run.origin) == (other.choices, other.origin)
+    return is_same and not run.stale and not other.stale
 
 
 Row = tuple[str, list[list[str]]]
@@ -256,6 +264,18 @@ def stale_lines(runs: Iterable[Run]) -> list[str]:
     ]
 
 
+def origin_lines(runs: Sequence[Run]) -> list[str]:
+    """Return a line for each run whose training was made from other code or data than the first run's."""
+    first, *others = runs
+    lines = []
+    for run in others:
+        paths = [path for path in {**first.origin, **run.origin} if first.origin.get(path) != run.origin.get(path)]
+        shown = paths[:SHOWN_PATHS] + (["…"] if len(paths) > SHOWN_PATHS else [])
+        if first.origin and run.origin and paths:
+            lines.append(f"{run.name}: trained from other code or data than {first.name}: {', '.join(shown)}")
+    return lines
+
+
 def comparison(runs: Sequence[Run], markdown: bool = False) -> str:
     """Return runs side by side, as text for a terminal or as Markdown; the first is what the others are held against.
 
@@ -265,6 +285,6 @@ def comparison(runs: Sequence[Run], markdown: bool = False) -> str:
     if not number_rows(groups):
         raise UserError(f"{', '.join(run.name for run in runs)}: no headline numbers; run dvc repro, or name a run")
     notes = [] if choice_rows(groups) else ["No parameter differs."]
-    notes += stale_lines(runs)
+    notes += [*stale_lines(runs), *origin_lines(runs)]
     notes += [LEGEND] if any(len(group.runs) > 1 for group in groups) else []
     return "\n\n".join([markdown_table(groups) if markdown else terminal_table(groups), *notes])

@@ -121,10 +121,10 @@ def test_a_run_is_what_dvc_reads_and_one_without_results_has_no_numbers(reposito
     assert read_runs(["workspace"]) == [Run("workspace", {"seed": 1}, {})]
 
 
-def locked(folder, **sections):
-    """Write the dvc.lock of a stage that was run with these sections of params.yaml."""
-    stage = {"cmd": "true", "params": {"params.yaml": sections}}
-    (folder / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": {"a": stage}}))
+def locked(folder, stage="a", deps=(), **sections):
+    """Write the dvc.lock of a stage that was run with these dependencies and sections of params.yaml."""
+    entry = {"cmd": "true", "deps": list(deps), "params": {"params.yaml": sections}}
+    (folder / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": {stage: entry}}))
 
 
 def commit(message):
@@ -155,6 +155,26 @@ def test_a_parameter_that_came_or_went_since_the_run_is_told(repository):
     (repository / "params.yaml").write_text("seed: 1\ntrain: {new: 1}\n")
     locked(repository, seed=1, train={"old": 1}, gone={"key": 1})
     assert read_runs(["workspace"])[0].stale == {"a": ["train.old", "gone.key", "train.new"]}
+
+
+@pytest.mark.parametrize(("changed", "columns"), [(None, 1), ("code.py", 2), ("data/corpus", 2)])
+def test_runs_of_other_code_or_data_are_columns_of_their_own(repository, changed, columns):
+    deps = [{"path": path, "hash": "md5", "md5": "a" * 32} for path in ("code.py", "data/corpus")]
+    for seed in (1, 2):
+        (repository / "params.yaml").write_text(f"seed: {seed}\n")
+        of_this = [dep | {"md5": f"{seed}" * 32} if dep["path"] == changed else dep for dep in deps]
+        locked(repository, "train", of_this, seed=seed)
+        commit(f"seed {seed}")
+    runs = read_runs(["HEAD~1", "HEAD"])
+    assert len(grouped(runs)) == columns
+    note = f"HEAD: trained from other code or data than HEAD~1: {changed}"
+    assert (note in comparison(runs)) is (columns == 2)
+
+
+def test_of_many_files_that_differ_the_first_few_are_told():
+    first, second = ({f"{at}.py": digest for at in range(9)} for digest in "ab")
+    text = comparison([replace(BASE, origin=first), replace(BASE, name="new", origin=second)])
+    assert text.endswith("new: trained from other code or data than main: 0.py, 1.py, 2.py, …")
 
 
 def test_a_seed_that_was_edited_and_not_run_makes_no_interval():
