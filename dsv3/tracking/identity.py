@@ -135,18 +135,27 @@ def run_identity(
     )
 
 
-def experiment_name(params: Any) -> str:
+def experiment_name(params: BaseModel) -> str:
     """Return the group under which runs of the validated parameters are filed."""
-    return one_line(params.runtime.experiment or Path(params.model.config).stem)
+    return group_name(params.model_dump(include={"runtime", "model"}))
 
 
-def later_identity(training: RunIdentity, params: BaseModel, experiment: str | None) -> RunIdentity:
+def group_name(values: Mapping[str, Any]) -> str:
+    """Return the group under which runs of the content of params.yaml are filed."""
+    return one_line(values["runtime"]["experiment"] or Path(values["model"]["config"]).stem)
+
+
+def later_identity(
+    training: RunIdentity, params: BaseModel, experiment: str | None, made_with: Mapping[str, Any] | None = None
+) -> RunIdentity:
     """Return the identity of the run that a later stage, or `rebuild`, adds to: often that of the training itself.
 
     A stage of another experiment than the training's, or with other parameters, has a run of its own: it scores or
-    samples the same weights, and must not overwrite what was recorded of them.
+    samples the same weights, and must not overwrite what was recorded of them. `made_with` has the sections of
+    params.yaml that hold instead of those in `params`.
     """
     values = native(params.model_dump())
+    values |= {name: value for name, value in native(made_with or {}).items() if values.get(name, value) != value}
     is_same_experiment = experiment in (None, training.dvc.get("exp_name"))
     if is_same_experiment and shaping(values) == shaping(training.params):
         return training
@@ -155,7 +164,7 @@ def later_identity(training: RunIdentity, params: BaseModel, experiment: str | N
     return replace(
         training,
         name=name,
-        experiment=experiment_name(params),
+        experiment=group_name(values),
         params=values,
         dvc={**training.dvc, **experiment_facts(experiment), "training": training.name},
         key=hashlib.sha256(text.encode()).hexdigest(),

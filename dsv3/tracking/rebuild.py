@@ -5,7 +5,6 @@ with `dvc exp pull`), has lost `.aim`, or names another tracker in params.yaml, 
 without training. A run that the tracker still has is completed rather than doubled.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -17,8 +16,7 @@ from dsv3.errors import UserError, one_line
 from dsv3.params.read import Params, read_params
 from dsv3.params.runtime import TrackerName
 from dsv3.tracking.events import Event, Row
-from dsv3.tracking.recorder import later_run, read_record
-from dsv3.tracking.revision import applied_experiment
+from dsv3.tracking.recorder import read_record, shown_run
 from dsv3.tracking.stages import SHOWN, training_record
 from dsv3.tracking.tracker import Tracker, load_tracker, remedy
 
@@ -36,10 +34,10 @@ def rebuild(results: Path, samples: Path, params: Params, tracker: Tracker) -> s
 
     Raises `UserError` without results/train/run.json.
     """
-    record = read_record(training_record(results))
-    identity, known_hash = later_run(record, params, os.environ.get("DVC_EXP_NAME") or applied_experiment())
+    step = read_record(training_record(results))["step"]
+    identity, known_hash = shown_run(results, params)
     run_hash = tracker.open(identity, known_hash, "rebuild")
-    for event in all_events(results, samples, record["step"]):
+    for event in all_events(results, samples, step):
         if not (tracker.has_rows and isinstance(event, Row)):
             tracker.write(event)
     tracker.close("finished")

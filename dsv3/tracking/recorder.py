@@ -23,7 +23,8 @@ from dsv3.tracking.events import Event, Result, Row
 from dsv3.tracking.identity import RunIdentity, later_identity, native
 from dsv3.tracking.metrics import METRICS, TABLES, Cell, names_of, renamed, unknown_names
 from dsv3.tracking.results import in_order, train_events
-from dsv3.tracking.stages import valid_events
+from dsv3.tracking.revision import applied_experiment
+from dsv3.tracking.stages import made_with, training_record, valid_events
 from dsv3.tracking.tracker import OpenTrackers, open_trackers
 
 Cells = dict[str, Cell]
@@ -185,14 +186,27 @@ def add_to_run(run: Path, params: Params, events: Iterable[Event]) -> None:
     trackers.close("finished")
 
 
-def later_run(record: Mapping[str, Any], params: Params, experiment: str | None) -> tuple[RunIdentity, str]:
+def later_run(
+    record: Mapping[str, Any], params: Params, experiment: str | None, made_with: Mapping[str, Any] | None = None
+) -> tuple[RunIdentity, str]:
     """Return identity and hash of the run that a later stage adds to, from the training's run.json.
 
-    A training that Aim has not seen has none in its record: its own, so that Aim makes one run of it, and finds it.
+    `made_with` has the sections of params.yaml that hold instead of those in `params`. A training that Aim has not seen
+    has no hash in its record: its own, so that Aim makes one run of it, and finds it.
     """
     training = identity_of(record)
-    identity = later_identity(training, params, experiment)
+    identity = later_identity(training, params, experiment, made_with)
     return identity, (record["aim_run_hash"] if identity is training else None) or identity.own_hash
+
+
+def shown_run(results: Path, params: Params) -> tuple[RunIdentity, str]:
+    """Return identity and hash of the run that the results in a folder belong to, with dvc.lock beside the folder.
+
+    It is that of the parameters that they were made with, which those in params.yaml no longer have to be.
+    """
+    record = read_record(training_record(results))
+    experiment = os.environ.get("DVC_EXP_NAME") or applied_experiment()
+    return later_run(record, params, experiment, made_with(record, results.parent / "dvc.lock"))
 
 
 def record_of(identity: RunIdentity, run_hash: str | None, aim_repo: str, step: int) -> dict[str, Any]:

@@ -4,23 +4,20 @@ Section `runtime` re-runs no stage, so a tracker that was named after the traini
 restores everything from its cache, starts nothing of ours that could say so. The report and the doctor do.
 """
 
-import os
 from pathlib import Path
 
 from dsv3.params.read import Params
 from dsv3.params.runtime import TrackerName
 from dsv3.tracking.places import HAS_RUN
-from dsv3.tracking.recorder import later_run, read_record
-from dsv3.tracking.revision import applied_experiment
+from dsv3.tracking.recorder import shown_run
 from dsv3.tracking.stages import training_record
 
 
 def missing_views(results: Path, params: Params) -> list[TrackerName]:
     """Return the trackers of `runtime.trackers` that don't show the training in `results`; none where there is none."""
-    run = training_record(results)
-    if not run.is_file():
+    if not training_record(results).is_file():
         return []
-    identity, run_hash = later_run(read_record(run), params, os.environ.get("DVC_EXP_NAME") or applied_experiment())
+    identity, run_hash = shown_run(results, params)
     return [name for name in params.runtime.trackers if not HAS_RUN[name](params.runtime, identity, run_hash)]
 
 

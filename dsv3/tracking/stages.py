@@ -21,6 +21,10 @@ Lines = list[tuple[str, str]]
 
 TRAINING = "train"
 """The stage that begins a run; the others add to it."""
+TRAINED = ("seed", "model", "train")
+"""Sections of params.yaml that the training's stage is run with."""
+TEXT = ("data", "tokenize")
+"""Those of the stages before it, which may run again, to the same text, without it."""
 
 
 def model_lines(size: Mapping[str, Any], record: Mapping[str, Any]) -> Lines:
@@ -139,6 +143,34 @@ def training_record(results: Path) -> Path:
     return results / TRAINING / SHOWN[TRAINING].output
 
 
+def made_with(record: Mapping[str, Any], lock_file: Path) -> dict[str, Any]:
+    """Return the sections of params.yaml that the results were made with, as far as it is known.
+
+    params.yaml may have been edited since. The training's sections are those of its run.json; of the others, dvc.lock
+    tells, and of the data's else the run.json too.
+    """
+    recorded = record["params"]
+    before, own = ({name: recorded[name] for name in names if name in recorded} for names in (TEXT, TRAINED))
+    try:
+        stages = read_yaml(lock_file)["stages"] if lock_file.is_file() else {}
+        model = _outputs(stages)
+        sections = [entry.get("params", {}).get("params.yaml", {}) for entry in stages.values() if _is_of(entry, model)]
+        locked = {name: value for section in sections for name, value in section.items()}
+    except (UserError, LookupError, TypeError, AttributeError):  # such as one amid a merge; it is DVC's to judge
+        locked = {}
+    return before | locked | own
+
+
+def _outputs(stages: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the digests of what the training left."""
+    return {out["path"]: out.get("md5") for out in stages.get(TRAINING, {}).get("outs", [])}
+
+
+def _is_of(entry: Mapping[str, Any], model: Mapping[str, str | None]) -> bool:
+    """Return whether a stage took nothing of an earlier training's."""
+    return all(model.get(dep["path"], dep.get("md5")) == dep.get("md5") for dep in entry.get("deps", []))
+
+
 def valid_events(lock_file: Path, params: Mapping[str, Any], step: int) -> Iterator[Event]:
     """Yield what later stages left, where dvc.lock says that it was made from this model and `params`.
 
@@ -158,7 +190,7 @@ def _valid_places(
     stages: Mapping[str, Any], params: Mapping[str, Any]
 ) -> Iterator[tuple[Path, Callable[[Path, int], Iterator[Event]]]]:
     """Yield what the later stages have made from the model and `params`, and what reads it."""
-    model = {out["path"]: out.get("md5") for out in stages.get(TRAINING, {}).get("outs", [])}
+    model = _outputs(stages)
     for stage, shown in SHOWN.items():
         if shown.events is None or stage == TRAINING:
             continue

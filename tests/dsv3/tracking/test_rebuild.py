@@ -128,6 +128,15 @@ def test_an_applied_experiment_of_other_evaluation_parameters_is_not_written_ove
     assert rebuild(results, project / "samples.md", other, AimTracker(str(project))) == run_hash
 
 
+def test_parameters_that_were_edited_and_not_run_make_no_run(project, results, params, indexed):
+    (before,) = indexed(project).iter_runs()
+    train = params.train.model_copy(update={"learning_rate": 0.1})
+    edited = params.model_copy(update={"train": train})
+    assert rebuild(results, project / "samples.md", edited, AimTracker(str(project))) == before.hash
+    (run,) = indexed(project).iter_runs()
+    assert run["params", "train", "learning_rate"] == params.train.learning_rate
+
+
 @pytest.mark.parametrize("chosen", [[], ["--tracker", "tensorboard"]])
 def test_the_command_rebuilds_the_trackers_of_the_parameters_or_the_named_ones(project, results, chosen, monkeypatch):
     pytest.importorskip("tensorboard")

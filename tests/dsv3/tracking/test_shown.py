@@ -5,7 +5,7 @@ import pytest
 from dsv3.artifacts import write_json
 from dsv3.doctor import check_views
 from dsv3.report import report
-from dsv3.tracking.recorder import open_recorder
+from dsv3.tracking.recorder import add_to_run, open_recorder
 from dsv3.tracking.shown import missing_views
 from tests.committed import ROOT
 
@@ -57,6 +57,73 @@ def test_wandb_and_trackio_show_what_their_files_name(bare_project, trained, par
     with sqlite3.connect(bare_project / ".trackio/dsv3-lab.db") as database:
         database.execute("INSERT INTO configs VALUES (?)", [f"{identity.name}-{identity.key[:8]}"])
     assert missing_views(bare_project / "results", trackers) == []
+
+
+def edited(params, section, **values):
+    return params.model_copy(update={section: getattr(params, section).model_copy(update=values)})
+
+
+@pytest.fixture
+def locked(bare_project):
+    """Return a function that writes the dvc.lock of a training and an evaluation with the given parameters."""
+
+    def write(params):
+        values = params.model_dump(mode="json")
+        sections = {"tokenize": ["tokenize"], "train": ["seed", "model", "train"], "evaluate": ["evaluate"]}
+        made_with = {stage: {name: values[name] for name in names} for stage, names in sections.items()}
+        stages = {stage: {"cmd": "x", "params": {"params.yaml": made}} for stage, made in made_with.items()}
+        write_json(bare_project / "dvc.lock", {"schema": "2.0", "stages": stages | {"plain": {"cmd": "x"}}})
+
+    return write
+
+
+EDITS = [("train", {"learning_rate": 0.1}), ("tokenize", {"test_fraction": 0.1}), ("evaluate", {"stride": 16})]
+
+
+@pytest.mark.parametrize(("section", "values"), EDITS)
+def test_what_was_edited_and_not_run_hides_no_results(bare_project, trained, params, locked, section, values):
+    trained("tensorboard")
+    locked(params)
+    after = edited(asked(params, "tensorboard"), section, **values)
+    assert missing_views(bare_project / "results", after) == []
+    assert missing_views(bare_project / "results", asked(after, "wandb")) == ["wandb"]
+
+
+@pytest.mark.parametrize(("section", "values"), EDITS[:2])
+@pytest.mark.parametrize("content", [None, "<<<<<<< HEAD", "[1]", "stages: {a: 1}"])
+def test_without_a_lock_file_the_record_tells_of_the_training(bare_project, trained, params, section, values, content):
+    trained("tensorboard")
+    if content:
+        (bare_project / "dvc.lock").write_text(content)
+    assert missing_views(bare_project / "results", edited(asked(params, "tensorboard"), section, **values)) == []
+
+
+@pytest.mark.parametrize(("section", "values"), EDITS[1:])
+def test_a_stage_that_ran_with_other_parameters_after_the_training_has_a_run(
+    bare_project, trained, params, locked, section, values
+):
+    trained("tensorboard")
+    after = edited(asked(params, "tensorboard"), section, **values)
+    locked(after)
+    assert missing_views(bare_project / "results", after) == ["tensorboard"]
+    add_to_run(bare_project / "results/train/run.json", after, [])
+    assert missing_views(bare_project / "results", after) == []
+    again = edited(after, "train", learning_rate=0.1)
+    assert missing_views(bare_project / "results", again) == []
+
+
+def test_a_stage_that_ran_before_the_training_tells_nothing_of_its_results(bare_project, trained, params):
+    trained("tensorboard")
+    stages = {
+        "train": {"cmd": "x", "outs": [{"path": "model", "md5": "b"}]},
+        "evaluate": {
+            "cmd": "x",
+            "deps": [{"path": "model", "md5": "a"}],
+            "params": {"params.yaml": {"evaluate": {"stride": 16}}},
+        },
+    }
+    write_json(bare_project / "dvc.lock", {"schema": "2.0", "stages": stages})
+    assert missing_views(bare_project / "results", asked(params, "tensorboard")) == []
 
 
 def test_the_doctor_and_the_report_name_the_command(bare_project, trained):
