@@ -127,7 +127,9 @@ def _run(name: str, params: Mapping[str, Any], numbers: Mapping[str, Any], stage
     for key, value in found.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{name}: headline.json: {key} is {value!r:.60}; must be a number; {REMEDY}")
-    origin = {dep["path"]: dep.get("md5") for dep in stages.get(TRAINING, {}).get("deps", [])}
+    architecture = shaping.get("model", {}).get("config")  # its fields are shown
+    deps = {dep["path"]: dep.get("md5") for dep in stages.get(TRAINING, {}).get("deps", [])}
+    origin = {path: digest for path, digest in deps.items() if path != architecture}
     return Run(name, flat(shaping), found, stale_params(stages, shaping), origin)
 
 

@@ -433,13 +433,10 @@ def _csv_rows(file: Path, text_field: str) -> Iterator[str]:
 
 
 def check_cells(row: dict[str | None, Any], where: str) -> None:
-    """Raise `UserError` where a row has not as many cells as the header: behind a bare delimiter text would be lost."""
-    lacking, num_names = sum(cell is None for cell in row.values()), len(row) - (None in row)
-    num_cells = num_names - lacking + len(row.get(None) or ())
-    if num_cells != num_names:
-        raise UserError(
-            f"{where}: has {num_cells} cells where the header has {num_names}; quote the text, or mend the row"
-        )
+    """Raise `UserError` where a row has more cells than the header: behind a bare delimiter text would be lost."""
+    num_names = len(row) - (None in row)
+    if more := row.get(None):
+        raise UserError(f"{where}: has {num_names + len(more)} cells where the header has {num_names}; quote the text")
 
 
 def _delimiter(header: str, text_field: str) -> str:
