@@ -434,8 +434,8 @@ def _csv_rows(file: Path, text_field: str) -> Iterator[str]:
 
 def check_cells(row: dict[str | None, Any], where: str) -> None:
     """Raise `UserError` where a row has more cells than the header: behind a bare delimiter text would be lost."""
-    num_names = len(row) - (None in row)
     if more := row.get(None):
+        num_names = len(row) - 1
         raise UserError(f"{where}: has {num_names + len(more)} cells where the header has {num_names}; quote the text")
 
 

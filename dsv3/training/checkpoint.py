@@ -251,22 +251,21 @@ def read_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     for name, state in wanted["optimizer"]["state"].items():
         states[name].update(state)
     set_optimizer_state_dict(model, optimizer, {**wanted["optimizer"], "state": states})
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied head has two names
     for name, part in anew:
-        del optimizer.state[parameters[name]][part]
+        optimizer.state[parameters[name]].pop(part, None)
 
 
-def unwritten(folder: Path, states: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+def unwritten(folder: Path, states: Mapping[str, Mapping[str, Any]]) -> set[tuple[str, str]]:
     """Return (parameter, part of its state) that a sharded checkpoint lacks and may lack: whole states, averages."""
-    written = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    found: list[tuple[str, str]] = []
-    for name, state in states.items():
-        prefix = f"optimizer.state.{name}."
-        has_state = any(key.startswith(prefix) for key in written)
-        found += [
-            (name, part) for part in state if f"{prefix}{part}" not in written and (part == AVERAGE or not has_state)
-        ]
-    return found
+    prefix, written = "optimizer.state.", dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    with_state = {key.removeprefix(prefix).rpartition(".")[0] for key in written if key.startswith(prefix)}
+    return {
+        (name, part)
+        for name, state in states.items()
+        for part in state
+        if f"{prefix}{name}.{part}" not in written and (part == AVERAGE or name not in with_state)
+    }
 
 
 def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:

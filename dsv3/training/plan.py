@@ -1,6 +1,7 @@
 """What a training is going to do, worked out before anything is built: steps, tokens, arithmetic, memory."""
 
 import os
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from dsv3.tracking.metrics import TABLES
 from dsv3.training.budget import Budget, budget_of
 from dsv3.training.distillation import read_teacher
 from dsv3.training.initial_weights import InitialWeights, read_initial_weights
-from dsv3.training.schedule import mtp_loss_weight
+from dsv3.training.schedule import CONSTANT_UNTIL, mtp_loss_weight
 
 RESULTS = ("run.json", "metrics.json", "headline.json", *(f"{table}.tsv" for table in TABLES))
 """What a training writes beside the model."""
@@ -88,11 +89,12 @@ class TrainingPlan:
         """Return the arithmetic of these steps; MTP modules count where lambda is not 0: else they are not asked."""
         train, main = self.params.train, self.architecture.model_copy(update={"num_nextn_predict_layers": 0})
         per_token = [training_flops_per_token(part, train.block_size) for part in (main, self.architecture)]
-        tokens = [0, 0]
-        for step in steps:
-            asks_modules = mtp_loss_weight(step, train, self.budget) != 0
-            tokens[asks_modules] += self.tokens_before(step + 1) - self.tokens_before(step)
-        return sum(flops * count for flops, count in zip(per_token, tokens, strict=True))
+        end = bisect_left(steps, CONSTANT_UNTIL * self.budget.total, key=self.budget.starts.__getitem__)
+        total = 0.0
+        for part in filter(len, (steps[:end], steps[end:])):  # lambda is one number in each
+            asks_modules = mtp_loss_weight(part.start, train, self.budget) != 0
+            total += per_token[asks_modules] * (self.tokens_before(part.stop) - self.tokens_before(part.start))
+        return total
 
     @property
     def size(self) -> dict[str, int | float]:

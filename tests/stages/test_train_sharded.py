@@ -43,6 +43,21 @@ def test_a_stopped_training_goes_on_to_the_same_bytes(tmp_path, uninterrupted, a
     assert (tmp_path / "results" / "router.tsv").read_bytes() == (uninterrupted / "results" / "router.tsv").read_bytes()
 
 
+def test_modules_that_were_not_asked_yet_begin_after_a_stop_as_without_one(tmp_path):
+    """A stop in the first 67.6 % of the steps, where the prediction modules have no gradient and so no moments."""
+    late = {"mtp_loss_weight": 0.0, "mtp_loss_weight_final": 0.3}
+    whole = trained_folder(tmp_path / "whole", train=late, runtime=SHARDED)
+    write_inputs(tmp_path / "stopped", train=late, runtime=SHARDED)
+    returned, errors = interrupt_once_saved(tmp_path / "stopped", signal.SIGTERM, warm_python())
+    assert returned == 143, errors
+    saved = sorted((tmp_path / "stopped").glob(".checkpoints/*/step_*"), key=lambda path: int(path.name[5:]))[-1]
+    assert int(saved.name[5:]) < 8, "of 12 steps the modules are asked from the ninth on"
+    write_inputs(tmp_path / "stopped", train=late, runtime=SHARDED | {"resume": "must"})
+    done = run_stage(tmp_path / "stopped")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "stopped" / MODEL).read_bytes() == (whole / MODEL).read_bytes()
+
+
 def test_a_killed_process_ends_the_others_with_a_line_and_the_training_goes_on_to_the_same_bytes(
     tmp_path, uninterrupted
 ):
