@@ -15,6 +15,7 @@ import atexit
 import html
 import logging
 import os
+import subprocess
 import threading
 import traceback
 from collections import deque
@@ -24,9 +25,11 @@ from typing import Any
 
 import aim
 import aim.sdk.run
+import aim.storage.structured.db
 from aim.ext.cleanup import AutoClean
 from aim.ext.resource.log import LogLine
 from aim.ext.resource.tracker import ResourceTracker
+from aim.storage.migrations.utils import create_migration_cmd
 from filelock import FileLock
 
 from dsv3.cli import skip_shutdown
@@ -70,6 +73,18 @@ def report_ended_thread(ended: threading.ExceptHookArgs, others: Callable[..., A
 
 
 threading.excepthook = report_ended_thread
+
+
+def upgrade_database(url: str) -> None:
+    """Make a repository's tables, as Aim does, by a process whose traceback is not shown: its last line says why."""
+    environment = os.environ | {"AIM_RUN_META_DATA_DB_URL": url}
+    ended = subprocess.run(create_migration_cmd(), env=environment, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        errors = [line for line in ended.stderr.splitlines() if "Error: " in line and not line.startswith(" ")]
+        raise OSError(f"no tables: {errors[-1] if errors else f'exit status {ended.returncode}'}")
+
+
+aim.storage.structured.db.upgrade_database = upgrade_database
 
 
 class Arrivals:

@@ -228,6 +228,14 @@ def test_a_repository_that_cannot_be_made_costs_a_warning(bare_project, identity
     assert (bare_project / "results" / "history.tsv").read_text() == "step\tloss\n1\t1\n"
 
 
+def test_why_a_repository_gets_no_tables_is_one_line(bare_project, identity, runtime, caplog, capfd, monkeypatch):
+    full = [sys.executable, "-c", "raise OSError('no room')"]  # in the place of Aim's process that makes tables
+    monkeypatch.setattr(aim_tracker, "create_migration_cmd", lambda: full)
+    open_recorder(bare_project / "results", runtime, identity).close("finished")
+    assert "no tables: OSError: no room" in caplog.text
+    assert "Traceback" not in capfd.readouterr().err + caplog.text
+
+
 def test_terminal_and_machine_are_recorded_only_for_a_training_under_dvc(project, identity, monkeypatch):
     out, tracker = sys.stdout.write, AimTracker(None)
     run_hash = tracker.open(identity, None, "train")
