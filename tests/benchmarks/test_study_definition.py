@@ -83,5 +83,5 @@ def test_a_run_is_named_and_flagged_by_study_variant_and_seed():
 
 
 def test_an_unknown_study_is_answered_with_the_known_ones():
-    with pytest.raises(UserError, match=r"^none is no study; known: ablations, precision, scaling$"):
+    with pytest.raises(UserError, match=r"^none is no study; known: ablations, precision, regularization, scaling$"):
         read_study("none")
