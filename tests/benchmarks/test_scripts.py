@@ -21,7 +21,7 @@ from dsv3.evaluation.sliding_window import SPLITS, evaluate
 from dsv3.export.loading import load_model
 from dsv3.params.read import read_params
 from tests.exported_model import write_exported
-from tests.training_inputs import ROOT
+from tests.training_inputs import ROOT, write_inputs
 
 TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n\n" * 30
 
@@ -107,6 +107,23 @@ def test_growth_trains_each_point_in_a_process_of_its_own(lab, tmp_path):
     assert all(row["s per step"] > 0 and row["predicted MiB"] > 0 for row in points.values())
     assert lines == {}
     assert growth.r_squared([1, 2, 3], [2.0, 4.0, 6.0]) == pytest.approx(1)
+
+
+def test_growth_predicts_the_memory_of_the_training_that_it_measures(lab, tmp_path):
+    unlike = {"use_fp8": True, "gradient_checkpointing": True, "ema_decay": 0.9, "hidden_dropout": 0.1}
+    write_inputs(tmp_path, train=unlike)  # another training, which is not the one that is measured
+    points = [
+        growth.Point(str(lab / "config.json"), 1, 32, 2, 4, "adamw", steps=1, params=str(folder / "params.yaml"))
+        for folder in (lab, tmp_path)
+    ]
+    assert points[0].predicted_bytes() == points[1].predicted_bytes()
+
+
+def test_time_to_loss_scores_the_average_where_one_is_exported(lab):
+    params = time_to_loss.shortened(read_params(lab / "params.yaml"), steps=4, seed=1)
+    averaged = params.model_copy(update={"train": params.train.model_copy(update={"ema_decay": 0.9})})
+    (_, last), (_, average) = (time_to_loss.our_result(each, lab / "tokens") for each in (params, averaged))
+    assert last != average  # the average takes no part in the training
 
 
 def test_time_to_loss_trains_by_both_recipes_on_one_text(lab, tmp_path):
