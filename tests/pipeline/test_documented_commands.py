@@ -80,7 +80,7 @@ STAND_INS = {
         "minutes; one round of one contestant",
     ),
     "python -m benchmarks.study run precision": ("python -m benchmarks.study", "eighteen trainings"),
-    "python -m benchmarks.study run regularization": ("echo", "thirty trainings"),
+    "python -m benchmarks.study run regularization": ("echo", "twenty-five trainings"),
     "make ablations": ("make --dry-run ablations", "trainings of hours"),
     "make scaling": ("make --dry-run scaling", "trainings of hours"),
     "tokenize.vocab_size=1024": ("tokenize.vocab_size=270", "the laboratory's model has 272 words"),
@@ -151,7 +151,7 @@ NOT_RUN = {
     "python -m benchmarks.fp8": "minutes of timing; on docs/gpu.md it needs a GPU",
     "python -m benchmarks.fp8_errors": "minutes; tests/benchmarks/test_fp8_errors.py runs its parts",
     "python -m benchmarks.study report precision": "reads eighteen trainings; tests/benchmarks makes up their results",
-    "python -m benchmarks.study report regularization": "reads thirty trainings; tests/benchmarks makes them up",
+    "python -m benchmarks.study report regularization": "reads as many trainings; tests/benchmarks makes them up",
     "pip install uv": "needs the package index",
     "uv pip compile --universal --python-version 3.11 --group pipeline --group dev --group ui --group wandb"
     " --group trackio --no-annotate --output-file constraints.txt": (
