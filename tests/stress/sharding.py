@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from dsv3.params import optimizers
 from tests.dsv3.training import test_sharding as sharded
 from tests.training_inputs import WIDE
 
@@ -26,8 +27,7 @@ WAYS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "2 in the CPU's memory": (2, "full", {"cpu_offload": "parameters"}),
 }
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "muon": {"optim": "muon"},
-    "adamw": {"optim": "adamw"},
+    **{name: {"optim": name} for name in optimizers.OPTIMIZERS},
     "bf16 moments": {"optim": "adamw", "adam_moments_dtype": "bf16"},
 }
 PRECISIONS: dict[str, dict[str, Any]] = {"fp32": {}, "fp8": {"use_fp8": True}}
