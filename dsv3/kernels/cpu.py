@@ -11,6 +11,9 @@ What is slow elsewhere, and what is done about it:
   p = weight * swiglu and o = p @ down.T its gradient is sum(swiglu * (do @ down)), so neither o nor the gathered input
   has to be kept: the backward pass needs the layer's input, the (A, 2F) input of the activation (in FP8, if the
   rounding says so), and the order.
+* In bf16, oneDNN compiles a kernel for each shape that it has not seen, which takes as long as three products of an
+  expert, and an expert's number of rows is hardly ever the same. So bf16 rows are multiplied in two pieces, of which
+  both have few sizes; a weight's gradient is their sum, rounded to bf16 once more.
 
 Both passes are custom operators, so that torch.compile takes each as one opaque node: the loop's bounds are data.
 
@@ -32,6 +35,9 @@ from dsv3.kernels.swiglu import swiglu_backward
 
 NUMBERS_AT_A_TIME = 1 << 18
 """Numbers of the activation (R, F) that are computed together, at least. A thread of torch's takes 32,768 or more."""
+
+ROWS_TOGETHER = 64
+"""The first piece of bf16 rows has a multiple of so many, the second fewer: at most 63 sizes."""
 
 
 def experts(  # noqa: PLR0913 (a backend's arguments)
@@ -57,16 +63,29 @@ def rows_at_a_time(down_EDF: Tensor) -> int:
     return NUMBERS_AT_A_TIME // down_EDF.shape[-1]
 
 
+def pieces(part: slice, dtype: torch.dtype) -> list[slice]:
+    """Return the pieces in which the rows `part` are multiplied: one, or in bf16 up to two."""
+    if dtype != torch.bfloat16:
+        return [part]
+    middle = part.stop - (part.stop - part.start) % ROWS_TOGETHER
+    return [piece for piece in (slice(part.start, middle), slice(middle, part.stop)) if piece.start < piece.stop]
+
+
 def _multiply(parts: ExpertRows, rows_RI: Tensor, weight_EIO: Tensor, out: Tensor) -> None:
     """Write each expert's rows times its weight to its rows of `out`, (R, O)."""
     for expert, part in parts:
-        torch.mm(rows_RI[part], weight_EIO[expert], out=out[part])
+        for piece in pieces(part, rows_RI.dtype):
+            torch.mm(rows_RI[piece], weight_EIO[expert], out=out[piece])
 
 
 def _weight_gradients(parts: ExpertRows, grad_RO: Tensor, input_RI: Tensor, to: Rounding, out: Tensor) -> None:
     """Write each expert's gradient, the product of its rows, to its place in `out`, (E, O, I)."""
     for expert, part in parts:
-        torch.mm(to.of_columns(grad_RO[part]).t(), to.of_columns(input_RI[part]), out=out[expert])
+        own_grad_RO, own_RI = to.of_columns(grad_RO[part]), to.of_columns(input_RI[part])
+        first, *others = pieces(slice(0, len(own_RI)), own_RI.dtype)
+        torch.mm(own_grad_RO[first].t(), own_RI[first], out=out[expert])
+        for piece in others:
+            out[expert].addmm_(own_grad_RO[piece].t(), own_RI[piece])
 
 
 def _forward(  # noqa: PLR0913 (an operator's arguments)
