@@ -27,8 +27,9 @@ StudyArgument = Annotated[str, typer.Argument(help="A name that this command pri
 def list_studies(context: typer.Context) -> None:
     """Print the studies and what they write."""
     if context.invoked_subcommand is None:
-        width = max(map(len, study_names()))
-        for name in study_names():
+        names = study_names()
+        width = max(map(len, names))
+        for name in names:
             study = read_study(name)
             count = len(run_names(name, study))
             typer.echo(f"{name:{width}} {count} runs, {study.document}: {', '.join(study.variants)}")
