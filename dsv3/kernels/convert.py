@@ -36,6 +36,14 @@ class Conversion:
     partial_blocks: list[str] = field(default_factory=list)
     """Converted modules with a dimension that is no multiple of 128."""
 
+    def kernel(self, device: torch.device, num_rows: int, dtype: torch.dtype) -> str | None:
+        """Return what multiplies that many rows in the device's own FP8, into `dtype`; None where nothing does."""
+        if not self.converted or self.precision.startswith(("fp8_emulated", "bf16")):
+            return None
+        from dsv3.kernels.dense_gemm import dense_kernel  # triton is not installed with every torch
+
+        return dense_kernel(device, num_rows, dtype)
+
 
 def convert(model: nn.Module, recipe: Recipe, device: torch.device) -> Conversion:
     """Replace the linear layers of `model` by FP8 ones that share their parameters; return what was done.

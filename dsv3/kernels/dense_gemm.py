@@ -43,7 +43,7 @@ LARGEST_DIFFERENCE = 0.01
 def dense_gemm(a_RI: Quantized, b_OI: Quantized, tiles: Schedule, dtype: torch.dtype) -> Tensor:
     """Return y (R, O) in `dtype`: rows times the transpose of `b_OI`, a stack (1, O, I) of one weight."""
     device, num_rows = b_OI.values.device, len(a_RI.values)
-    if dtype == torch.bfloat16 and cublas_takes(device, num_rows) and cublas_agrees(device):
+    if dense_kernel(device, num_rows, dtype) == "scaled_mm":
         return cublas_gemm(a_RI, b_OI)
     return grouped_gemm(a_RI, None, b_OI, tiles, num_rows, dtype)
 
@@ -54,6 +54,15 @@ def dense_wgrad(grad_OR: Quantized, x_IR: Quantized, tiles: Schedule, num_rows: 
     if cublas_takes(device, num_rows) and cublas_agrees(device):
         return cublas_wgrad(grad_OR, x_IR, num_rows)
     return grouped_wgrad(grad_OR, x_IR, tiles, torch.float32)[0]
+
+
+def dense_kernel(device: torch.device, num_rows: int, dtype: torch.dtype) -> str:
+    """Return what multiplies that many rows in forward and dgrad, into `dtype`; each training records it.
+
+    `scaled_mm` is torch's function for cuBLAS, `triton` the project's kernel. Asking compares the two, once per device.
+    """
+    is_trusted = dtype == torch.bfloat16 and cublas_takes(device, num_rows) and cublas_agrees(device)
+    return "scaled_mm" if is_trusted else "triton"
 
 
 def cublas_takes(device: torch.device, num_rows: int) -> bool:

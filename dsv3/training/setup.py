@@ -37,7 +37,13 @@ from dsv3.training.loss import chunked_cross_entropy
 from dsv3.training.model import CPU, META, build_model
 from dsv3.training.optimizer import Optimizer, parameter_groups
 from dsv3.training.plan import TrainingPlan
-from dsv3.training.precision import autocast_dtype, fp8_recipe, register_training_experts, resolved_precision
+from dsv3.training.precision import (
+    COMPUTE_DTYPES,
+    autocast_dtype,
+    fp8_recipe,
+    register_training_experts,
+    resolved_precision,
+)
 from dsv3.training.regularization import drop_hidden
 from dsv3.training.sharding import Sharding, shard_model
 from dsv3.training.state import TrainState
@@ -68,12 +74,16 @@ class Choices:
     high_precision_linears: tuple[str, ...]
     """Linear layers that were left out when the others were converted."""
 
+    fp8_linears: str | None = None
+    """What multiplies them where the GPU does so in FP8: scaled_mm, which is cuBLAS, or triton."""
+
     def summary(self) -> str:
         """Return a line for the terminal."""
         kept = ", ".join(name.removeprefix("model.") for name in self.high_precision_linears)
         beside = f"; in high precision: {kept}" if kept else ""
+        linears = f"linear layers in {self.precision}" + (f" by {self.fp8_linears}" if self.fp8_linears else "")
         by = f"experts by {self.experts}, attention by {self.attention}"
-        return f"runs     on {self.device}, linear layers in {self.precision}, {by}{beside}"
+        return f"runs     on {self.device}, {linears}, {by}{beside}"
 
     def metrics(self) -> dict[str, str | int]:
         """Return what stands among a training's metrics, where DVC takes no lists."""
@@ -168,7 +178,8 @@ def prepare_model(plan: TrainingPlan, device: torch.device) -> tuple[DeepseekV3F
         conversion = convert(model, fp8_recipe(train), device)
     elif precision == "bf16" and autocast_dtype(train.precision, device) == torch.float32:
         conversion = emulate_bf16(model)
-    is_chunked = is_loss_chunked(train.per_device_train_batch_size * train.block_size, plan.architecture.vocab_size)
+    num_rows = train.per_device_train_batch_size * train.block_size
+    is_chunked = is_loss_chunked(num_rows, plan.architecture.vocab_size)
     if is_chunked:
         model.cross_entropy = chunked_cross_entropy
     if train.hidden_dropout:
@@ -186,6 +197,7 @@ def prepare_model(plan: TrainingPlan, device: torch.device) -> tuple[DeepseekV3F
         cross_entropy="distilled, one teacher in turn" if plan.teachers else "chunked" if is_chunked else "plain",
         sharding=sharding,
         high_precision_linears=tuple(conversion.high_precision),
+        fp8_linears=conversion.kernel(device, num_rows, COMPUTE_DTYPES[precision]),
     )
 
 

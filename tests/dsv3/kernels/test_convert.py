@@ -5,7 +5,7 @@ from dsv3.artifacts import read_json
 from dsv3.fp8.linear import LowPrecisionLinear, LowPrecisionMLP
 from dsv3.fp8.recipe import Recipe
 from dsv3.kernels import registry
-from dsv3.kernels.convert import convert, emulate_bf16
+from dsv3.kernels.convert import Conversion, convert, emulate_bf16
 from dsv3.kernels.registry import register_experts
 from mini_model.configuration_deepseek import DeepseekV3Config
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
@@ -55,6 +55,14 @@ def test_everything_that_multiplies_is_converted_but_the_head_and_the_router(mod
     assert conversion.partial_blocks == partial  # 192 and 160 outputs
     assert all(isinstance(model.get_submodule(name), LowPrecisionLinear) for name in conversion.converted)
     assert not any("gate" in name.split(".")[-1:] for name in conversion.converted)
+
+
+def test_what_multiplies_is_named_where_the_device_multiplies_fp8_itself_alone():
+    rows, dtype = 256, torch.bfloat16
+    assert Conversion("fp8", ["a"]).kernel(CPU, rows, dtype) == "triton"  # cuBLAS is asked on Hopper alone
+    assert Conversion("fp8_power_of_two_scales", ["a"]).kernel(CPU, rows, dtype) == "triton"
+    for precision, converted in [("fp8_emulated", ["a"]), ("bf16_emulated", ["a"]), ("fp8", []), ("bf16", [])]:
+        assert Conversion(precision, converted).kernel(CPU, rows, dtype) is None, precision
 
 
 def test_a_swiglu_rounds_its_input_once_and_its_layers_are_called_as_before(model):

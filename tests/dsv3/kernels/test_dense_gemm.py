@@ -94,3 +94,6 @@ def test_ours_multiply_where_cublas_does_not_or_is_not_trusted(takes, agrees, ch
     assert dense_gemm.dense_gemm(rows, weight, None, torch.bfloat16) == chosen
     assert dense_gemm.dense_gemm(rows, weight, None, torch.float32) == "ours", "cuBLAS writes bf16 there"
     assert dense_gemm.dense_wgrad(rows, rows, None, 256) == chosen
+    recorded = {"cublas": "scaled_mm", "ours": "triton"}
+    assert dense_gemm.dense_kernel(GPU, 256, torch.bfloat16) == recorded[chosen]
+    assert dense_gemm.dense_kernel(GPU, 256, torch.float32) == "triton"

@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,6 +35,15 @@ def test_params_yaml_asks_for_the_default_recipe(tmp_path):
 )
 def test_linear_layers_and_experts_get_one_recipe_and_their_names_say_how_it_deviates(tmp_path, train, word):
     assert chosen(tmp_path, **train) == (f"fp8_emulated_{word}", f"dsv3_fp8_emulated_{word}")
+
+
+def test_a_run_tells_what_multiplies_in_fp8_where_the_gpu_does(tmp_path):
+    _, choices = prepare_model(plan_of(tmp_path, architecture=WIDE, train={"use_fp8": True}), CPU)
+    assert choices.fp8_linears is None
+    assert "fp8_linears" not in choices.metrics()
+    on_hopper = replace(choices, precision="fp8", fp8_linears="scaled_mm")
+    assert "linear layers in fp8 by scaled_mm, experts by" in on_hopper.summary()
+    assert on_hopper.metrics()["fp8_linears"] == "scaled_mm"
 
 
 def test_the_experts_alone_cache_their_swiglu_in_fp8(tmp_path):
