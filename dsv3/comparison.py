@@ -7,6 +7,7 @@ architecture and its metrics; this module only puts them next to each other.
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import md5
 from typing import Any
 
 from dsv3.artifacts import REMEDY
@@ -39,7 +40,7 @@ class Run:
     """The headline numbers that it has."""
 
     stale: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """By stage, the parameters whose values are not those that the numbers were made with."""
+    """By stage, the parameters, and the architecture's file, that are not those that the numbers were made with."""
 
     origin: Mapping[str, str | None] = field(default_factory=dict)
     """Digests of the code and the data that the training was made from; none without a dvc.lock."""
@@ -80,7 +81,10 @@ def read_runs(names: Sequence[str]) -> list[Run]:
         with Repo() as repo:
             params = repo.params.show(revs=revisions, hide_workspace=False)
             numbers = repo.metrics.show(revs=revisions, hide_workspace=False)
-            locked = {found: _locked(repo) for found in repo.brancher(revs=revisions)}
+            locked = {}
+            for found in repo.brancher(revs=revisions):
+                stages = _locked(repo)
+                locked[found] = {"stages": stages, "edited": _edited_architectures(repo, stages)}
     except DvcException as error:
         raise UserError(f"{error}; dvc exp list names the experiments") from None
     return [_run(name, _of_revision(params, name), _of_revision(numbers, name), _entry(locked, name)) for name in names]
@@ -98,6 +102,22 @@ def _locked(repo: Any) -> dict[str, Any]:
         return Lockfile(repo, repo.fs.join(repo.root_dir, LOCK_FILE)).load().get("stages", {})
     except DvcException:
         return {}
+
+
+def _edited_architectures(repo: Any, stages: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return, by stage, the architecture's file where the revision `repo` stands at has another than it was run with.
+
+    One that is not there is told where it is read.
+    """
+    found = {}
+    for stage, entry in stages.items():
+        path = str(flat(entry.get("params", {}).get("params.yaml", {})).get("model.config", ""))
+        digests = {dep["path"]: dep.get("md5") for dep in entry.get("deps", [])}
+        place = repo.fs.join(repo.root_dir, path)
+        if path in digests and repo.fs.exists(place):
+            digest = md5(repo.fs.read_bytes(place), usedforsecurity=False).hexdigest()
+            found |= {stage: [path]} if digest != digests[path] else {}
+    return found
 
 
 def _entry(found: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -121,16 +141,19 @@ def _of_revision(found: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: value for file in files.values() for key, value in file.get("data", {}).items()}
 
 
-def _run(name: str, params: Mapping[str, Any], numbers: Mapping[str, Any], stages: Mapping[str, Any]) -> Run:
+def _run(name: str, params: Mapping[str, Any], numbers: Mapping[str, Any], locked: Mapping[str, Any]) -> Run:
     shaping = {key: value for key, value in params.items() if key != "runtime"}
     found = {key: numbers[key] for key in HEADLINE if key in numbers}
     for key, value in found.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{name}: headline.json: {key} is {value!r:.60}; must be a number; {REMEDY}")
     architecture = shaping.get("model", {}).get("config")  # its fields are shown
+    stages: Mapping[str, Any] = locked.get("stages", {})
     deps = {dep["path"]: dep.get("md5") for dep in stages.get(TRAINING, {}).get("deps", [])}
     origin = {path: digest for path, digest in deps.items() if path != architecture}
-    return Run(name, flat(shaping), found, stale_params(stages, shaping), origin)
+    stale, edited = stale_params(stages, shaping), locked.get("edited", {})
+    stale = {stage: stale.get(stage, []) + edited.get(stage, []) for stage in stages if stage in stale | edited}
+    return Run(name, flat(shaping), found, stale, origin)
 
 
 def stale_params(stages: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -259,7 +282,7 @@ def markdown_table(groups: Sequence[Group]) -> str:
 def stale_lines(runs: Iterable[Run]) -> list[str]:
     """Return a line for each run that shows other parameters than its numbers were made with."""
     return [
-        f"{run.name}: params.yaml differs from what {', '.join(run.stale)} ran with (dvc.lock): "
+        f"{run.name}: shows other values than {', '.join(run.stale)} ran with (dvc.lock): "
         f"{', '.join(dict.fromkeys(name for names in run.stale.values() for name in names))}; dvc repro"
         for run in runs
         if run.stale

@@ -207,7 +207,7 @@ def inference_weights_bytes(a: Architecture, dtype: str) -> int:
     in bf16, and the router's bias is fp32 in every case.
     """
     parts = parameters_by_part(a)
-    bias = FP32 * num_router_biases(a)
+    bias = FP32 * a.num_moe_layers * a.n_routed_experts
     if dtype != "fp8":
         return DTYPE_BYTES[dtype] * sum(parts.values()) + bias
     quantized = sum(parts[part] for part in ("attention", "dense_mlp", "routed_experts", "shared_experts"))

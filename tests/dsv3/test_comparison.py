@@ -1,6 +1,7 @@
 import json
 import subprocess
 from dataclasses import replace
+from hashlib import md5
 
 import pytest
 from dvc.repo import Repo
@@ -144,7 +145,7 @@ def test_parameters_that_the_numbers_were_not_made_with_are_told_in_the_workspac
     )
     runs = read_runs(["HEAD", "workspace"])
     assert [run.stale for run in runs] == [{}, {"a": ["seed", "train.learning_rate"]}]
-    note = "workspace: params.yaml differs from what a ran with (dvc.lock): seed, train.learning_rate; dvc repro"
+    note = "workspace: shows other values than a ran with (dvc.lock): seed, train.learning_rate; dvc repro"
     for markdown in (False, True):
         assert comparison(runs, markdown).endswith(f"\n\n{note}")
     commit("not run")
@@ -155,6 +156,22 @@ def test_a_parameter_that_came_or_went_since_the_run_is_told(repository):
     (repository / "params.yaml").write_text("seed: 1\ntrain: {new: 1}\n")
     locked(repository, seed=1, train={"old": 1}, gone={"key": 1})
     assert read_runs(["workspace"])[0].stale == {"a": ["train.old", "gone.key", "train.new"]}
+
+
+def test_an_architecture_that_was_edited_and_not_run_is_told_in_the_workspace_and_in_commits(repository):
+    (repository / "nano.json").write_text('{"hidden_size": 64}')
+    (repository / "params.yaml").write_text("seed: 1\nmodel: {config: nano.json}\n")
+    digest = md5((repository / "nano.json").read_bytes(), usedforsecurity=False).hexdigest()
+    locked(repository, deps=[{"path": "nano.json", "hash": "md5", "md5": digest}], model={"config": "nano.json"})
+    commit("as it was run")
+    (repository / "nano.json").write_text('{"hidden_size": 128}')
+    runs = read_runs(["HEAD", "workspace"])
+    assert [run.stale for run in runs] == [{}, {"a": ["nano.json"]}]
+    assert "workspace: shows other values than a ran with (dvc.lock): nano.json; dvc repro" in comparison(runs)
+    commit("not run")
+    assert [run.stale for run in read_runs(["HEAD", "HEAD~1"])] == [runs[1].stale, {}]
+    (repository / "nano.json").unlink()
+    assert read_runs(["workspace"])[0].stale == {}, "DVC tells of a file that is not there"
 
 
 @pytest.mark.parametrize(("changed", "columns"), [(None, 1), ("code.py", 2), ("data/corpus", 2)])

@@ -311,6 +311,8 @@ def test_served_weights_shrink_with_their_type_but_fp8_leaves_embedding_and_head
     assert bf16 == 2 * 142_435_584 + bias
     high_precision = 2 * 2 * 32000 * 768
     assert bf16 / 2 + high_precision / 2 < fp8 < bf16 / 2 + high_precision / 2 + 0.01 * bf16
+    with_mtp = tiny.model_copy(update={"num_nextn_predict_layers": 2})
+    assert inference_weights_bytes(with_mtp, "bf16") == bf16, "the main network alone is served"
 
 
 def test_the_largest_batch_of_an_all_dense_model_is_its_dense_layers():
