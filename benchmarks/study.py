@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.studies.definition import read_study, run_flags, run_names, study_names
+from benchmarks.studies.definition import read_study, run_flags, run_names, study_names, teacher_runs
 from dsv3.cli import run_app
 
 app = typer.Typer(
@@ -47,13 +47,13 @@ def run(
     ] = None,
 ) -> None:
     """Make the runs that DVC does not hold yet."""
-    from benchmarks.studies.training import experiments, train
+    from benchmarks.studies.training import Job, experiments, train
     from benchmarks.timing import processor
 
     study, done = read_study(name), experiments()
     extra = [word for pair in set_param or [] for word in ("-S", pair)]
     missing = {
-        run: [*run_flags(name, study, variant, seed), *extra]
+        run: Job([*run_flags(name, study, variant, seed), *extra], teacher_runs(name, study, variant, seed))
         for run, (variant, seed) in run_names(name, study).items()
         if run not in done
     }

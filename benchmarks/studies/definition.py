@@ -1,13 +1,14 @@
 """What a study is: variants of one training, each with several seeds; a YAML file per study stands beside this one.
 
 A variant is an overlay: `section.key` for params.yaml, `file.json:key` for an architecture, the seeds apart. A run is a
-DVC experiment named `<study>-<variant>-<seed>`, filed in Aim under the study's name.
+DVC experiment named `<study>-<variant>-<seed>`, filed in Aim under the study's name. A variant may learn from the
+models of others, and is then trained after them.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dsv3.errors import UserError
 from dsv3.params.read import read_yaml
@@ -31,6 +32,10 @@ class Variant(_Closed):
     """What is different, a clause."""
     set: dict[str, Any] = Field(default_factory=dict)
     """The overlay."""
+    teachers: list[str] = Field(default_factory=list)
+    """Variants, defined before this one, whose model of the same seed is one of its `train.teachers`."""
+    seed_offset: int = 0
+    """Added to the seed that a run is named by, so that the teachers of one seed differ."""
 
 
 class Study(_Closed):
@@ -48,6 +53,17 @@ class Study(_Closed):
     common: dict[str, Any] = Field(default_factory=dict)
     """Overlay of every variant."""
     variants: dict[str, Variant]
+
+    @model_validator(mode="after")
+    def teachers_come_first(self) -> Self:
+        """Refuse a teacher that is no variant, or that would be trained later."""
+        known: list[str] = []
+        for name, variant in self.variants.items():
+            for teacher in variant.teachers:
+                if teacher not in known:
+                    raise ValueError(f"{name} names the teacher {teacher}; must be one of those before it: {known}")
+            known.append(name)
+        return self
 
 
 def study_names() -> list[str]:
@@ -68,5 +84,11 @@ def run_names(name: str, study: Study) -> dict[str, tuple[str, int]]:
 
 
 def run_flags(name: str, study: Study, variant: str, seed: int) -> list[str]:
-    """Return the arguments of `dvc exp run` that make one run."""
-    return flags({"seed": seed, "runtime.experiment": name, **study.common, **study.variants[variant].set})
+    """Return the arguments of `dvc exp run` that make one run, but for its teachers."""
+    own = study.variants[variant]
+    return flags({"seed": seed + own.seed_offset, "runtime.experiment": name, **study.common, **own.set})
+
+
+def teacher_runs(name: str, study: Study, variant: str, seed: int) -> list[str]:
+    """Return the names of the runs whose models teach one run."""
+    return [f"{name}-{teacher}-{seed}" for teacher in study.variants[variant].teachers]

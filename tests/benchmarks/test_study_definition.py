@@ -2,12 +2,13 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from benchmarks.studies.definition import Study, read_study, run_flags, run_names, study_names
+from benchmarks.studies.definition import Study, read_study, run_flags, run_names, study_names, teacher_runs
 from dsv3.errors import UserError
 from dsv3.params.architecture import read_architecture
 from dsv3.params.read import read_yaml, validated
-from dsv3.presets import merged
+from dsv3.presets import merged, read_preset
 from tests.committed import DEFAULTS, PROJECT
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,8 @@ def test_every_variant_but_the_baseline_differs_from_the_defaults(name, variant)
     for key, value in study.variants[variant].set.items():
         section, _, field = key.replace(":", ".").rpartition(".")
         changed[key] = value != (config[field] if ":" in key else defaults[section][field])
-    assert all(changed.values()) and bool(changed) == (variant != study.baseline), changed
+    own = changed or study.variants[variant].seed_offset
+    assert all(changed.values()) and bool(own) == (variant != study.baseline), changed
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -82,6 +84,37 @@ def test_a_run_is_named_and_flagged_by_study_variant_and_seed():
     ]
 
 
+def test_the_student_of_the_study_is_the_preset_of_quality():
+    params = read_yaml(PROJECT / "params.yaml")
+    overlays = [overlay(STUDIES["distillation"], "student"), read_preset("quality_cpu")]
+    asked = [merged(params, each) for each in overlays]
+    sections = [{name: part for name, part in each.items() if name != "sample"} for each in asked]
+    assert sections[0] == sections[1]
+
+
+def test_teachers_are_runs_of_the_same_seed_whose_own_seeds_differ():
+    variants = {
+        "one": {"part": "a", "change": "b", "seed_offset": 100},
+        "two": {"part": "a", "change": "b", "seed_offset": 200},
+        "student": {"part": "a", "change": "b", "teachers": ["one", "two"]},
+    }
+    study = Study.model_validate(
+        {"document": "x", "figure": "dots", "baseline": "one", "seeds": [7, 8], "variants": variants}
+    )
+    assert teacher_runs("s", study, "student", 7) == ["s-one-7", "s-two-7"]
+    assert [run_flags("s", study, name, 7)[1] for name in variants] == ["seed=107", "seed=207", "seed=7"]
+
+
+@pytest.mark.parametrize("teacher", ["student", "later", "unknown"])
+def test_a_teacher_is_one_of_the_variants_before(teacher):
+    variants = {name: {"part": "a", "change": "b"} for name in ("first", "student", "later")}
+    variants["student"]["teachers"] = ["first", teacher]
+    with pytest.raises(ValidationError, match=rf"student names the teacher {teacher}; must be one of .*'first'\]"):
+        Study.model_validate(
+            {"document": "x", "figure": "dots", "baseline": "first", "seeds": [7], "variants": variants}
+        )
+
+
 def test_an_unknown_study_is_answered_with_the_known_ones():
-    with pytest.raises(UserError, match=r"^none is no study; known: ablations, precision, regularization, scaling$"):
+    with pytest.raises(UserError, match=r"^none is no study; known: ablations, distillation, precision, regularization, scaling$"):
         read_study("none")

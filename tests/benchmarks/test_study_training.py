@@ -1,5 +1,6 @@
 import os
 import signal
+import subprocess
 import threading
 import time
 
@@ -7,12 +8,13 @@ import pytest
 
 from benchmarks import study
 from benchmarks.studies import training
-from benchmarks.studies.training import LOGS, experiments, train
+from benchmarks.studies.training import LOGS, MODELS, Job, experiments, train
 from dsv3.errors import Interrupted, UserError
 
 DVC = """#!/bin/sh
 case "$*" in
 *list*) echo known-1; exit 0 ;;
+get*) echo "get $3 $5" >> calls; [ -n "$5" ] && mkdir "$7"; exit ;;
 esac
 name=$5
 echo "start $name $OMP_NUM_THREADS" >> calls
@@ -42,7 +44,7 @@ def calls(folder) -> list[str]:
 
 
 def test_each_run_is_an_experiment_in_a_folder_of_its_own_with_its_share_of_the_cores(fake_dvc, capsys):
-    train({"a": ["-S", "seed=1"], "b": []}, num_at_once=2, num_threads=3, message="how")
+    train({"a": Job(["-S", "seed=1"]), "b": Job([])}, num_at_once=2, num_threads=3, message="how")
     assert sorted(calls(fake_dvc)) == ["start a 3", "start b 3"]
     assert (fake_dvc / "a.arguments").read_text() == "exp run --temp --name a --message how -S seed=1\n"
     assert sorted(line.split()[1] for line in capsys.readouterr().out.splitlines()) == ["a", "b"]
@@ -51,8 +53,65 @@ def test_each_run_is_an_experiment_in_a_folder_of_its_own_with_its_share_of_the_
 
 def test_a_failed_run_stops_no_other_and_is_named_at_the_end(fake_dvc):
     with pytest.raises(UserError, match=rf"^1 of 2 runs failed: bad; see {LOGS}/$"):
-        train({"bad": [], "good": []}, num_at_once=1, num_threads=1, message="")
+        train({"bad": Job([]), "good": Job([])}, num_at_once=1, num_threads=1, message="")
     assert (fake_dvc / "good.arguments").exists()
+
+
+@pytest.fixture
+def experiment(fake_dvc):
+    """Makes an experiment of a commit, as DVC keeps it: a reference by the commit and the name."""
+    author = ["-c", "user.name=n", "-c", "user.email=e@x"]
+    for arguments in (["init", "-q"], [*author, "commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", *arguments], check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+
+    def make(name: str) -> str:
+        subprocess.run(["git", "update-ref", f"refs/exps/{head[:2]}/{head[2:]}/{name}", head], check=True)
+        return head
+
+    return make
+
+
+def test_a_student_is_trained_after_its_teachers_from_copies_of_their_models(fake_dvc, experiment):
+    commit, _ = (experiment(name) for name in ("first", "second"))
+    jobs = {"student": Job(["-S", "seed=3"], ["first", "second"]), "first": Job([]), "second": Job([])}
+    train(jobs, num_at_once=2, num_threads=1, message="how")
+    seen = calls(fake_dvc)
+    assert seen[2:] == [f"get outputs/final_model {commit}"] * 2 + ["start student 1"]
+    folders = [MODELS / f"{name}-{commit[:12]}" for name in ("first", "second")]
+    assert all(folder.is_dir() for folder in folders)
+    assert (
+        (fake_dvc / "student.arguments")
+        .read_text()
+        .endswith(f"-S seed=3 -S train.teachers=[{folders[0]},{folders[1]}]\n")
+    )
+    assert sorted(MODELS.iterdir()) == folders, "nothing half copied stays"
+    train({"another": Job([], ["first"])}, num_at_once=1, num_threads=1, message="how")
+    assert calls(fake_dvc)[-2:] == ["start student 1", "start another 1"], "a copy that is there serves again"
+
+
+def test_a_run_waits_for_its_own_teachers_alone(fake_dvc, experiment):
+    experiment("first")
+    jobs = {"first": Job([]), "student": Job([], ["first"]), "other": Job([])}
+    train(jobs, num_at_once=1, num_threads=1, message="")
+    starts = [line.split()[1] for line in calls(fake_dvc) if line.startswith("start")]
+    assert starts == ["first", "student", "other"]
+
+
+def test_a_student_whose_teacher_failed_is_not_begun_and_is_named(fake_dvc):
+    jobs = {"bad": Job([]), "student": Job([], ["bad"]), "its student": Job([], ["student"]), "good": Job([])}
+    expected = rf"^1 of 4 runs failed: bad; not begun without them: student, its student; see {LOGS}/$"
+    with pytest.raises(UserError, match=expected):
+        train(jobs, num_at_once=2, num_threads=1, message="")
+    assert (fake_dvc / "good.arguments").exists()
+
+
+def test_a_student_whose_teacher_dvc_does_not_hold_fails_with_the_place_of_its_words(fake_dvc, experiment, capsys):
+    experiment("another")
+    with pytest.raises(UserError, match=r"^1 of 1 runs failed: student; see"):
+        train({"student": Job([], ["lost"])}, num_at_once=1, num_threads=1, message="")
+    assert f"student has no teachers, see {LOGS / 'student.log'}" in capsys.readouterr().out
+    assert not list(MODELS.iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -64,7 +123,7 @@ def test_a_signal_lets_what_runs_save_and_starts_nothing_more(fake_dvc, number):
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(Interrupted, match="the same command goes on"):
-        train({"slow1": [], "slow2": [], "later": []}, num_at_once=2, num_threads=1, message="")
+        train({name: Job([]) for name in ("slow1", "slow2", "later")}, num_at_once=2, num_threads=1, message="")
     assert sorted(calls(fake_dvc)) == ["saved slow1", "saved slow2", "start slow1 1", "start slow2 1"]
 
 
@@ -77,7 +136,7 @@ def test_a_training_has_its_share_of_the_cores_or_the_threads_that_are_asked_for
     runs, at_once, num_threads, message = given[0]
     assert (at_once, num_threads) == (jobs, expected)
     assert message.startswith(f"{jobs} at a time, {expected} thread(s) each, ")
-    assert all(flags[-2:] == ["-S", "data.source=plays"] for flags in runs.values()) and len(runs) == 30
+    assert all(job.flags[-2:] == ["-S", "data.source=plays"] for job in runs.values()) and len(runs) == 30
 
 
 def test_without_dvc_on_the_path_the_remedy_is_told(monkeypatch):

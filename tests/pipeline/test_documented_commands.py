@@ -81,6 +81,7 @@ STAND_INS = {
     ),
     "python -m benchmarks.study run precision": ("python -m benchmarks.study", "eighteen trainings"),
     "python -m benchmarks.study run regularization": ("echo", "twenty-five trainings"),
+    "python -m benchmarks.study run distillation": ("echo", "twenty trainings, five of them of twenty epochs"),
     "make ablations": ("make --dry-run ablations", "trainings of hours"),
     "make scaling": ("make --dry-run scaling", "trainings of hours"),
     "tokenize.vocab_size=1024": ("tokenize.vocab_size=270", "the laboratory's model has 272 words"),
@@ -152,6 +153,7 @@ NOT_RUN = {
     "python -m benchmarks.fp8_errors": "minutes; tests/benchmarks/test_fp8_errors.py runs its parts",
     "python -m benchmarks.study report precision": "reads eighteen trainings; tests/benchmarks makes up their results",
     "python -m benchmarks.study report regularization": "reads as many trainings; tests/benchmarks makes them up",
+    "python -m benchmarks.study report distillation": "reads as many trainings; tests/benchmarks makes them up",
     "pip install uv": "needs the package index",
     "uv pip compile --universal --python-version 3.11 --group pipeline --group dev --group ui --group wandb"
     " --group trackio --no-annotate --output-file constraints.txt": (
