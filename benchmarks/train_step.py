@@ -37,6 +37,7 @@ from dsv3.params.read import read_params
 from dsv3.params.train import TrainParams
 from dsv3.sizing.chunked_loss import is_loss_chunked
 from dsv3.sizing.flops import training_flops_per_token
+from dsv3.training.attention import choose_attention
 from dsv3.training.balancing import pop_expert_load
 from dsv3.training.loss import chunked_cross_entropy
 from dsv3.training.model import build_model
@@ -61,6 +62,11 @@ class Setting:
     bf16_moments: bool
     device: torch.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what experts multiply."""
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16
+
     def autocast(self) -> torch.autocast:
         """Return the context that a forward pass runs in."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -71,14 +77,14 @@ class Setting:
 
     def train_params(self, **values: object) -> TrainParams:
         """Return the project's parameters with these values."""
-        moments = "bf16" if self.bf16_moments else "fp32"
-        return read_params(ROOT / "params.yaml").train.model_copy(update={"adam_moments_dtype": moments, **values})
+        own = {"block_size": self.block, "adam_moments_dtype": "bf16" if self.bf16_moments else "fp32", **values}
+        return read_params(ROOT / "params.yaml").train.model_copy(update=own)
 
 
 def our_step(setting: Setting, optim: str = "adamw", recipe: Recipe | None = None, compiles: bool = False) -> Step:
     """Return this project's step; with a `recipe` its linear layers and experts run in FP8."""
     device, is_emulated = setting.device, setting.precision == "bf16_emulated"
-    dtype = torch.float32 if setting.precision == "fp32" else torch.bfloat16
+    dtype, params = setting.dtype, setting.train_params(optim=optim, ema_decay=0.0)
     with device:  # the 5.69B model's random numbers take a CPU most of a minute
         model = build_model(setting.config, seed=0).train()
     experts = "bf16_emulated" if is_emulated else "auto"
@@ -87,13 +93,13 @@ def our_step(setting: Setting, optim: str = "adamw", recipe: Recipe | None = Non
         convert(model, recipe, device)
     elif is_emulated:
         emulate_bf16(model)
+    choose_attention(model, Architecture(**read_json(setting.config)), params, device)
     if is_loss_chunked(setting.batch * setting.block, model.config.vocab_size):
         model.cross_entropy = chunked_cross_entropy
     if setting.checkpointing:
         model.activation_checkpointing_enable()
     if compiles:
         model.compile()
-    params = setting.train_params(optim=optim, ema_decay=0.0)
     optimizer = Optimizer(parameter_groups(model, params), params, torch.float32 if is_emulated else dtype)
     tokens = setting.tokens(model.config.vocab_size)
 

@@ -17,6 +17,7 @@ from dsv3.data.tokenizer_files import TOKENIZER_FILE, has_another_tokenizer
 from dsv3.errors import UserError
 from dsv3.export.model_folder import CODE_FILES
 from dsv3.export.weights import check_config_model_type, check_model_weights, read_model_config, short_line
+from dsv3.kernels import cpu_attention
 from mini_model import modeling_deepseek
 from mini_model.modeling_deepseek import DeepseekV3ForCausalLM
 
@@ -57,8 +58,9 @@ def other_code(folder: Path) -> list[str]:
 def load_model(folder: Path, device: torch.device) -> DeepseekV3ForCausalLM:
     """Return the model in `folder` on `device`, in evaluation mode.
 
-    The weights have their stored dtype on a GPU, and fp32 on a CPU, because most CPUs are fast in fp32 only. Raises
-    `UserError` where a weight is missing, left over, of another shape, not finite, or not as it was exported.
+    The weights have their stored dtype on a GPU, and fp32 on a CPU, because most CPUs are fast in fp32 only. There the
+    model attends by `dsv3.kernels.cpu_attention`. Raises `UserError` where a weight is missing, left over, of another
+    shape, not finite, or not as it was exported.
     """
     check_model(folder)
     check_model_weights(folder, read_model_config(folder))
@@ -86,6 +88,8 @@ def load_model(folder: Path, device: torch.device) -> DeepseekV3ForCausalLM:
     faults = {kind: found for kind, found in info.items() if found}
     if faults:
         raise UserError(f"{folder}: {str(faults)[:200]}; {REMEDY}")
+    if device.type == "cpu":
+        model.set_attn_implementation(cpu_attention.register())
     return model.eval()
 
 

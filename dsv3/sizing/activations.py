@@ -20,6 +20,7 @@ from typing import Literal
 from dsv3.params.architecture import Architecture
 from dsv3.params.expert_backends import BACKENDS, ExpertBackend
 from dsv3.params.runtime import Device
+from dsv3.sizing.causal_attention import BLOCK_QUERIES, is_attention_blocked, num_kept_weights
 from dsv3.sizing.chunked_loss import CHUNK_BYTES, is_loss_chunked
 from dsv3.sizing.parameters import attention_weights, expert_weights
 
@@ -47,6 +48,8 @@ class Workload:
     """MXFP8: forward and dgrad see different numbers of a weight."""
     drops_hidden: bool = False
     """What each half of a layer adds passes dropout."""
+    cross_document_attention: bool = True
+    """No mask hides one document from another."""
     has_teachers: bool = False
     """Other models' probabilities of every token are there, and logits are never chunked."""
 
@@ -106,14 +109,17 @@ def latent_bytes(a: Architecture, w: Workload) -> int:
 def softmax_bytes(a: Architecture, w: Workload) -> int:
     """Return the bytes per token that attention itself keeps, its output included (which `o_proj` keeps).
 
-    Fused: queries, keys, the projection that values are a part of, and one log-sum-exp per head. Else: queries and keys
-    scaled, values, and the weights of every pair of positions, all in fp32.
+    Fused: queries, keys, the projection that values are a part of, and one log-sum-exp per head. In blocks, on a CPU:
+    instead of the last the weights of half the pairs of positions. Else: queries and keys scaled, values, and the
+    weights of every pair of positions, all in fp32.
     """
     heads, keys = a.num_attention_heads, w.sequence_tokens
     output = w.compute_bytes * heads * a.v_head_dim
+    operands = w.compute_bytes * heads * (2 * a.qk_head_dim + a.qk_nope_head_dim + a.v_head_dim)
     if w.device == "cuda":
-        values = a.qk_nope_head_dim + a.v_head_dim
-        return w.compute_bytes * heads * (2 * a.qk_head_dim + values) + FP32 * heads + output
+        return operands + FP32 * heads + output
+    if is_attention_blocked(a, w.cross_document_attention):
+        return operands + w.compute_bytes * heads * num_kept_weights(keys, w.precision) // keys + output
     return FP32 * heads * (2 * a.qk_head_dim + a.v_head_dim + keys) + output
 
 
@@ -233,10 +239,14 @@ def running_bytes(a: Architecture, w: Workload, layer: int) -> int:
 def attention_backward_bytes(a: Architecture, w: Workload, layer: int) -> int:
     """Return what of layer number `layer` exists while its backward pass is in attention.
 
-    Where no kernel fuses attention, the gradients of its weights and of its scores are a square each.
+    Where no kernel fuses attention, the gradients of its weights and of its scores are a square each, or of a block of
+    its rows.
     """
     w = of_layer(a, w, layer)
     gradients = 0 if w.device == "cuda" else 2 * FP32 * a.num_attention_heads * w.sequence_tokens
+    if w.device == "cpu" and is_attention_blocked(a, w.cross_document_attention):
+        rows = min(BLOCK_QUERIES[w.precision], w.sequence_tokens)
+        gradients = 2 * w.compute_bytes * a.num_attention_heads * rows
     mtp = mtp_bytes(a, w) if layer >= a.num_hidden_layers else 0
     return w.num_tokens * (attention_bytes(a, w) + gradients + mtp)
 

@@ -110,6 +110,7 @@ def workload(train: TrainParams, device: Device) -> Workload:
         mx_blocks=train.use_fp8 and train.fp8_mx_blocks,
         gradient_checkpointing=train.gradient_checkpointing,
         drops_hidden=train.hidden_dropout > 0,
+        cross_document_attention=train.cross_document_attention,
         has_teachers=bool(train.teachers),
     )
 

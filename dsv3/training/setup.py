@@ -26,7 +26,7 @@ from dsv3.devices import device_name, torch_device
 from dsv3.errors import UserError
 from dsv3.kernels.convert import Conversion, convert, emulate_bf16
 from dsv3.sizing.chunked_loss import is_loss_chunked
-from dsv3.training.attention import attention_kernel
+from dsv3.training.attention import choose_attention
 from dsv3.training.checkpoint import FORMAT_VERSION
 from dsv3.training.distillation import Distillation
 from dsv3.training.fingerprint import Fingerprint
@@ -65,7 +65,7 @@ class Choices:
 
     experts: str
     attention: str
-    """torch's kernel."""
+    """The kernel, torch's or the project's own."""
 
     cross_entropy: str
     sharding: str
@@ -193,7 +193,7 @@ def prepare_model(plan: TrainingPlan, device: torch.device) -> tuple[DeepseekV3F
         num_processes=int(os.environ.get("WORLD_SIZE", "1")),
         precision=conversion.precision,
         experts=experts,
-        attention=attention_kernel(plan.architecture, train, device),
+        attention=choose_attention(model, plan.architecture, train, device),
         cross_entropy="distilled, one teacher in turn" if plan.teachers else "chunked" if is_chunked else "plain",
         sharding=sharding,
         high_precision_linears=tuple(conversion.high_precision),

@@ -116,5 +116,7 @@ def test_a_teacher_is_one_of_the_variants_before(teacher):
 
 
 def test_an_unknown_study_is_answered_with_the_known_ones():
-    with pytest.raises(UserError, match=r"^none is no study; known: ablations, distillation, precision, regularization, scaling$"):
+    with pytest.raises(
+        UserError, match=r"^none is no study; known: ablations, distillation, precision, regularization, scaling$"
+    ):
         read_study("none")

@@ -220,7 +220,7 @@ def test_the_reported_expert_backend_is_the_one_that_a_training_takes_on_a_gpu(
     monkeypatch.setattr(convert, "multiplies_fp8", lambda device: False)
     monkeypatch.setattr(setup, "autocast_dtype", lambda asked, device: torch.bfloat16)
     monkeypatch.setattr(setup, "device_name", str)
-    monkeypatch.setattr(setup, "attention_kernel", lambda *_: "torch's")  # which can't be asked here
+    monkeypatch.setattr(setup, "choose_attention", lambda *_: "torch's")  # which can't be asked here
     params = read_params(Path("params.yaml"))
     architecture = read_architecture(Path(params.model.config))
     plan = SimpleNamespace(params=params, architecture=architecture, initial_weights=None, teachers=())

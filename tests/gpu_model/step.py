@@ -203,7 +203,7 @@ def pretend_to_be_a_gpu(step: Step) -> None:
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     torch.cuda.get_device_name = lambda device=None: "H100"
     F.scaled_dot_product_attention, F.rms_norm = attention, rms_norm
-    setup.attention_kernel = lambda *_: "flash"  # as `attention` above counts; torch can't be asked for a GPU's here
+    setup.choose_attention = lambda *_: "flash"  # as `attention` above counts; torch can't be asked for a GPU's here
     modeling_deepseek.is_plain_linear = lambda linear: True  # it asks for the weight's class, which is another here
     grouped_mm.sum_per_token = triton_experts.sum_per_token = gathered_sum
     optimizer.fuses_bf16_moments = lambda device: True  # the header of torch's kernel says so: test_step.py

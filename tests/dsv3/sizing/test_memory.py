@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dsv3.fp8.recipe import DEEPSEEK_RECIPE, RECIPES, Recipe
+from dsv3.kernels import cpu_attention
 from dsv3.kernels.convert import convert, emulate_bf16
 from dsv3.kernels.registry import register_experts
 from dsv3.kernels.weight_cache import cached_weights
@@ -58,10 +59,11 @@ CPU = torch.device("cpu")
 """Estimates of CUDA differ by two fused kernels, whose tensors only a GPU could show."""
 
 
-def model_of(sizes, precision, experts, recipe=DEEPSEEK_RECIPE):
+def model_of(sizes, precision, experts, recipe=DEEPSEEK_RECIPE, attention=cpu_attention.NAME):
     torch.manual_seed(0)
+    cpu_attention.register()
     config = DeepseekV3Config(**sizes)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = attention
     model = DeepseekV3ForCausalLM(config).train()
     use_fp8 = experts.startswith("fp8")
     model.set_experts_implementation(register_experts(experts, CPU, DTYPES[precision], use_fp8, recipe))
@@ -94,6 +96,7 @@ def kept_by_heads(a, w):
     return num_tokens * (4 * a.vocab_size + w.compute_bytes * a.hidden_size + 8)
 
 
+@pytest.mark.parametrize("attention", [cpu_attention.NAME, "sdpa"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("experts", ["cpu", "grouped_mm", "reference"])
 @pytest.mark.parametrize(
@@ -105,13 +108,16 @@ def kept_by_heads(a, w):
     ],
     ids=["moe", "dense", "mtp"],
 )
-def test_the_estimate_is_what_autograd_keeps_of_the_real_model_to_half_a_percent(changes, experts, precision):
+def test_the_estimate_is_what_autograd_keeps_of_the_real_model_to_half_a_percent(
+    changes, experts, precision, attention
+):
     """What is left out are index tensors of a few bytes per token; a forgotten tensor would be 1 % or more."""
     sizes = ODD | changes
-    model = model_of(sizes, precision, experts)
-    tokens = torch.randint(0, sizes["vocab_size"], (3, 40))
+    model = model_of(sizes, precision, experts, attention=attention)
+    tokens = torch.randint(0, sizes["vocab_size"], (3, 200))
     measured = saved_bytes(lambda: passed(model, tokens, precision), everything(model))
-    a, w = Architecture(**sizes), Workload(3, 40, "cpu", precision, experts)
+    is_ours = attention == cpu_attention.NAME  # torch's keeps what it keeps with a mask, too
+    a, w = Architecture(**sizes), Workload(3, 200, "cpu", precision, experts, cross_document_attention=is_ours)
     estimate = activation_bytes(a, w) + weight_cast_bytes(a, w) + kept_by_heads(a, w)
     assert estimate == pytest.approx(measured, rel=0.005)
 

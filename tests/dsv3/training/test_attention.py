@@ -7,7 +7,11 @@ from dsv3.training.setup import prepare_model
 from tests.training_inputs import plan_of
 
 CPU = torch.device("cpu")
-OPERATORS = {"flash": "_scaled_dot_product_flash_attention_for_cpu", "math": "_scaled_dot_product_attention_math"}
+OPERATORS = {
+    "flash": "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "math": "aten::_scaled_dot_product_attention_math",
+    "dsv3_cpu": "dsv3::causal_attention_cpu",
+}
 
 
 def operators_of_a_forward_pass(plan) -> set[str]:
@@ -17,14 +21,22 @@ def operators_of_a_forward_pass(plan) -> set[str]:
     positions = None if plan.params.train.cross_document_attention else torch.arange(tokens.shape[1])[None] % 8
     with profile(activities=[ProfilerActivity.CPU]) as found:
         model.train()(input_ids=tokens, shift_labels=tokens, position_ids=positions)
-    return {event.key.removeprefix("aten::") for event in found.key_averages()}
+    return {event.key for event in found.key_averages()}
 
 
-@pytest.mark.parametrize("sees_all", [True, False], ids=["one document", "a mask of documents"])
-@pytest.mark.parametrize(("value_width", "kernel"), [(8, "math"), (16, "flash")])
-def test_the_kernel_that_is_recorded_is_the_one_that_torch_calls(tmp_path, value_width, kernel, sees_all):
+@pytest.mark.parametrize(
+    ("value_width", "change", "kernel"),
+    [
+        (8, {}, "dsv3_cpu"),
+        (8, {"cross_document_attention": False}, "math"),
+        (16, {}, "flash"),
+        (16, {"cross_document_attention": False}, "flash"),
+    ],
+    ids=str,
+)
+def test_the_kernel_that_is_recorded_is_the_one_that_attends(tmp_path, value_width, change, kernel):
     """Latent attention's values are narrower than its queries, which torch's fast kernel on a CPU does not take."""
-    plan = plan_of(tmp_path, architecture={"v_head_dim": value_width}, train={"cross_document_attention": sees_all})
+    plan = plan_of(tmp_path, architecture={"v_head_dim": value_width}, train=change)
     assert attention_kernel(plan.architecture, plan.params.train, CPU) == kernel
     called = operators_of_a_forward_pass(plan)
     assert {name for name, operator in OPERATORS.items() if operator in called} == {kernel}
@@ -32,5 +44,5 @@ def test_the_kernel_that_is_recorded_is_the_one_that_torch_calls(tmp_path, value
 
 def test_it_stands_in_the_line_on_what_runs_and_in_the_metrics(tmp_path):
     _, chosen = prepare_model(plan_of(tmp_path), CPU)
-    assert "attention by math" in chosen.summary()
-    assert chosen.metrics()["attention"] == "math"
+    assert "attention by dsv3_cpu" in chosen.summary()
+    assert chosen.metrics()["attention"] == "dsv3_cpu"
