@@ -6,13 +6,13 @@ fp32. Here a block of queries is multiplied with the keys up to its own end alon
 square only, and every row has a key. In bf16 all four products take bf16 operands, as in transformers' eager attention:
 scores are rounded to bf16 before the softmax, which computes in fp32.
 
-With P = softmax(q k.T / sqrt(N + P)) and o = P v, of which P is kept, the gradients are
+With the weights w = softmax(scaling · q k.T) and the output o = w v, of which w is kept, the gradients are
 
-    dv = P.T do,    dS = P * (dP - rowsum(P * dP)) with dP = do v.T,    dq = dS k,    dk = dS.T q
+    dv = w.T do,    ds = w * (dw - rowsum(w * dw)) with dw = do v.T,    dq = scaling · ds k,    dk = scaling · ds.T q
 
-each a sum over blocks. The alternative, values padded with zeros for torch's fused kernel, keeps no P, and took as long
-as no kernel at all (docs/log.md). What we give up: P in memory, half a square per head; and masks, such as those
-between documents, which are left to torch.
+each a sum over blocks. The alternative, values padded with zeros for torch's fused kernel, keeps no weights, and took
+as long as no kernel at all (docs/log.md). What we give up: the weights in memory, half a square per head; and masks,
+such as those between documents, which are left to torch.
 
 Letters: B sequences, H num_attention_heads, S positions, X keys, U v_head_dim, R rows, W columns.
 """
