@@ -1,8 +1,9 @@
 """One training step of a model: this project's, in every precision the device has, beside stock transformers'.
 
 A step is forward, backward, clipping and the optimizer's update on random tokens. All contestants stand in one process
-and are timed in turn; medians. The model FLOPs' utilization is the sizing stage's FLOPs per token over the time, as a
-share of one large bf16 product's (fp32 on a CPU) speed in the same run.
+and are timed in turn; medians, and on a CPU the speed over stock's, round by round. The model FLOPs' utilization is the
+sizing stage's FLOPs per token over the time, as a share of one large bf16 product's (fp32 on a CPU) speed in the same
+run.
 
     python -m benchmarks.train_step                                                   nano as params.yaml trains it
     python -m benchmarks.train_step --config mini_model/config_tiny.json --batch 16 --block 4096
@@ -13,6 +14,7 @@ Stock is transformers' own class with torch's fused AdamW, by its default expert
 
 import gc
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +26,16 @@ from torch import Tensor, nn
 from transformers import DeepseekV3Config as StockConfig
 from transformers import DeepseekV3ForCausalLM as StockModel
 
-from benchmarks.timing import Functions, best_device, check_json, conditions, elapsed_s, medians_s
+from benchmarks.timing import (
+    Functions,
+    best_device,
+    check_json,
+    conditions,
+    elapsed_s,
+    median_ratio,
+    medians_s,
+    paired_s,
+)
 from dsv3.artifacts import read_json
 from dsv3.cli import command
 from dsv3.devices import multiplies_fp8
@@ -201,8 +212,11 @@ def measured(setting: Setting, names: list[str], rounds: int) -> dict[str, Any]:
             show(name, with_rates(found[name], setting, peak))
     else:
         functions: Functions = {name: make() for name, make in makers.items()}
-        found = {name: {"milliseconds": s * 1e3} for name, s in medians_s(functions, rounds, setting.device).items()}
+        times = paired_s(functions, rounds, setting.device)
+        found = {name: {"milliseconds": statistics.median(values) * 1e3} for name, values in times.items()}
         for name, row in found.items():
+            if "stock" in times:
+                row["speed_over_stock"] = round(median_ratio(times["stock"], times[name]), 3)
             show(name, with_rates(row, setting, peak))
     return {"peak_tflop_per_s": round(peak / 1e12, 2), "steps": found}
 
