@@ -275,7 +275,7 @@ def main(  # noqa: PLR0913 (options)
         for name in names:
             print_profile(setting, name)
         return
-    shown = {name: str(value) for name, value in asdict(setting).items()}
+    shown = {name: str(value) for name, value in asdict(setting).items()} | {"config": config.name}
     results = {"conditions": conditions(chosen), "setting": shown, **measured(setting, names, rounds)}
     print(json.dumps({key: value for key, value in results.items() if key != "steps"}))
     if json_path is not None:
