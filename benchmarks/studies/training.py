@@ -137,6 +137,9 @@ def kept_model(run: str, log: IO[bytes]) -> Path | None:
     """
     head = _git("rev-parse", "HEAD")
     commit = _git("rev-parse", "--verify", "--quiet", f"refs/exps/{head[:2]}/{head[2:]}/{run}")
+    if not commit:  # without one, DVC would copy the workspace's model
+        log.write(f"{run} is no experiment of the checked-out commit\n".encode())
+        return None
     folder = MODELS / f"{run}-{commit[:12]}"
     if not folder.is_dir():
         MODELS.mkdir(parents=True, exist_ok=True)

@@ -36,9 +36,12 @@ class Conversion:
     partial_blocks: list[str] = field(default_factory=list)
     """Converted modules with a dimension that is no multiple of 128."""
 
+    is_native: bool = False
+    """The device multiplies in FP8 itself; nothing is emulated."""
+
     def kernel(self, device: torch.device, num_rows: int, dtype: torch.dtype) -> str | None:
         """Return what multiplies that many rows in the device's own FP8, into `dtype`; None where nothing does."""
-        if not self.converted or self.precision.startswith(("fp8_emulated", "bf16")):
+        if not (self.is_native and self.converted):
             return None
         from dsv3.kernels.dense_gemm import dense_kernel  # triton is not installed with every torch
 
@@ -55,7 +58,7 @@ def convert(model: nn.Module, recipe: Recipe, device: torch.device) -> Conversio
     if multiplies_fp8(device) and recipe.has_kernels:
         from dsv3.kernels import triton_linear  # triton is not installed with every torch
 
-        return _replace(model, triton_linear.product(recipe), recipe.name)
+        return replace(_replace(model, triton_linear.product(recipe), recipe.name), is_native=True)
     precision = "_".join(["fp8_emulated", *recipe.deviations()])
     return _replace(model, emulated_linear.product(fp8_rounding(recipe)), precision)
 

@@ -25,7 +25,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dsv3.kernels.op import op
 from dsv3.sizing.causal_attention import blocks, num_kept_weights
 
 NAME = "dsv3_cpu"
@@ -53,18 +52,18 @@ def attention_forward(  # noqa: PLR0913 (transformers calls it by these names)
 ) -> tuple[Tensor, None]:
     """Return the attention's output (B, S, H, U) from query, key (B, H, S, W) and value (B, H, S, U).
 
-    Where a mask, dropout or keys of earlier positions are asked for, torch's attention returns it.
+    Where a mask, dropout, keys of earlier positions or another type is asked for, torch's attention returns it.
     """
-    is_ours = attention_mask is None and dropout == 0 and query.shape[2] == key.shape[2] and scaling is not None
-    if not is_ours:
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    is_whole = attention_mask is None and query.shape[2] == key.shape[2]
+    if not is_whole or dropout or scaling is None or dtype not in PRECISIONS:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     return causal_attention(query, key, value, scaling)[0].transpose(1, 2), None
 
 
-def _forward(query_BHSW: Tensor, key_BHSW: Tensor, value_BHSU: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("dsv3::causal_attention_cpu", mutates_args=())
+def causal_attention(query_BHSW: Tensor, key_BHSW: Tensor, value_BHSU: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, S, U), whose heads lie beside each other, and the weights of all blocks."""
     num_sequences, num_heads, num_positions, _ = query_BHSW.shape
     query, key, value = (tensor.reshape(-1, *tensor.shape[2:]) for tensor in (query_BHSW, key_BHSW, value_BHSU))
@@ -79,7 +78,8 @@ def _forward(query_BHSW: Tensor, key_BHSW: Tensor, value_BHSU: Tensor, scaling: 
     return output_BSHU.transpose(1, 2), weights
 
 
-def _backward(
+@torch.library.custom_op("dsv3::causal_attention_cpu_backward", mutates_args=())
+def causal_attention_backward(
     grad_BHSU: Tensor, query_BHSW: Tensor, key_BHSW: Tensor, value_BHSU: Tensor, weights: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients by query, key and value."""
@@ -110,16 +110,23 @@ def _of_block(weights: Tensor, num_heads: int, rows: slice, at: int) -> Tensor:
     return weights[num_heads * at :][: shape[0] * shape[1] * shape[2]].view(shape)
 
 
-def _empty_forward(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    num_sequences, num_heads, num_positions, _ = query.shape
-    output = query.new_empty(num_sequences, num_positions, num_heads, value.shape[-1]).transpose(1, 2)
-    return output, query.new_empty(num_sequences * num_heads * num_kept_weights(num_positions, PRECISIONS[query.dtype]))
+@causal_attention.register_fake
+def _(query_BHSW: Tensor, key_BHSW: Tensor, value_BHSU: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    num_sequences, num_heads, num_positions, _ = query_BHSW.shape
+    output_BSHU = query_BHSW.new_empty(num_sequences, num_positions, num_heads, value_BHSU.shape[-1])
+    kept = num_sequences * num_heads * num_kept_weights(num_positions, PRECISIONS[query_BHSW.dtype])
+    return output_BSHU.transpose(1, 2), query_BHSW.new_empty(kept)
 
 
-def _empty_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scaling: float
+@causal_attention_backward.register_fake
+def _(
+    grad_BHSU: Tensor, query_BHSW: Tensor, key_BHSW: Tensor, value_BHSU: Tensor, weights: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    return (
+        query_BHSW.new_empty(query_BHSW.shape),
+        key_BHSW.new_empty(key_BHSW.shape),
+        value_BHSU.new_empty(value_BHSU.shape),
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -128,12 +135,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(*tensors, output[1])
 
 
-def _gradients(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, ...]:
-    if grad is None:
+def _gradients(ctx: Any, grad_BHSU: Tensor | None, _: None) -> tuple[Any, ...]:
+    if grad_BHSU is None:
         return None, None, None, None
-    return *causal_attention_backward(grad, *ctx.saved_tensors, ctx.scaling), None
+    return *causal_attention_backward(grad_BHSU, *ctx.saved_tensors, ctx.scaling), None
 
 
-causal_attention = op("causal_attention_cpu", _forward, _empty_forward)
-causal_attention_backward = op("causal_attention_cpu_backward", _backward, _empty_backward)
 causal_attention.register_autograd(_gradients, setup_context=_save)

@@ -106,6 +106,13 @@ def latent_bytes(a: Architecture, w: Workload) -> int:
     return w.norm(a.kv_lora_rank) + beside + w.linear_inputs(a.kv_lora_rank, num_linears=1)
 
 
+def attends_in_blocks(a: Architecture, w: Workload) -> bool:
+    """Return whether attention is the project's own kernel of a CPU."""
+    return w.device == "cpu" and is_attention_blocked(
+        a.qk_head_dim, a.v_head_dim, a.attention_dropout, w.cross_document_attention
+    )
+
+
 def softmax_bytes(a: Architecture, w: Workload) -> int:
     """Return the bytes per token that attention itself keeps, its output included (which `o_proj` keeps).
 
@@ -118,7 +125,7 @@ def softmax_bytes(a: Architecture, w: Workload) -> int:
     operands = w.compute_bytes * heads * (2 * a.qk_head_dim + a.qk_nope_head_dim + a.v_head_dim)
     if w.device == "cuda":
         return operands + FP32 * heads + output
-    if is_attention_blocked(a, w.cross_document_attention):
+    if attends_in_blocks(a, w):
         return operands + w.compute_bytes * heads * num_kept_weights(keys, w.precision) // keys + output
     return FP32 * heads * (2 * a.qk_head_dim + a.v_head_dim + keys) + output
 
@@ -243,10 +250,13 @@ def attention_backward_bytes(a: Architecture, w: Workload, layer: int) -> int:
     its rows.
     """
     w = of_layer(a, w, layer)
-    gradients = 0 if w.device == "cuda" else 2 * FP32 * a.num_attention_heads * w.sequence_tokens
-    if w.device == "cpu" and is_attention_blocked(a, w.cross_document_attention):
-        rows = min(BLOCK_QUERIES[w.precision], w.sequence_tokens)
-        gradients = 2 * w.compute_bytes * a.num_attention_heads * rows
+    if w.device == "cuda":
+        per_row = 0
+    elif attends_in_blocks(a, w):
+        per_row = w.compute_bytes * min(BLOCK_QUERIES[w.precision], w.sequence_tokens)
+    else:
+        per_row = FP32 * w.sequence_tokens
+    gradients = 2 * a.num_attention_heads * per_row
     mtp = mtp_bytes(a, w) if layer >= a.num_hidden_layers else 0
     return w.num_tokens * (attention_bytes(a, w) + gradients + mtp)
 

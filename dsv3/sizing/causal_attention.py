@@ -2,18 +2,18 @@
 
 from collections.abc import Iterator
 
-from dsv3.params.architecture import Architecture
-
 BLOCK_QUERIES = {"fp32": 64, "bf16": 128}
 """Queries whose scores are computed together: fewer multiply less that is masked, in more and smaller products."""
 
 
-def is_attention_blocked(a: Architecture, cross_document_attention: bool) -> bool:
+def is_attention_blocked(
+    qk_head_dim: int, v_head_dim: int, attention_dropout: float, cross_document_attention: bool
+) -> bool:
     """Return whether a training on a CPU attends by `dsv3.kernels.cpu_attention`.
 
     torch has a fused kernel for values as wide as queries; masks between documents and dropout are left to torch.
     """
-    return cross_document_attention and a.attention_dropout == 0 and a.qk_head_dim != a.v_head_dim
+    return cross_document_attention and attention_dropout == 0 and qk_head_dim != v_head_dim
 
 
 def blocks(num_positions: int, precision: str) -> Iterator[tuple[slice, int]]:

@@ -38,15 +38,15 @@ def attention_kernel(architecture: Architecture, train: TrainParams, device: tor
     torch asks the same function when it attends. Most kernels want values as wide as queries, which latent attention's
     are not; on a CPU the project's own then takes the place of torch's (`dsv3.kernels.cpu_attention`).
     """
-    if device.type == "cpu" and is_attention_blocked(architecture, train.cross_document_attention):
+    widths = (architecture.qk_head_dim, architecture.qk_head_dim, architecture.v_head_dim)
+    dropout, is_causal = architecture.attention_dropout, train.cross_document_attention
+    if device.type == "cpu" and is_attention_blocked(*widths[1:], dropout, is_causal):
         return cpu_attention.NAME
     dtype = autocast_dtype(train.precision, device)
-    widths = (architecture.qk_head_dim, architecture.qk_head_dim, architecture.v_head_dim)
     query, key, value = (
         torch.empty(1, 1, train.block_size, width, dtype=dtype, device=device, requires_grad=True) for width in widths
     )
-    is_causal = train.cross_document_attention
     shape = (train.block_size, train.block_size)
     mask = None if is_causal else torch.ones(1, 1, *shape, dtype=torch.bool, device=device)
-    chosen = torch._fused_sdp_choice(query, key, value, mask, architecture.attention_dropout, is_causal)
+    chosen = torch._fused_sdp_choice(query, key, value, mask, dropout, is_causal)
     return KERNELS[SDPBackend(chosen)]

@@ -18,7 +18,7 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def resolved_precision(precision: str, device: torch.device) -> str:
     """Return `fp32` or `bf16`; auto is bf16 on a GPU that multiplies it natively, fp32 on every CPU.
 
-    So a CPU's result depends on no instruction set. Where a CPU has bf16 instructions, `bf16` trains nano 1.7 times as
+    So a CPU's result depends on no instruction set. Where a CPU has bf16 instructions, `bf16` trains nano 2.1 times as
     fast as fp32 (docs/log.md), and is to be asked for.
     """
     if precision != "auto":

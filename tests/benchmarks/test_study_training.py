@@ -14,7 +14,7 @@ from dsv3.errors import Interrupted, UserError
 DVC = """#!/bin/sh
 case "$*" in
 *list*) echo known-1; exit 0 ;;
-get*) echo "get $3 $5" >> calls; [ -n "$5" ] && mkdir "$7"; exit ;;
+get*) echo "get $3 $5" >> calls; mkdir "$7"; exit ;;
 esac
 name=$5
 echo "start $name $OMP_NUM_THREADS" >> calls
@@ -92,10 +92,10 @@ def test_a_student_is_trained_after_its_teachers_from_copies_of_their_models(fak
 
 def test_a_run_waits_for_its_own_teachers_alone(fake_dvc, experiment):
     experiment("first")
-    jobs = {"first": Job([]), "student": Job([], ["first"]), "other": Job([])}
+    jobs = {"student": Job([], ["first"]), "other": Job([]), "first": Job([])}
     train(jobs, num_at_once=1, num_threads=1, message="")
     starts = [line.split()[1] for line in calls(fake_dvc) if line.startswith("start")]
-    assert starts == ["first", "student", "other"]
+    assert starts == ["other", "first", "student"]
 
 
 def test_a_student_whose_teacher_failed_is_not_begun_and_is_named(fake_dvc):
@@ -111,7 +111,8 @@ def test_a_student_whose_teacher_dvc_does_not_hold_fails_with_the_place_of_its_w
     with pytest.raises(UserError, match=r"^1 of 1 runs failed: student; see"):
         train({"student": Job([], ["lost"])}, num_at_once=1, num_threads=1, message="")
     assert f"student has no teachers, see {LOGS / 'student.log'}" in capsys.readouterr().out
-    assert not list(MODELS.iterdir())
+    assert "lost is no experiment of the checked-out commit" in (LOGS / "student.log").read_text()
+    assert not (fake_dvc / "calls").exists(), "neither is another model copied, nor a training begun"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from dsv3.errors import UserError
 from dsv3.export.loading import load_model, load_tokenizer
 from dsv3.export.source import check_source
+from dsv3.kernels import cpu_attention
 from tests.damage import DAMAGES
 from tests.exported_model import broken, edit_json, renamed, transposed, without, write_exported
 
@@ -119,7 +120,7 @@ def test_code_and_pickles_in_the_folder_are_never_run_and_other_code_is_told(mod
     (model / "custom_generate").mkdir()
     (model / "custom_generate" / "generate.py").write_text(evil)
     (model / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch proof'\ntR.")
-    load_model(model, CPU)
+    assert load_model(model, CPU).config._attn_implementation == cpu_attention.NAME
     assert capsys.readouterr().out == (
         f"{model}: configuration_deepseek.py, modeling_deepseek.py differs from mini_model, whose code is used\n"
     )

@@ -59,10 +59,9 @@ def test_everything_that_multiplies_is_converted_but_the_head_and_the_router(mod
 
 def test_what_multiplies_is_named_where_the_device_multiplies_fp8_itself_alone():
     rows, dtype = 256, torch.bfloat16
-    assert Conversion("fp8", ["a"]).kernel(CPU, rows, dtype) == "triton"  # cuBLAS is asked on Hopper alone
-    assert Conversion("fp8_power_of_two_scales", ["a"]).kernel(CPU, rows, dtype) == "triton"
-    for precision, converted in [("fp8_emulated", ["a"]), ("bf16_emulated", ["a"]), ("fp8", []), ("bf16", [])]:
-        assert Conversion(precision, converted).kernel(CPU, rows, dtype) is None, precision
+    assert Conversion("fp8", ["a"], is_native=True).kernel(CPU, rows, dtype) == "triton"  # cuBLAS on Hopper alone
+    assert Conversion("fp8", is_native=True).kernel(CPU, rows, dtype) is None, "no layer is large enough"
+    assert Conversion("fp8_emulated", ["a"]).kernel(CPU, rows, dtype) is None
 
 
 def test_a_swiglu_rounds_its_input_once_and_its_layers_are_called_as_before(model):

@@ -126,7 +126,7 @@ def test_a_model_trains_as_with_torchs_attention(model, is_autocast):
         assert other > (0.99 if is_autocast else 1 - 1e-5), name
 
 
-def test_masks_dropout_and_cached_keys_are_left_to_torch(model, monkeypatch):
+def test_masks_dropout_cached_keys_and_other_types_are_left_to_torch(model, monkeypatch):
     asked = []
 
     def attend(query, key, value, scaling):
@@ -138,7 +138,9 @@ def test_masks_dropout_and_cached_keys_are_left_to_torch(model, monkeypatch):
     loss_and_gradients(model, position_ids=torch.arange(100)[None] % 30)
     loss_and_gradients(model, attention_mask=torch.arange(100)[None].expand(2, -1) > 3)
     query, key, value, _ = operands(8, dtype=torch.float32)
-    attention_forward(model.model.layers[0].self_attn, query, key, value, None, dropout=0.5, scaling=0.3)
+    layer = model.model.layers[0].self_attn
+    attention_forward(layer, query, key, value, None, dropout=0.5, scaling=0.3)
+    attention_forward(layer, query.double(), key.double(), value.double(), None, scaling=0.3)
     assert not asked
     prompt = torch.zeros(1, 3, dtype=torch.int64)
     model.eval().generate(prompt, max_new_tokens=3, do_sample=False, use_cache=True, pad_token_id=0)
